@@ -1,0 +1,121 @@
+"""Target -> victims: which units go so that the cost just meets a limit, without touching the model."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from dpm_cli.errors import TargetError
+from dpm_cli.graph import Cost, Groups
+from dpm_cli.graph.labels import Flags, Ids
+
+Kind = Literal["macs", "params", "channels"]
+Scores = npt.NDArray[np.floating]
+
+
+@dataclass(frozen=True)
+class Floors:
+    """How far each group may shrink, fixed for a whole run."""
+
+    units: Ids  # (groups,) the fewest units a group may keep
+    step: Ids  # (groups,) survivors are a multiple of this, or all
+
+    def lowest(self, groups: Groups) -> Flags:
+        """(units,) the smallest set of survivors (any units: the cost only depends on how many)."""
+        alive = np.zeros(groups.units, bool)
+        for group, units in zip(groups, self.units.tolist()):
+            alive[group.start : group.start + min(units, group.size)] = True
+        return alive
+
+
+def find_floors(groups: Groups, *, round_to: int, min_keep: float) -> Floors:
+    """round_to: surviving channels are a multiple of it. min_keep: fraction of each group that always stays."""
+    sizes = np.array([group.size for group in groups], np.int64)
+    step = np.array([round_to // math.gcd(round_to, group.channels_per_unit) for group in groups], np.int64)
+    fewest = np.maximum(1, np.ceil(sizes * min_keep - 1e-9).astype(np.int64))
+    return Floors(np.minimum(sizes, -(-fewest // step) * step), step)
+
+
+def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
+    """MACs, parameters or units of a set of survivors. alive: (units,)"""
+    match kind:
+        case "macs":
+            return cost.macs(alive)
+        case "params":
+            return cost.parameters(alive)
+        case "channels":
+            return int(alive.sum())
+
+
+def resolve_limit(groups: Groups, floors: Floors, *, kind: Kind, amount: float) -> int:
+    """The largest cost that meets the target. amount: a fraction of the dense cost below 1, else absolute.
+
+    Raises TargetError with the achievable range when no allowed set of survivors meets it.
+    """
+    dense = cost_of(groups.cost, kind, np.ones(groups.units, bool))
+    lowest = cost_of(groups.cost, kind, floors.lowest(groups))
+    limit = math.floor(dense * amount) if amount < 1 else math.floor(amount)
+    if limit >= dense:
+        raise TargetError(
+            f"target {kind} {amount:g} keeps everything: the dense model has {dense:,}; ask for less than that"
+        )
+    if limit < lowest:
+        raise TargetError(
+            f"target {kind} {amount:g} ({limit:,}) cannot be met: between {lowest:,} ({lowest / dense:.3f}) and {dense:,} can "
+            "be reached with this round_to, min_keep and keep; raise the target or lower them"
+        )
+    return limit
+
+
+def choose_victims(
+    groups: Groups,
+    floors: Floors,
+    scores: Scores,
+    *,
+    kind: Kind,
+    limit: int,
+    alive: Flags | None = None,
+    eligible: Flags | None = None,
+) -> Flags:
+    """(units,) the lowest-scored units whose removal brings the cost to the limit or just below it.
+
+    Ranks globally and stops at the first set that meets the limit, so one unit (or one step of `round_to`) fewer would miss
+    it. When the eligible units do not suffice, all that may go are chosen.
+
+    scores: (units,) low is redundant. alive: (units,) units that are still there. eligible: (units,) may be chosen.
+    """
+    alive = np.ones(groups.units, bool) if alive is None else alive
+    candidates = np.flatnonzero(alive if eligible is None else alive & eligible)
+    candidates = candidates[np.argsort(scores[candidates], kind="stable")]
+    group = groups.group_of_unit[candidates]
+    present = np.bincount(groups.group_of_unit[alive], minlength=len(groups))
+
+    # A unit goes when its group has lost enough others to land on an allowed width: find the rank at which that happens.
+    turn = np.full(len(candidates), len(candidates))
+    for number in np.unique(group).tolist():
+        ranks = np.flatnonzero(group == number)  # in order of score
+        left = present[number] - np.arange(1, len(ranks) + 1)  # survivors after each removal
+        allowed = np.flatnonzero((left % floors.step[number] == 0) & (left >= floors.units[number]))
+        if len(allowed):
+            done_at = np.searchsorted(allowed, np.arange(len(ranks)))
+            goes = done_at < len(allowed)
+            turn[ranks[goes]] = ranks[allowed[done_at[goes]]]
+
+    def survivors(turns: int) -> Flags:
+        left = alive.copy()
+        left[candidates[turn <= turns]] = False
+        return left
+
+    if cost_of(groups.cost, kind, alive) <= limit:
+        return np.zeros(groups.units, bool)
+    turns = np.unique(turn[turn < len(candidates)])
+    low, high = 0, len(turns) - 1
+    while low < high:
+        middle = (low + high) // 2
+        if cost_of(groups.cost, kind, survivors(int(turns[middle]))) <= limit:
+            high = middle
+        else:
+            low = middle + 1
+    return alive & ~survivors(int(turns[low]) if len(turns) else -1)

@@ -1,0 +1,110 @@
+"""Smooth Pruning: one state machine over all units (DPM, arXiv 2406.03879).
+
+A victim's norm follows an exactly linear envelope to zero over N optimizer steps while training goes on; only its direction
+is free. As published: L_init = ‖x‖ when the decay starts, L_s = L_init / N, and after each optimizer step
+x ← x̃ · (N − n) L_s / ‖x̃‖. Ours: every unit has its own age n, incremented before use, so the norm is zero at n = N; x is
+the union of the unit's producer side (rows, biases, norm weight and bias), so that a dead unit's output is exactly zero.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpm_cli.graph import Units
+from dpm_cli.graph.labels import Flags
+from dpm_cli.rectify import Rectifier
+
+
+class Decay:
+    """alive → decaying → dead, or back to alive if released. All state is (units,) on the device.
+
+    Per training step: `observe` between backward and the optimizer's step (before penalties), `advance_` after it.
+    Nothing here waits for the device; `dead`, `released` and the rest are read at rounds and epoch ends.
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        *,
+        steps: int,
+        envelope: Literal["exact", "shrink-only"] = "exact",
+        rectifier: Rectifier | None = None,
+    ) -> None:
+        self.units, self.steps, self.envelope, self.rectifier = units, steps, envelope, rectifier
+        none = torch.zeros(units.count, dtype=torch.bool, device=units.device)
+        self.decaying, self.dead = none.clone(), none.clone()
+        self.released = none.clone()  # since the last `start`: they rest until the next one is over
+        self.releases = torch.zeros(units.count, dtype=torch.int64, device=units.device)
+        self.age = torch.zeros_like(self.releases)
+        self.initial = torch.zeros(units.count, device=units.device)
+        self.rectifying = rectifier is not None
+
+    def start(self, victims: Flags | Tensor, *, rectify: bool = True) -> None:
+        """Let these units decay from now on. With `steps` = 1 they are dead at once: one-step pruning.
+
+        victims: (units,). rectify=False: none of them can be released any more, so the round surely ends.
+        """
+        chosen = torch.as_tensor(np.asarray(victims) if not isinstance(victims, Tensor) else victims)
+        chosen = chosen.to(self.units.device) & ~self.dead & ~self.decaying
+        norms = self.units.norm()
+        self.initial = torch.where(chosen, norms, self.initial)
+        self.age = torch.where(chosen, 0, self.age)
+        self.released = torch.zeros_like(self.released)
+        self.rectifying = rectify and self.rectifier is not None
+        gone = chosen if self.steps == 1 else chosen & (norms == 0)
+        self.dead |= gone
+        self.decaying |= chosen & ~gone
+        self.units.scale_(torch.where(self.dead, 0.0, 1.0))
+
+    def observe(self) -> None:
+        """Before the optimizer's step, while gradients are those of the loss alone."""
+        if self.rectifier and self.rectifying:
+            self.rectifier.observe(self.units)
+
+    def advance_(self) -> None:
+        """After the optimizer's step: release, shrink, kill."""
+        norms = self.units.norm()  # ‖x̃‖
+        self.age = self.age + self.decaying
+        if self.rectifier and self.rectifying:
+            resists = self.rectifier.judge(self.units, norms, self.decaying, self.age, self.initial, self.steps)
+            resists &= self.releases < self.rectifier.limit
+            self.released = self.released | resists
+            self.releases = self.releases + resists
+            self.decaying = self.decaying & ~resists
+        wanted = self.initial * ((self.steps - self.age).clamp_min(0) / self.steps)
+        factor = torch.where(norms > 0, wanted / norms, 0.0)
+        if self.envelope == "shrink-only":
+            factor = factor.clamp(max=1.0)
+        finished = self.decaying & (self.age >= self.steps)
+        self.dead = self.dead | finished
+        self.decaying = self.decaying & ~finished
+        # Momentum and weight decay keep pushing dead units, so they are zeroed after every step.
+        self.units.scale_(torch.where(self.dead, 0.0, torch.where(self.decaying, factor, 1.0)))
+
+    def rebind(self, units: Units, survivors: Flags) -> None:
+        """Go on with the compacted model's units. survivors: (units before,)"""
+        index = torch.from_numpy(np.flatnonzero(survivors)).to(self.units.device)
+        for name in STATE:
+            setattr(self, name, getattr(self, name)[index])
+        if self.rectifier:
+            self.rectifier.select(index)
+        self.units = units
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {name: getattr(self, name) for name in STATE}
+        state["rectifying"] = self.rectifying
+        if self.rectifier:
+            state["rectifier"] = self.rectifier.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in STATE:
+            setattr(self, name, state[name].to(self.units.device))
+        self.rectifying = state["rectifying"]
+        if self.rectifier:
+            self.rectifier.load_state_dict(state["rectifier"])
+
+
+STATE = ("decaying", "dead", "released", "releases", "age", "initial")

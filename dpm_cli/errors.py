@@ -1,0 +1,72 @@
+"""The errors a user can meet. Each is one line: the thing, the value, the way out.
+
+DpmError                    exit code 1
+├── RunError                1  the run failed (non-finite loss, outputs changed, export differs, disk full)
+├── UsageError              2  a wrong argument
+│   ├── RecipeError         2  a recipe that cannot be used
+│   ├── ModelFileError      2  a model file that cannot be loaded
+│   ├── UnsupportedModelError 2  a model that cannot be analysed
+│   ├── DataError           2  data that is not there or not as described
+│   └── OutputError         2  an output folder that cannot be used
+├── TargetError             3  the target cannot be, or was not, met
+├── AccuracyError           4  an accuracy floor was broken
+└── Interrupted             130  stopped by the user; resumable
+"""
+
+
+class DpmError(Exception):
+    """Base of everything a user can cause or must be told; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class RunError(DpmError):
+    """The run failed: the message says at which step and what remains."""
+
+
+class UsageError(DpmError):
+    """A wrong argument."""
+
+    exit_code = 2
+
+
+class RecipeError(UsageError):
+    """A recipe that cannot be used. `problems` lists every mistake, one line each."""
+
+    def __init__(self, problems: str | list[str]) -> None:
+        self.problems = [problems] if isinstance(problems, str) else list(problems)
+        super().__init__("; ".join(self.problems))
+
+
+class ModelFileError(UsageError):
+    """A model file that cannot be loaded."""
+
+
+class UnsupportedModelError(UsageError):
+    """A model that cannot be analysed, with the layer and the reason."""
+
+
+class DataError(UsageError):
+    """Data that is not there, or not as described."""
+
+
+class OutputError(UsageError):
+    """An output folder that cannot be used."""
+
+
+class TargetError(DpmError):
+    """The target cannot be met (before training, with the achievable range) or was not met."""
+
+    exit_code = 3
+
+
+class AccuracyError(DpmError):
+    """An accuracy floor was broken."""
+
+    exit_code = 4
+
+
+class Interrupted(DpmError):
+    """Stopped by the user; the message says how to continue."""
+
+    exit_code = 130

@@ -1,0 +1,94 @@
+"""The exact MACs and parameters of any set of survivors, from one traced graph, without touching the model."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import csr_matrix
+
+from dpm_cli.graph.labels import CostTerm, Flags, Ids
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Sums of products: coefficient x the surviving sizes of its factors."""
+
+    coefficients: Ids  # (terms,)
+    factors: Ids  # (terms, factors) rows of the size table; shorter products are padded with its last row, which is 1
+
+    def total(self, sizes: Ids) -> int:
+        return int((self.coefficients * sizes[self.factors].prod(1)).sum())
+
+
+@dataclass(frozen=True)
+class Cost:
+    """MACs of one input, and parameters, as functions of which units survive."""
+
+    fixed: Ids  # (sizes,) indices of each axis that belong to no unit
+    incidence: Any  # csr (sizes, units): how many indices of each axis every unit owns
+    mac_terms: Terms
+    parameter_terms: Terms
+    batch: int
+
+    def macs(self, alive: Flags) -> int:
+        """alive: (units,)"""
+        return self.mac_terms.total(self._sizes(alive)) // self.batch
+
+    def parameters(self, alive: Flags) -> int:
+        """alive: (units,)"""
+        return self.parameter_terms.total(self._sizes(alive))
+
+    def _sizes(self, alive: Flags) -> Ids:
+        owned: npt.NDArray[np.int64] = self.incidence @ alive.astype(np.int64)
+        return self.fixed + owned
+
+    def survivors(self, alive: Flags) -> "Cost":
+        """The cost of the network that is left, as a function of its own units."""
+        return Cost(self.fixed, self.incidence[:, np.flatnonzero(alive)], self.mac_terms, self.parameter_terms, self.batch)
+
+
+def build_cost(
+    mac_terms: Sequence[CostTerm], parameter_terms: Sequence[CostTerm], unit_of_label: Ids, units: int, batch: int
+) -> Cost:
+    """unit_of_label: (labels,) the unit of every label, -1 for labels that always stay."""
+    table: dict[bytes, int] = {}
+    axes: list[Ids] = []
+
+    def row(ids: Ids) -> int:
+        key = ids.tobytes()
+        if key not in table:
+            table[key] = len(axes)
+            axes.append(ids)
+        return table[key]
+
+    mac_rows = [[row(ids) for ids in term.factors] for term in mac_terms]
+    parameter_rows = [[row(ids) for ids in term.factors] for term in parameter_terms]
+    owners = [unit_of_label[ids] for ids in axes]
+    fixed = np.array([*(int((owner < 0).sum()) for owner in owners), 1], np.int64)  # the last row is the constant 1
+    indptr = np.concatenate([[0], np.cumsum([int((owner >= 0).sum()) for owner in owners]), [0]]).astype(np.int64)
+    indptr[-1] = indptr[-2]
+    indices = np.concatenate([owner[owner >= 0] for owner in owners] or [np.zeros(0, np.int64)])
+    incidence = csr_matrix((np.ones(len(indices), np.int64), indices, indptr), shape=(len(fixed), units))
+    incidence.sum_duplicates()
+    one = len(fixed) - 1
+    return Cost(
+        fixed,
+        incidence,
+        _terms((term.coefficient for term in mac_terms), mac_rows, one),
+        _terms((term.coefficient for term in parameter_terms), parameter_rows, one),
+        batch,
+    )
+
+
+def parameter_term(shape: Sequence[int], axes: dict[int, Ids]) -> CostTerm:
+    """Entries of a parameter: fixed axes are a number, labelled axes are factors."""
+    return CostTerm(math.prod(size for axis, size in enumerate(shape) if axis not in axes), tuple(axes.values()))
+
+
+def _terms(coefficients: Iterable[int], rows: list[list[int]], one: int) -> Terms:
+    width = max((len(row) for row in rows), default=1) or 1
+    padded = [row + [one] * (width - len(row)) for row in rows]
+    return Terms(np.array(list(coefficients), np.int64), np.array(padded, np.int64).reshape(-1, width))

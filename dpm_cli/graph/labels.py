@@ -1,0 +1,240 @@
+"""Labels: an integer for every index of every parameter axis, and what ties them.
+
+Two indices carry tied labels when one cannot be removed without the other. The connected components of all ties are the
+units. A label can be *kept*: its whole component then stays, with the reason.
+"""
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from enum import IntEnum
+
+import numpy as np
+import numpy.typing as npt
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
+
+Ids = npt.NDArray[np.int64]
+Flags = npt.NDArray[np.bool_]
+
+
+class Role(IntEnum):
+    """What a parameter entry does for its unit."""
+
+    PRODUCER = 0  # makes the unit's values: conv and linear rows, bare parameters
+    NORM = 1  # works channel by channel: normalisation weights, depthwise rows; dies with the producers
+    BIAS = 2  # of either; dies with the producers
+    CONSUMER = 3  # reads the unit's values: its entries multiply zeros once the unit is dead
+    BUFFER = 4  # running statistics, slopes: removed with the unit, never scaled
+
+    @property
+    def is_scaled(self) -> bool:
+        """On the producer side: shrinks with its unit."""
+        return self in (Role.PRODUCER, Role.NORM, Role.BIAS)
+
+
+@dataclass(frozen=True)
+class Labels:
+    """The labels along one axis of a tensor, or along a block of axes that must stay rectangular."""
+
+    ids: Ids  # one axis: (size,); a block: (size, size, ...)
+    zero: Flags  # same shape: the value here is exactly zero once the unit is dead
+
+    def reordered(self, order: Sequence[int]) -> "Labels":
+        return Labels(self.ids.transpose(order), self.zero.transpose(order))
+
+    def taken(self, index: int, axis: int) -> "Labels":
+        return Labels(self.ids.take(index, axis), self.zero.take(index, axis))
+
+    def with_zero(self, zero: Flags | bool) -> "Labels":
+        return Labels(self.ids, np.broadcast_to(np.asarray(zero), self.ids.shape))
+
+
+Axes = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Value:
+    """A tensor of the graph: its shape and the labels along its axes. An axis without labels has a fixed size."""
+
+    shape: tuple[int, ...]
+    labels: dict[Axes, Labels] = field(default_factory=dict)
+    constant: bool = False  # made of parameters alone, whatever the input
+
+    @property
+    def rank(self) -> int:
+        return len(self.shape)
+
+    def axes_of(self, axis: int) -> Axes | None:
+        """The block of axes that `axis` belongs to, or none if it is fixed."""
+        return next((axes for axes in self.labels if axis % self.rank in axes), None)
+
+    def along(self, axis: int) -> Labels | None:
+        """The labels of one axis alone; none if it is fixed or part of a larger block."""
+        return self.labels.get((axis % self.rank,))
+
+    def without_zeros(self) -> "Value":
+        return Value(self.shape, {axes: labels.with_zero(False) for axes, labels in self.labels.items()})
+
+    def collapsed(self, *gone: int) -> "Value":
+        """With these axes shrunk to size 1 and without the labels of any block that they belong to."""
+        shape = tuple(1 if axis in gone else size for axis, size in enumerate(self.shape))
+        return Value(shape, {axes: labels for axes, labels in self.labels.items() if not set(axes) & set(gone)})
+
+    def reordered(self, order: Sequence[int]) -> "Value":
+        """Axis `order[i]` becomes axis i."""
+        position = {old: new for new, old in enumerate(order)}
+        labels: dict[Axes, Labels] = {}
+        for axes, block in self.labels.items():
+            moved = [position[axis] for axis in axes]
+            labels[tuple(sorted(moved))] = block.reordered(np.argsort(moved).tolist())
+        return Value(tuple(self.shape[axis] for axis in order), labels)
+
+    def renamed(self, shape: tuple[int, ...], position: dict[int, int]) -> "Value":
+        """The same labels under other axis numbers; blocks with an axis that has no new number are dropped."""
+        return Value(
+            shape,
+            {
+                tuple(position[axis] for axis in axes): labels
+                for axes, labels in self.labels.items()
+                if all(axis in position for axis in axes)
+            },
+        )
+
+
+@dataclass(frozen=True)
+class CostTerm:
+    """Multiply-accumulates of one operator: coefficient x the product of how many labels of each factor survive."""
+
+    coefficient: int
+    factors: tuple[Ids, ...]
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Which parameter (or buffer) axis a run of labels stands for: labels start … start + size - 1."""
+
+    tensor: str
+    axis: int
+    start: int
+    size: int
+
+    @property
+    def ids(self) -> Ids:
+        return np.arange(self.start, self.start + self.size)
+
+
+class Ties:
+    """Collects labels, ties, kept labels and costs while the graph is walked; solved once at the end."""
+
+    def __init__(self) -> None:
+        self.size = 0
+        self.owners: list[Owner] = []
+        self.costs: list[CostTerm] = []
+        self.layer = ""  # the module whose operators are being read, for reasons
+        self._left: list[Ids] = []
+        self._right: list[Ids] = []
+        self._kept: list[tuple[Ids, str]] = []
+        self._roles: list[tuple[Ids, Role]] = []
+
+    def new(self, size: int) -> Ids:
+        ids = np.arange(self.size, self.size + size)
+        self.size += size
+        return ids
+
+    def new_owner(self, tensor: str, axis: int, size: int) -> Ids:
+        self.owners.append(Owner(tensor, axis, self.size, size))
+        return self.new(size)
+
+    def tie(self, left: Labels | Ids, right: Labels | Ids) -> None:
+        """Tie label by label; shapes broadcast."""
+        pair = np.broadcast_arrays(_ids(left), _ids(right))
+        self._left.append(pair[0].ravel())
+        self._right.append(pair[1].ravel())
+
+    def keep(self, labels: Labels | Ids | None, reason: str) -> None:
+        """The units of these labels cannot be removed."""
+        if labels is not None and _ids(labels).size:
+            self._kept.append((np.unique(_ids(labels)), f"{self.layer}: {reason}" if self.layer else reason))
+
+    def keep_all(self, values: object, reason: str) -> None:
+        """Keep every label of a value, or of all values in nested sequences."""
+        for value in walk_values(values):
+            for labels in value.labels.values():
+                self.keep(labels, reason)
+
+    def keep_axis(self, value: Value, axis: int, reason: str) -> None:
+        axes = value.axes_of(axis)
+        if axes is not None:
+            self.keep(value.labels[axes], reason)
+
+    def mark(self, labels: Labels | Ids | None, role: Role) -> None:
+        if labels is not None:
+            self._roles.append((_ids(labels).ravel(), role))
+
+    def consume(self, labels: Labels | None) -> None:
+        """These values are contracted with weights: whatever is not zero when its unit is dead must stay."""
+        if labels is not None and not labels.zero.all():
+            self.keep(labels.ids[~labels.zero], "reads values that are not zero when their channel is (sigmoid, +1 …)")
+
+    def cost(self, coefficient: int, *factors: Labels | Ids | int) -> None:
+        """Count coefficient x product of factors multiply-accumulates."""
+        arrays = []
+        for factor in factors:
+            if isinstance(factor, int):
+                coefficient *= factor
+            else:
+                arrays.append(_ids(factor).ravel())
+        self.costs.append(CostTerm(coefficient, tuple(arrays)))
+
+    def made(self) -> Flags:
+        """(labels,) whether a layer makes values with these weights: only such labels can be units."""
+        made = np.zeros(self.size, bool)
+        for ids, role in self._roles:
+            if role is Role.PRODUCER:
+                made[ids] = True
+        return made
+
+    def touched(self) -> Flags:
+        """(labels,) whether any tie reaches them."""
+        touched = np.zeros(self.size, bool)
+        for ids in [*self._left, *self._right]:
+            touched[ids] = True
+        return touched
+
+    def components(self) -> Ids:
+        """(labels,) the component of every label."""
+        left = np.concatenate(self._left) if self._left else np.zeros(0, np.int64)
+        right = np.concatenate(self._right) if self._right else np.zeros(0, np.int64)
+        graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(self.size, self.size))
+        return connected_components(graph, directed=False)[1].astype(np.int64)
+
+    def kept(self, components: Ids) -> dict[int, str]:
+        """Component -> the first reason to keep it."""
+        reasons: dict[int, str] = {}
+        makes, reads = np.zeros(self.size, bool), np.zeros(self.size, bool)
+        for ids, role in self._roles:
+            (reads if role is Role.CONSUMER else makes)[ids] = True
+        both = (np.flatnonzero(makes & reads), "the same weights make and read it")
+        for ids, reason in [*self._kept, both]:
+            for component in np.unique(components[ids]).tolist():
+                reasons.setdefault(component, reason)
+        return reasons
+
+    def roles(self) -> npt.NDArray[np.int8]:
+        """(labels,) the role of every label. A consumer anywhere is a consumer."""
+        roles = np.full(self.size, Role.PRODUCER, np.int8)
+        for ids, role in self._roles:
+            roles[ids] = np.maximum(roles[ids], role)
+        return roles
+
+
+def walk_values(values: object) -> Iterator[Value]:
+    if isinstance(values, Value):
+        yield values
+    elif isinstance(values, Iterable) and not isinstance(values, str | bytes):
+        for value in values:
+            yield from walk_values(value)
+
+
+def _ids(labels: Labels | Ids) -> Ids:
+    return labels.ids if isinstance(labels, Labels) else labels

@@ -1,0 +1,346 @@
+"""Recipes: YAML a user owns -> a checked `Recipe`. Every mistake is reported at once, before torch is imported."""
+
+import difflib
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from dpm_cli.errors import RecipeError
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1, le=10**12)]
+NonNegative = Annotated[int, Field(ge=0, le=10**12)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]
+ExportFormat = Literal["torchscript", "onnx"]
+
+MAX_RECIPE_BYTES = 1 << 20
+SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+
+
+class Section(BaseModel):
+    """A part of a recipe. Unknown keys are errors; values are never changed after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def parse_amount(value: object) -> float:
+    """A kept fraction in (0, 1), or an absolute number: 60000000, "60M", "1.2G"."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGBkmgb]?)\s*", value)):
+        value = float(match[1]) * SUFFIXES.get(match[2].upper(), 1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError("must be a fraction to keep such as 0.47, or an absolute such as 60M")
+    if 1 <= value < 2:
+        raise ValueError(f"{value} keeps everything: a fraction to keep lies below 1, an absolute is 2 or more")
+    return float(value)
+
+
+Amount = Annotated[float, BeforeValidator(parse_amount)]
+
+
+class Model(Section):
+    """The architecture: built-in | torchvision:NAME | timm:NAME | package.module:function."""
+
+    arch: str
+    classes: int = Field(default=10, ge=1, le=10**6)
+    input: tuple[Positive, ...] = (3, 32, 32)  # one image, channels first
+
+    @field_validator("input")
+    @classmethod
+    def _is_an_image(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
+        if len(shape) != 3 or max(shape) > 8192:
+            raise ValueError("must be [channels, height, width], each at most 8192")
+        return shape
+
+
+class Augment(Section):
+    """Random changes of training images, drawn from (seed, epoch, index) alone."""
+
+    crop: NonNegative = 4  # zero padding in pixels, then a random crop back to size; 0: none
+    flip: bool = True  # left and right
+    cutout: NonNegative = 0  # side of the zeroed square in pixels; 0: none
+    resized_crop: bool = False  # random area and aspect ratio, for larger images
+
+
+class Data(Section):
+    """A dataset: digits | cifar10 | cifar100 | fashion-mnist | folder."""
+
+    name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder"]
+    root: Path = Path("data")
+    batch: Positive = 128
+    validation: float = Field(default=0.1, ge=0, lt=1)  # fraction of the training images held out for every decision
+    augment: Augment = Augment()
+    mean: tuple[float, ...] | None = None  # per channel, of pixels in [0, 1]; none: the dataset's own
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
+    workers: NonNegative = 2  # processes that decode images which do not fit in memory
+    memory_limit: Positive = 2**31  # bytes of decoded images kept in memory; larger folders are streamed
+    download: bool = True
+    limit: Positive | None = None  # use only this many training images (a seeded subset)
+
+
+class Target(Section):
+    """What must be left: exactly one of the three, a kept fraction or an absolute number."""
+
+    macs: Amount | None = None
+    params: Amount | None = None
+    channels: Amount | None = None
+
+    @model_validator(mode="after")
+    def _is_one(self) -> "Target":
+        if sum(value is not None for value in (self.macs, self.params, self.channels)) != 1:
+            raise ValueError("name exactly one of macs, params, channels")
+        return self
+
+    @property
+    def kind(self) -> Literal["macs", "params", "channels"]:
+        return "macs" if self.macs is not None else "params" if self.params is not None else "channels"
+
+    @property
+    def amount(self) -> float:
+        """A kept fraction if below 1, else an absolute number."""
+        amount = getattr(self, self.kind)
+        assert isinstance(amount, float)
+        return amount
+
+
+class Prune(Section):
+    """Which units go, and when."""
+
+    base: Literal["depgraph"] = "depgraph"
+    target: Target
+    rounds: Positive = 5
+    start: Fraction = 0.0  # of the train stage: the first round
+    end: Fraction = 0.5  # of the train stage: the last planned round is finished
+    round_to: Positive = 8  # surviving widths are multiples of this
+    min_keep: Fraction = 0.1  # of every group; never less than one unit
+    keep: tuple[str, ...] = ()  # layers whose outputs stay whole: names or patterns such as "layer4.*"
+    normalizer: Literal["mean", "max"] | None = None  # of importances; none: max with sparse learning, else mean
+    sparse_epochs: NonNegative = 0  # sparse learning before the first round
+    sparse_strength: float = Field(default=5e-4, ge=0, le=100)
+    sparse_lr: LearningRate = 0.01
+
+    @model_validator(mode="after")
+    def _starts_before_it_ends(self) -> "Prune":
+        if self.start >= self.end:
+            raise ValueError(f"start ({self.start}) must lie before end ({self.end})")
+        return self
+
+
+class Rectify(Section):
+    """When a decaying unit is released. The paper names the criteria; their closed forms are ours and selectable."""
+
+    rate: float = 0.2  # T_rate
+    length: float = 1.0  # T_len
+    criterion: Literal["cosine", "norm_per_update", "norm_per_decay", "norm_relative"] = "cosine"
+    combine: Literal["and", "or"] = "and"
+    smoothing: float = Field(default=0.9, ge=0, lt=1)  # of both criteria over the steps; 0: each step alone
+    start: Fraction = 0.1  # of the decay: not judged before
+    hits: Positive = 1  # steps in a row that both criteria must hold
+    limit: NonNegative = 1  # releases per unit
+
+
+class Decay(Section):
+    """Smooth Pruning: N optimizer steps to zero. `steps: 1` with `rectify: false` is the base pruner."""
+
+    steps: Positive = 200
+    envelope: Literal["exact", "shrink-only"] = "exact"
+    rectify: Rectify | None = Rectify()
+
+    @field_validator("rectify", mode="before")
+    @classmethod
+    def _false_is_none(cls, value: object) -> object:
+        return None if value is False else {} if value is True else value
+
+
+class Training(Section):
+    """One stage of training."""
+
+    epochs: NonNegative = 20
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    lr: LearningRate = 0.05
+    momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd
+    nesterov: bool = False
+    schedule: Literal["cosine", "step", "multistep", "constant"] = "cosine"
+    milestones: tuple[Fraction, ...] = (0.6, 0.8)  # multistep: fractions of the stage
+    step_size: Positive = 30  # step: epochs
+    gamma: float = Field(default=0.1, gt=0, le=1)  # step, multistep
+    warmup_epochs: float = Field(default=0, ge=0)
+    weight_decay: float = Field(default=5e-4, ge=0)
+    label_smoothing: float = Field(default=0, ge=0, lt=1)
+    mixup: float = Field(default=0, ge=0)  # alpha of the Beta distribution; 0: off
+    clip_grad: float | None = Field(default=None, gt=0)  # global L2 norm
+    distill: Fraction = 0.0  # weight of the dense model's softened outputs in the loss
+    temperature: float = Field(default=4.0, gt=0)  # of distillation
+
+    @model_validator(mode="after")
+    def _has_room(self) -> "Training":
+        if self.epochs and self.warmup_epochs >= self.epochs:
+            raise ValueError(f"warmup_epochs ({self.warmup_epochs}) must be fewer than epochs ({self.epochs})")
+        return self
+
+
+class Checkpoint(Section):
+    """How much an interruption may cost."""
+
+    every: Positive = 500  # steps
+
+
+class Recipe(Section):
+    """Everything a run depends on besides the model file."""
+
+    model: Model
+    data: Data
+    prune: Prune
+    decay: Decay = Decay()
+    train: Training = Training()  # while units are chosen and decay
+    finetune: Training = Training(lr=0.02)  # the slim model
+    dense: Training | None = None  # `dpm train`; none: as `train`
+    export: tuple[ExportFormat, ...] = ("torchscript", "onnx")
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    counter: Literal["flop_counter", "thop"] = "flop_counter"
+    recalibrate_batches: NonNegative = 20  # BatchNorm statistics anew from so many batches, at the end
+    checkpoint: Checkpoint = Checkpoint()
+
+    @property
+    def hash(self) -> str:
+        """Twelve hex digits that change with any setting."""
+        return hashlib.sha256(dump_recipe(self).encode()).hexdigest()[:12]
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Names of the recipes in the package -> their files, sorted."""
+    folder = Path(str(resources.files("dpm_cli") / "recipes"))
+    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a recipe from a path or a shipped name, then apply `key.sub=value` overrides.
+
+    Raises RecipeError that names every mistake.
+    """
+    path = Path(source)
+    if not path.is_file():
+        path = shipped_recipes().get(path.name.removesuffix(".yaml"), path) if path.parent == Path() else path
+    if not path.is_file():
+        known = ", ".join(shipped_recipes())
+        raise RecipeError(f"no recipe {str(source)!r}: neither a file nor a shipped recipe ({known})")
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes: not a recipe")
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}") from None
+    return parse_recipe(_parse_yaml(text, str(path)), overrides, name=str(path))
+
+
+def parse_recipe(values: object, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
+    """Check a mapping of settings. Raises RecipeError that names every mistake."""
+    if not isinstance(values, dict):
+        raise RecipeError(f"{name} is not a mapping of settings")
+    for override in overrides:
+        values = _override(values, override)
+    try:
+        return Recipe.model_validate(values)
+    except ValidationError as error:
+        raise RecipeError([f"{name}: {problem}" for problem in _explain(error)]) from None
+
+
+def dump_recipe(recipe: Recipe) -> str:
+    """The resolved recipe as YAML that `load_recipe` reads back."""
+    values = json.loads(recipe.model_dump_json())
+    if recipe.decay.rectify is None:
+        values["decay"]["rectify"] = False
+    values["prune"]["target"] = {recipe.prune.target.kind: recipe.prune.target.amount}
+    return yaml.safe_dump(values, sort_keys=False)
+
+
+class _Loader(yaml.SafeLoader):
+    """Plain YAML without aliases (a few bytes of them expand to gigabytes), repeated keys, or `5e-4` as a string."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not allowed in a recipe")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if key.value in seen:
+                raise yaml.YAMLError(f"{key.value!r} stands twice (line {key.start_mark.line + 1})")
+            if isinstance(key.value, str):
+                seen.add(key.value)
+        return super().construct_mapping(node, deep)
+
+
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _parse_yaml(text: str, name: str) -> object:
+    try:
+        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+    except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise RecipeError(f"{name} is not a YAML recipe: {' '.join(str(error).split())[:200]}") from None
+
+
+def _override(values: dict[Any, Any], override: str) -> dict[Any, Any]:
+    """`a.b=value` -> a copy of `values` with that one setting changed."""
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise RecipeError(f"--set {override!r} is not of the form key=value, for example --set prune.rounds=3")
+    changed = dict(values)
+    node, *path = changed, *key.strip().split(".")
+    for part in path[:-1]:
+        child = node.get(part)
+        node[part] = dict(child) if isinstance(child, dict) else {}
+        node = node[part]
+    if path[:-1] == ["prune", "target"]:
+        node.clear()  # one target replaces another
+    node[path[-1]] = _parse_yaml(text, f"--set {override}")
+    return changed
+
+
+def _explain(error: ValidationError) -> list[str]:
+    """One line per mistake: where, what, and the nearest known key."""
+    return [_explain_one(problem) for problem in error.errors(include_url=False)]
+
+
+def _explain_one(problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"]) or "recipe"
+    value = problem.get("input")
+    match problem["type"]:
+        case "extra_forbidden":
+            known = _keys_at(problem["loc"][:-1])
+            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
+            way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
+            return f"unknown key {place!r}; {way_out}"
+        case "missing":
+            return f"{place!r} is missing"
+        case "literal_error":
+            expected = problem["ctx"]["expected"].replace(" or ", ", ")
+            return f"{place} is {value!r}; known: {expected}"
+        case "value_error":
+            shown = f" is {value!r};" if isinstance(value, str | int | float) else ""
+            return f"{place}{shown} {problem['ctx']['error']}"
+        case _:
+            shown = repr(value)
+            return f"{place} is {shown if len(shown) <= 60 else shown[:57] + '...'}; {problem['msg'].lower()}"
+
+
+def _keys_at(path: Sequence[str | int]) -> list[str]:
+    """The known keys of the section at a path such as ("train",)."""
+    section: type[BaseModel] = Recipe
+    for part in path:
+        field = section.model_fields.get(str(part))
+        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
+        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
+    return list(section.model_fields)

@@ -1,0 +1,124 @@
+"""Self-Rectifying: a decaying unit that training fights for is released (DPM, arXiv 2406.03879).
+
+The paper names two criteria, an escape rate and a gradient length relative to the layer; it does not print their closed
+forms, how they combine or when they are judged. Everything of that kind here is our definition and is a setting.
+"""
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from dpm_cli.graph import Units
+
+Criterion = Literal["cosine", "norm_per_update", "norm_per_decay", "norm_relative"]
+TINY = 1e-12
+
+
+def cosine_rate(dot: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
+    """(units,) −<x, g> / (‖x‖‖g‖): 1 if descent would only lengthen the unit, −1 if it would only shorten it."""
+    return -dot / (weight * gradient).clamp_min(TINY)
+
+
+def norm_per_update(updated: Tensor, weight: Tensor, update: Tensor) -> Tensor:
+    """(units,) (‖x̃‖ − ‖x‖) / ‖x̃ − x‖: growth per length of the optimizer's update, in [−1, 1]."""
+    return (updated - weight) / update.clamp_min(TINY)
+
+
+def norm_per_decay(updated: Tensor, weight: Tensor, decay: Tensor) -> Tensor:
+    """(units,) (‖x̃‖ − ‖x‖) / L_s: 1 if the update undoes one step of the decay."""
+    return (updated - weight) / decay.clamp_min(TINY)
+
+
+def norm_relative(updated: Tensor, weight: Tensor) -> Tensor:
+    """(units,) (‖x̃‖ − ‖x‖) / ‖x‖."""
+    return (updated - weight) / weight.clamp_min(TINY)
+
+
+def relative_length(gradient: Tensor, group_of_unit: Tensor, groups: int) -> Tensor:
+    """(units,) ‖g‖ over its mean among the units of the same group; 1 on average."""
+    sums = gradient.new_zeros(groups).index_add_(0, group_of_unit, gradient)
+    sizes = gradient.new_zeros(groups).index_add_(0, group_of_unit, torch.ones_like(gradient))
+    return gradient / (sums / sizes.clamp_min(1)).clamp_min(TINY)[group_of_unit]
+
+
+class Rectifier:
+    """Judges every decaying unit at every step, on the raw loss gradient.
+
+    Call `observe` after backward and before any penalty touches the gradients, then `judge` after the optimizer's step.
+    """
+
+    def __init__(
+        self,
+        group_of_unit: Tensor,
+        groups: int,
+        *,
+        rate: float,
+        length: float,
+        criterion: Criterion = "cosine",
+        combine: Literal["and", "or"] = "and",
+        smoothing: float = 0.9,
+        start: float = 0.1,
+        hits: int = 1,
+        limit: int = 1,
+    ) -> None:
+        self.rate, self.length, self.criterion, self.combine = rate, length, criterion, combine
+        self.smoothing, self.start, self.hits_needed, self.limit = smoothing, start, hits, limit
+        self.bind(group_of_unit, groups)
+        zeros = torch.zeros(len(group_of_unit), device=group_of_unit.device)
+        self.mean_rate, self.mean_length = zeros.clone(), zeros.clone()  # (units,) smoothed, not yet bias-corrected
+        self.hits = torch.zeros_like(group_of_unit)  # (units,) steps in a row that called for release
+        self._weights: list[Tensor] = []
+
+    def bind(self, group_of_unit: Tensor, groups: int) -> None:
+        """group_of_unit: (units,) on the units' device."""
+        self.group_of_unit, self.groups = group_of_unit, groups
+
+    def observe(self, units: Units) -> None:
+        """Remember what the criteria need of x and of the raw gradient g."""
+        weights, gradients = units.weights(), units.gradients()
+        self._norm = units.norm(weights)
+        self._gradient = units.norm(gradients)
+        if self.criterion == "cosine":
+            self._dot = units.dot(weights, gradients)
+        if self.criterion == "norm_per_update":
+            self._weights = [weight.clone() for weight in weights]
+
+    def judge(self, units: Units, updated: Tensor, decaying: Tensor, age: Tensor, initial: Tensor, steps: int) -> Tensor:
+        """(units,) which decaying units training fights for.
+
+        updated: (units,) norms after the optimizer's step. age: (units,) steps of decay including this one.
+        initial: (units,) norms at the start of the decay. steps: N.
+        """
+        match self.criterion:
+            case "cosine":
+                rate = cosine_rate(self._dot, self._norm, self._gradient)
+            case "norm_per_update":
+                moved = [after - before for after, before in zip(units.weights(), self._weights)]
+                rate = norm_per_update(updated, self._norm, units.norm(moved))
+            case "norm_per_decay":
+                rate = norm_per_decay(updated, self._norm, initial / steps)
+            case "norm_relative":
+                rate = norm_relative(updated, self._norm)
+        length = relative_length(self._gradient, self.group_of_unit, self.groups)
+        self.mean_rate = torch.where(decaying, self.smoothing * self.mean_rate + (1 - self.smoothing) * rate, 0.0)
+        self.mean_length = torch.where(decaying, self.smoothing * self.mean_length + (1 - self.smoothing) * length, 0.0)
+        correction = 1 - self.smoothing ** age.clamp_min(1)
+        escapes, long = self.mean_rate > self.rate * correction, self.mean_length > self.length * correction
+        resists = (escapes & long) if self.combine == "and" else (escapes | long)
+        resists &= decaying & (age > self.start * steps)
+        self.hits = torch.where(resists, self.hits + 1, 0)
+        return self.hits >= self.hits_needed
+
+    def select(self, survivors: Tensor) -> None:
+        """Keep the state of these units only. survivors: (kept,) indices."""
+        self.mean_rate, self.mean_length = self.mean_rate[survivors], self.mean_length[survivors]
+        self.hits = self.hits[survivors]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"mean_rate": self.mean_rate, "mean_length": self.mean_length, "hits": self.hits}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device = self.group_of_unit.device
+        self.mean_rate, self.mean_length = state["mean_rate"].to(device), state["mean_length"].to(device)
+        self.hits = state["hits"].to(device)
