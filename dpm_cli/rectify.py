@@ -84,7 +84,9 @@ class Rectifier:
         if self.criterion == "norm_per_update":
             self._weights = [weight.clone() for weight in weights]
 
-    def judge(self, units: Units, updated: Tensor, decaying: Tensor, age: Tensor, initial: Tensor, steps: int) -> Tensor:
+    def judge(
+        self, units: Units, updated: Tensor, decaying: Tensor, age: Tensor, initial: Tensor, steps: int
+    ) -> Tensor:
         """(units,) which decaying units training fights for.
 
         updated: (units,) norms after the optimizer's step. age: (units,) steps of decay including this one.

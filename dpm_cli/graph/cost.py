@@ -47,7 +47,9 @@ class Cost:
 
     def survivors(self, alive: Flags) -> "Cost":
         """The cost of the network that is left, as a function of its own units."""
-        return Cost(self.fixed, self.incidence[:, np.flatnonzero(alive)], self.mac_terms, self.parameter_terms, self.batch)
+        return Cost(
+            self.fixed, self.incidence[:, np.flatnonzero(alive)], self.mac_terms, self.parameter_terms, self.batch
+        )
 
 
 def build_cost(

@@ -109,11 +109,11 @@ class Groups:
             start += group.size
         lost = np.asarray(self.cost.incidence[:, np.flatnonzero(~alive)].sum(1)).ravel().astype(np.int64)
         cost = replace(self.cost.survivors(alive), fixed=self.cost.fixed + lost)
-        kept = [Kept(layer, unwanted[i]) for i, group in enumerate(self.groups) if i in unwanted for layer in group.layers]
+        kept = [
+            Kept(layer, unwanted[i]) for i, group in enumerate(self.groups) if i in unwanted for layer in group.layers
+        ]
         slices = tuple(replace(part, units=number[part.units]) for part in self.slices)
-        return replace(
-            self, groups=tuple(groups), slices=slices, units=left, cost=cost, kept=self.kept + tuple(kept)
-        )
+        return replace(self, groups=tuple(groups), slices=slices, units=left, cost=cost, kept=self.kept + tuple(kept))
 
 
 def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -> Groups:
@@ -224,7 +224,9 @@ def _build(
     spare = sum(p.numel() for name, p in model.named_parameters() if name not in parameters)
     terms.append(parameter_term((spare,), {}))
     return Groups(
-        groups=tuple(_name_groups(group_of, slices, made_tensors={owner.tensor for owner in ties.owners if made[owner.start]})),
+        groups=tuple(
+            _name_groups(group_of, slices, made_tensors={owner.tensor for owner in ties.owners if made[owner.start]})
+        ),
         slices=tuple(slices),
         units=units,
         kept=_explain_kept(ties, components, made, reasons),

@@ -170,9 +170,7 @@ def _matmul(ties: Ties, shape: tuple[int, ...], left: Value, right: Value) -> Va
     else:
         ties.keep_axis(left, -1, "contracted with a fixed axis")
         ties.keep_axis(right, -2, "contracted with a fixed axis")
-    outer = _elementwise(
-        ties, shape, [left.collapsed(left.rank - 1), right.collapsed(right.rank - 2)], zero="any"
-    )
+    outer = _elementwise(ties, shape, [left.collapsed(left.rank - 1), right.collapsed(right.rank - 2)], zero="any")
     ties.cost(1, *_sizes(outer, range(outer.rank)), *_sizes(left, [left.rank - 1]))
     return outer
 
@@ -597,7 +595,9 @@ def _reshape_block(
         ties.keep(labels, "its axis vanishes in a view")
         return {}
     if any(not keep and size > 1 for keep, size in zip(varies, target)):
-        zero = np.broadcast_to(zero.all(tuple(k for k, keep in enumerate(varies) if not keep), keepdims=True), ids.shape)
+        zero = np.broadcast_to(
+            zero.all(tuple(k for k, keep in enumerate(varies) if not keep), keepdims=True), ids.shape
+        )
     block = Labels(ids[index], zero[index])
     if len(moved) > 1:
         # An axis split in several must stay rectangular: the same trailing index goes everywhere.

@@ -49,7 +49,9 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises dozens of types for what a model's code may do
         reason = _first_line(error)
-        raise UnsupportedModelError(f"the model cannot be exported to a graph, so it cannot be analysed: {reason}") from None
+        raise UnsupportedModelError(
+            f"the model cannot be exported to a graph, so it cannot be analysed: {reason}"
+        ) from None
     finally:
         for module, mode in modes.items():
             module.training = mode
@@ -142,7 +144,9 @@ def _call(node: torch.fx.Node, ties: Ties, values: Mapping[torch.fx.Node, Any]) 
     return out if isinstance(meta, Tensor) or not isinstance(out, Value) else [out]
 
 
-def _in_schema_order(target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+def _in_schema_order(
+    target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[Any, ...]:
     filled = list(args)
     for argument in target._schema.arguments[len(args) :]:
         filled.append(kwargs.get(argument.name, argument.default_value))

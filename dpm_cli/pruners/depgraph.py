@@ -32,9 +32,7 @@ class GroupNorm:
         weights = [model.get_parameter(part.tensor) for part in parts]
         # Depthwise rows are not counted, as in the reference; vectors count only as normalisation weights.
         chosen = [
-            (part, weight)
-            for part, weight in zip(parts, weights)
-            if (part.role is Role.NORM) == (weight.dim() == 1)
+            (part, weight) for part, weight in zip(parts, weights) if (part.role is Role.NORM) == (weight.dim() == 1)
         ]
         self.parameters = [weight for _, weight in chosen]
         self._axes = [part.axis for part, _ in chosen]

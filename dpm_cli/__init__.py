@@ -1,0 +1,1 @@
+"""Prune a trained PyTorch vision model with the Decay Pruning Method and export verified files."""

@@ -1,0 +1,327 @@
+"""The public functions. Each takes a recipe and returns plain values; nothing here prints."""
+
+import copy
+import json
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpm_cli.budget import cost_of, find_floors
+from dpm_cli.data import Splits, load_data
+from dpm_cli.engine.device import choose_device
+from dpm_cli.engine.evaluate import Score, evaluate as score_runner, evaluate_module
+from dpm_cli.engine.learner import Learner
+from dpm_cli.engine.checkpoint import remove_checkpoints
+from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.step import LossMeter
+from dpm_cli.errors import OutputError, RunError
+from dpm_cli.export import export_model, open_exported
+from dpm_cli.files import prepare_output, write_atomic
+from dpm_cli.graph import find_groups
+from dpm_cli.measure import count_bytes, count_macs, count_parameters, measure_latency
+from dpm_cli.models import build, load_model, load_slim
+from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
+from dpm_cli.report import Event, ExportedFile, Milliseconds, Report
+from dpm_cli.run import EXPORT_NAMES, Run, augmentation
+
+AnyRecipe = Recipe | str | Path | Mapping[str, Any]
+OnEvent = Callable[[Event], None] | None
+
+
+def prune(
+    model: nn.Module | str | Path,
+    recipe: AnyRecipe,
+    *,
+    output: str | Path = "out",
+    device: str = "auto",
+    resume: bool = False,
+    overwrite: bool = False,
+    trust_pickle: bool = False,
+    on_event: OnEvent = None,
+    should_stop: Callable[[], bool] | None = None,
+) -> Report:
+    """Prune a trained model to the recipe's target; write slim.pt, the exports and the report into `output`.
+
+    model: a file, or a module of the recipe's architecture (any module, if its code can be given again to `load`).
+    should_stop: asked after every step; when true the run writes a checkpoint and raises Interrupted.
+    Raises a DpmError whose message is one line and whose `exit_code` is the command line's.
+    """
+    recipe, folder = _resolve(recipe), Path(output)
+    if resume and (folder / "report.json").exists() and not (folder / "checkpoint.pt").exists():
+        return _earlier_report(folder, recipe)
+    torch_device = choose_device(device)
+    precision = choose_precision(recipe.precision, torch_device)
+    module, arch = _load(model, recipe, trust_pickle)
+    prepare_output(folder, overwrite=overwrite, resume=resume)
+    if not resume:
+        remove_checkpoints(folder)
+    run = Run(
+        module,
+        recipe,
+        load_splits(recipe, torch_device),
+        arch=arch,
+        output=folder,
+        device=torch_device,
+        precision=precision,
+        should_stop=should_stop or (lambda: False),
+    )
+    for event in run.events(resume=resume):
+        if on_event:
+            on_event(event)
+    return run.report
+
+
+def train(
+    recipe: AnyRecipe,
+    *,
+    output: str | Path = "model.pt",
+    model: str | Path | None = None,
+    device: str = "auto",
+    overwrite: bool = False,
+    trust_pickle: bool = False,
+    on_event: OnEvent = None,
+) -> dict[str, Any]:
+    """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file."""
+    recipe, path, started = _resolve(recipe), Path(output), time.monotonic()
+    if path.exists() and not overwrite:
+        raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
+    if not path.parent.is_dir():
+        raise OutputError(f"{path.parent} is not a folder: create it, or choose another --output")
+    torch_device = choose_device(device)
+    precision = choose_precision(recipe.precision, torch_device)
+    torch.manual_seed(recipe.seed)
+    spec = recipe.model
+    module = (
+        build(spec.arch, classes=spec.classes, shape=spec.input)
+        if model is None
+        else _load(model, recipe, trust_pickle)[0]
+    )
+    splits = load_splits(recipe, torch_device)
+    module = module.to(torch_device).train()
+    to_fast_layout_(module)
+    training, batch = recipe.dense or recipe.train, recipe.data.batch
+    per_epoch = max(1, len(splits.train) // batch)
+    learner = Learner(
+        module,
+        precision=precision,
+        steps=training.epochs * per_epoch,
+        steps_per_epoch=per_epoch,
+        seed=recipe.seed,
+        **training.model_dump(exclude={"epochs"}),
+    )
+    tell = on_event or (lambda event: None)
+    tell({"event": "stage", "name": "dense"})
+    validation: Score | None = None
+    for epoch in range(training.epochs):
+        meter, epoch_started = LossMeter(torch_device), time.monotonic()
+        batches = splits.train.batches(
+            batch, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=len(splits.train) >= batch
+        )
+        for step, (images, labels) in enumerate(batches, epoch * per_epoch):
+            meter.add_(learner.step_(images, labels, step=step), images=len(labels), step=step)
+            place = {"step": step + 1, "steps": learner.steps, "epoch": epoch + 1, "epochs": training.epochs}
+            tell({"event": "step", "stage": "dense"} | place)
+        reading = meter.read()
+        if reading.first_bad_step is not None:
+            raise RunError(f"the loss is not finite at step {reading.first_bad_step}: lower the learning rate")
+        if len(splits.validation):
+            validation = evaluate_module(module, splits.validation, batch=batch * 4, precision=precision)
+        seconds = time.monotonic() - epoch_started
+        tell(
+            {
+                "event": "epoch",
+                "stage": "dense",
+                "epoch": epoch + 1,
+                "epochs": training.epochs,
+                "step": (epoch + 1) * per_epoch,
+                "loss": reading.mean,
+                "validation_accuracy": validation.accuracy if validation else None,
+                "lr": learner.learning_rate((epoch + 1) * per_epoch - 1),
+                "images_per_second": reading.images / seconds,
+                "seconds": seconds,
+            }
+        )
+    test = evaluate_module(module, splits.test, batch=batch * 4)
+    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+    write_atomic(path, lambda temporary: torch.save(weights, temporary))
+    return {
+        "path": str(path),
+        "arch": spec.arch,
+        "accuracy": test.accuracy,
+        "loss": test.loss,
+        "validation_accuracy": validation.accuracy if validation else None,
+        "epochs": training.epochs,
+        "params": count_parameters(module),
+        "bytes": path.stat().st_size,
+        "seconds": round(time.monotonic() - started, 2),
+        "seed": recipe.seed,
+        "device": str(torch_device),
+        "precision": precision.name,
+    }
+
+
+def evaluate(
+    file: str | Path, recipe: AnyRecipe, *, device: str = "auto", trust_pickle: bool = False, latency: bool = True
+) -> dict[str, Any]:
+    """Test accuracy, cost, size and latency (batch 1) of a dense, slim, TorchScript or ONNX file."""
+    recipe, path = _resolve(recipe), Path(file)
+    batch = recipe.data.batch * 4
+    result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
+    if _is_exported(path):
+        runner: Any = open_exported(path)
+        splits = load_splits(recipe, torch.device("cpu"))
+        score = score_runner(runner, splits.test, batch=batch)
+        name = {"onnx": "onnxruntime"}.get(runner.format, runner.format)
+        result |= {"kind": runner.format, "bytes": path.stat().st_size}
+    else:
+        torch_device = choose_device(device)
+        loaded = load_model(
+            path,
+            arch=recipe.model.arch,
+            classes=recipe.model.classes,
+            shape=recipe.model.input,
+            trust_pickle=trust_pickle,
+        )
+        runner, name = loaded.module, "torch"
+        splits = load_splits(recipe, torch_device)
+        score = evaluate_module(copy.deepcopy(runner).to(torch_device), splits.test, batch=batch)
+        example = torch.zeros(1, *recipe.model.input)
+        result |= {
+            "kind": "slim" if loaded.edits else "dense",
+            "macs": count_macs(runner, example, recipe.counter),
+            "params": count_parameters(runner),
+            "bytes": count_bytes(runner),
+        }
+    result |= {"accuracy": score.accuracy, "loss": score.loss, "images": score.images, "latency": {}}
+    if latency:
+        image, _ = next(splits.test.batches(1, seed=0, epoch=0, augment=None))
+        measured = measure_latency(runner, image.cpu())
+        result["latency"] = {name: {"median": measured.median_ms, "low": measured.low_ms, "high": measured.high_ms}}
+    return result
+
+
+def export(
+    slim: str | Path,
+    *,
+    formats: Sequence[str] = ("torchscript", "onnx"),
+    output: str | Path = ".",
+    overwrite: bool = False,
+    arch: str | None = None,
+) -> list[ExportedFile]:
+    """Export a slim.pt again, without the run that made it. arch: needed for architectures of your own code."""
+    loaded, folder = load_slim(Path(slim), arch), Path(output)
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+    paths = {format: folder / EXPORT_NAMES[format] for format in formats}
+    for path in paths.values():
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
+    metadata = {
+        "arch": loaded.arch or "",
+        "classes": str(loaded.classes),
+        "mean": json.dumps(loaded.mean),
+        "std": json.dumps(loaded.std),
+        "input": json.dumps(loaded.shape),
+        "dpm_recipe": str(loaded.report.get("recipe_hash", "")),
+    }
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *loaded.shape, generator=generator)
+    exported = []
+    for format, path in paths.items():
+        made = export_model(loaded.module, image, format=format, path=path, metadata=metadata)  # type: ignore[arg-type]
+        exported.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
+    return exported
+
+
+def inspect(model: nn.Module | str | Path, recipe: AnyRecipe, *, trust_pickle: bool = False) -> dict[str, Any]:
+    """The plan without training: groups, what stays whole and why, and what can be reached."""
+    recipe = _resolve(recipe)
+    module, arch = _load(model, recipe, trust_pickle)
+    prune = recipe.prune
+    groups = find_groups(module, torch.zeros(2, *recipe.model.input), prune.keep)
+    floors = find_floors(groups, round_to=prune.round_to, min_keep=prune.min_keep)
+    alive = np.ones(groups.units, bool)
+    lowest = floors.lowest(groups)
+    kinds = ("macs", "params", "channels")
+    dense = {kind: cost_of(groups.cost, kind, alive) for kind in kinds}
+    achievable = {kind: [cost_of(groups.cost, kind, lowest), dense[kind]] for kind in kinds}
+    kind, amount = prune.target.kind, prune.target.amount
+    limit = int(dense[kind] * amount) if amount < 1 else int(amount)
+    return {
+        "arch": arch,
+        "dense": dense,
+        "achievable": achievable,
+        "target": {
+            "kind": kind,
+            "asked": amount,
+            "limit": limit,
+            "achievable": achievable[kind][0] <= limit < dense[kind],
+        },
+        "groups": [
+            {"name": group.name, "layers": list(group.layers), "units": group.size, "lowest": units}
+            for group, units in zip(groups, floors.units.tolist())
+        ],
+        "kept": [{"layer": kept.layer, "reason": kept.reason} for kept in groups.kept],
+    }
+
+
+def load_splits(recipe: Recipe, device: torch.device) -> Splits:
+    """The recipe's dataset, on the device if it fits."""
+    data = recipe.data.model_dump(exclude={"batch", "augment"})
+    return load_data(
+        data.pop("name"),
+        **data,
+        shape=recipe.model.input,
+        classes=recipe.model.classes,
+        seed=recipe.seed,
+        device=device,
+    )
+
+
+def _resolve(recipe: AnyRecipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return parse_recipe(dict(recipe)) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
+def _load(model: nn.Module | str | Path, recipe: Recipe, trust_pickle: bool) -> tuple[nn.Module, str | None]:
+    """A module in eval mode on the CPU, and its architecture's name if the recipe's name can build it."""
+    spec = recipe.model
+    if isinstance(model, nn.Module):
+        module = copy.deepcopy(model).cpu().eval()
+        return module, spec.arch if _is_built_by(module, recipe) else None
+    loaded = load_model(model, arch=spec.arch, classes=spec.classes, shape=spec.input, trust_pickle=trust_pickle)
+    return loaded.module, spec.arch
+
+
+def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether the recipe's architecture is this module's."""
+    with torch.random.fork_rng(devices=[]):
+        built = build(recipe.model.arch, classes=recipe.model.classes, shape=recipe.model.input)
+    shapes = ({name: tensor.shape for name, tensor in network.state_dict().items()} for network in (built, module))
+    return type(built) is type(module) and next(shapes) == next(shapes)
+
+
+def _is_exported(path: Path) -> bool:
+    try:
+        open_exported(path)
+    except OSError:
+        return False
+    except Exception:
+        return False
+    return True
+
+
+def _earlier_report(folder: Path, recipe: Recipe) -> Report:
+    try:
+        report = Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise OutputError(f"{folder / 'report.json'} is not a report: {error}; start anew with --overwrite") from None
+    if report.recipe_hash != recipe.hash:
+        raise OutputError(f"{folder} holds a finished run of another recipe: choose another folder, or --overwrite")
+    return report

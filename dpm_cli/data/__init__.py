@@ -1,0 +1,8 @@
+"""Datasets as tensors on the device, or streamed; batches that (seed, epoch, index) alone decide."""
+
+from dpm_cli.data.augment import Augmentation
+from dpm_cli.data.load import load_data
+from dpm_cli.data.splits import Images, Split, Splits
+from dpm_cli.data.streamed import Streamed
+
+__all__ = ["Augmentation", "Images", "Split", "Splits", "Streamed", "load_data"]

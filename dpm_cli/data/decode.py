@@ -1,0 +1,118 @@
+"""Image files -> uint8 arrays, in worker processes where that pays."""
+
+import os
+import warnings
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageOps
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from dpm_cli.data.augment import find_boxes
+from dpm_cli.data.splits import Shape
+from dpm_cli.errors import DataError
+
+Pixels = NDArray[np.uint8]
+
+WORTH_WORKERS = 16 << 20  # bytes of image files; below, starting processes takes longer than decoding
+CHUNK = 256  # images that a worker hands over at once
+MODES = {1: "L", 3: "RGB"}
+
+
+def open_image(path: str, channels: int) -> Image.Image:
+    """Decode a file completely. Raises DataError naming the file."""
+    try:
+        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # about EXIF data and palettes
+            mode = image.mode
+            decoded = image.convert(MODES[channels])
+    except Exception as error:  # damaged files make PIL raise nearly anything, SyntaxError included
+        reason = " ".join(str(error).split())[:200]
+        raise DataError(f"{path} is not a readable image ({reason}); repair or remove it") from None
+    if mode[0] in "IF":  # PIL clips these to white without a word
+        raise DataError(f"{path} has more than 8 bits per pixel (mode {mode}); convert it to 8 bits")
+    return decoded
+
+
+def decode(path: str, shape: Shape, box: Tensor | None = None) -> Pixels:
+    """An image file as (C, H, W): scaled by its short side and cropped at the centre, or the part that `box` draws.
+
+    `box` (4,) holds the draws of a resized crop; it is cut from the full size, so no detail is lost before.
+    """
+    channels, height, width = shape
+    image = open_image(path, channels)
+    if box is not None:
+        top, left, tall, wide = find_boxes(box[None], image.height, image.width)[0].tolist()
+        # float32 may reach over the border by a rounding error, which PIL refuses
+        part = (left, top, min(left + wide, image.width), min(top + tall, image.height))
+        image = image.resize((width, height), Image.Resampling.BILINEAR, box=part)
+    elif image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    pixels: Pixels = np.asarray(image)
+    return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def decode_batches(
+    paths: Sequence[str], shape: Shape, batches: list[list[int]], *, workers: int, boxes: Tensor | None = None
+) -> Iterator[Pixels]:
+    """Yield the images of each batch of indexes as one array (B, C, H, W), decoded in `workers` processes.
+
+    `boxes` (N, 4) are the draws of resized crops, one per path. Raises DataError naming a file that cannot be read.
+    """
+    loader: DataLoader[Pixels | DataError] = DataLoader(
+        _Files(paths, shape, boxes),
+        batch_sampler=batches,
+        num_workers=min(workers, _count_cores(), len(batches)),
+        collate_fn=_stack,
+        generator=torch.Generator(),  # else it draws from the global one, and a resumed run would differ
+    )
+    try:
+        for decoded in loader:
+            if isinstance(decoded, DataError):
+                raise decoded
+            yield decoded
+    except RuntimeError as error:
+        if "DataLoader worker" not in str(error):
+            raise
+        raise DataError("a process that decodes images was killed, maybe for its memory; lower data.workers") from None
+
+
+def decode_all(paths: Sequence[str], shape: Shape, *, workers: int, encoded_bytes: int) -> Pixels:
+    """All files, `encoded_bytes` together, as (N, C, H, W). Raises DataError naming a file that cannot be read."""
+    pixels = np.empty((len(paths), *shape), dtype=np.uint8)
+    chunks = [list(range(first, min(first + CHUNK, len(paths)))) for first in range(0, len(paths), CHUNK)]
+    workers = workers if encoded_bytes >= WORTH_WORKERS else 0
+    for chunk, decoded in zip(chunks, decode_batches(paths, shape, chunks, workers=workers)):
+        pixels[chunk[0] : chunk[-1] + 1] = decoded
+    return pixels
+
+
+class _Files(Dataset[Pixels | DataError]):
+    """Image files by index. Errors are returned: raised in a worker, they would arrive wrapped in a traceback."""
+
+    def __init__(self, paths: Sequence[str], shape: Shape, boxes: Tensor | None) -> None:
+        self.paths, self.shape, self.boxes = paths, shape, boxes
+
+    def __getitem__(self, index: int) -> Pixels | DataError:
+        try:
+            return decode(self.paths[index], self.shape, None if self.boxes is None else self.boxes[index])
+        except DataError as error:
+            return error
+
+
+def _count_cores() -> int:
+    """The cores that this process may use; more decoding processes than that gain nothing."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _stack(images: list[Pixels | DataError]) -> Pixels | DataError:
+    """One array (B, C, H, W), or the first error.
+
+    An array, not a tensor: tensors travel through /dev/shm, which is too small in many containers.
+    """
+    for image in images:
+        if isinstance(image, DataError):
+            return image
+    return np.stack([image for image in images if not isinstance(image, DataError)])

@@ -1,0 +1,141 @@
+"""An image folder -> its files and labels, in an order that is the same everywhere."""
+
+import hashlib
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpm_cli.data.splits import Shape
+from dpm_cli.errors import DataError
+
+EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
+LAYOUT = "<class>/*.jpg"
+TEST_PART = 10  # without test images, one in so many of each class
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One image file. `size` in bytes and `modified` in nanoseconds tell a changed file from the old one."""
+
+    name: str  # relative to the listing's folder, with forward slashes
+    label: int
+    size: int
+    modified: int
+
+
+@dataclass(frozen=True)
+class Listing:
+    """The image files of one split, sorted by class and name."""
+
+    folder: Path
+    entries: tuple[Entry, ...]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    @property
+    def paths(self) -> tuple[str, ...]:
+        return tuple(f"{self.folder}/{entry.name}" for entry in self.entries)
+
+    @property
+    def labels(self) -> Tensor:
+        return torch.tensor([entry.label for entry in self.entries], dtype=torch.int64)  # (N,)
+
+    @property
+    def encoded_bytes(self) -> int:
+        return sum(entry.size for entry in self.entries)
+
+    def select(self, index: Tensor) -> "Listing":
+        """The files of `index` (M,), in that order."""
+        return Listing(self.folder, tuple(self.entries[i] for i in index.tolist()))
+
+    def fingerprint(self, shape: Shape) -> str:
+        """Changes with any file's name, size or time, with the folder and with the decoded shape."""
+        text = hashlib.blake2b(repr((1, str(self.folder.resolve()), shape)).encode(), digest_size=16)
+        for entry in self.entries:
+            text.update(repr((entry.name, entry.size, entry.modified)).encode())
+        return text.hexdigest()
+
+
+def list_folder(root: Path, classes: int) -> tuple[Listing, Listing | None, tuple[str, ...]]:
+    """Training images, test images or None, and class names of `root`.
+
+    Layouts: `root/train/<class>/*` with `root/test/<class>/*` (or `val`), or `root/<class>/*` alone.
+    Raises DataError that names the folder and the layout, or the classes that do not fit.
+    """
+    try:
+        return _list_layout(root, classes)
+    except OSError as error:
+        raise DataError(f"data.root {root} cannot be read: {error}; repair it or its permissions") from None
+
+
+def _list_layout(root: Path, classes: int) -> tuple[Listing, Listing | None, tuple[str, ...]]:
+    layout = f"expected {root}/train/{LAYOUT} and {root}/test/{LAYOUT}"
+    if not root.is_dir():
+        raise DataError(f"data.root {root} is not a folder; {layout}")
+    train = root / "train" if (root / "train").is_dir() else root
+    names = _class_folders(train)
+    if not names:
+        raise DataError(f"{train} has no class folders; {layout}")
+    if len(names) != classes:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        raise DataError(f"{train} has {len(names)} class folders ({shown}) but model.classes is {classes}")
+    test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None) if train != root else None
+    if test is None:
+        return _list_split(train, names), None, names
+    if (found := _class_folders(test)) != names:
+        odd = sorted(set(found) ^ set(names))
+        raise DataError(f"the class folders of {test} differ from those of {train}: {', '.join(odd[:5])}")
+    return _list_split(train, names), _list_split(test, names), names
+
+
+def hold_out_test(listing: Listing) -> tuple[Listing, Listing]:
+    """Split off a tenth of each class as test images; the same ones for ever, whatever the seed.
+
+    Else a model trained with one seed would meet its training images when tested with another. Names are hashed, so
+    new files move few of the old ones. Raises DataError for a class of one image.
+    """
+    by_class: dict[int, list[int]] = {}
+    for index, entry in enumerate(listing.entries):
+        by_class.setdefault(entry.label, []).append(index)
+    held: set[int] = set()
+    for members in by_class.values():
+        if len(members) == 1:
+            file = listing.paths[members[0]]
+            raise DataError(f"{file} is the only image of its class, so none is left to test on; add more")
+        members.sort(key=lambda index: hashlib.blake2b(os.fsencode(listing.entries[index].name)).digest())
+        held.update(members[: max(1, len(members) // TEST_PART)])
+    is_held = torch.tensor([index in held for index in range(len(listing))])
+    return listing.select((~is_held).nonzero()[:, 0]), listing.select(is_held.nonzero()[:, 0])
+
+
+def _class_folders(folder: Path) -> tuple[str, ...]:
+    return tuple(sorted(path.name for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")))
+
+
+def _list_split(folder: Path, names: Sequence[str]) -> Listing:
+    entries: list[Entry] = []
+    for label, name in enumerate(names):
+        found = sorted(_walk(folder / name, name, label), key=lambda entry: entry.name)
+        if not found:
+            raise DataError(f"class folder {folder / name} has no images; known endings: {' '.join(EXTENSIONS)}")
+        entries += found
+    return Listing(folder, tuple(entries))
+
+
+def _walk(folder: Path, prefix: str, label: int) -> Iterator[Entry]:
+    """Image files below `folder`, without hidden ones such as macOS leaves behind."""
+    with os.scandir(folder) as items:
+        for item in items:
+            name = f"{prefix}/{item.name}"
+            if item.name.startswith("."):
+                continue
+            if item.is_dir():
+                yield from _walk(Path(item.path), name, label)
+            elif item.name.lower().endswith(EXTENSIONS):
+                status = item.stat()
+                yield Entry(name, label, status.st_size, status.st_mtime_ns)

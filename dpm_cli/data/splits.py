@@ -1,0 +1,110 @@
+"""Splits of a dataset: images in memory, and the interface they share with streamed ones."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from dpm_cli.data.augment import Augmentation, draw_epoch, finish, normalise
+
+Shape = tuple[int, int, int]  # channels, height, width
+Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32 normalised, labels (B,) int64; both on the device
+
+
+class Split(Protocol):
+    """A set of labelled images that can be visited in batches."""
+
+    def __len__(self) -> int: ...
+
+    def batches(
+        self,
+        batch: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: Augmentation | None,
+        start: int = 0,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """Visit every image once, `batch` at a time; the last batch may be smaller unless `drop_last`.
+
+        With `augment=None` in order and unchanged, for evaluation; else shuffled and augmented as (seed, epoch, index)
+        alone decide. `start` skips that many batches without computing them and changes none of those that follow.
+        Raises DataError, before the first batch, for an augmentation that is too large for the images.
+        """
+        ...
+
+    def select(self, index: Tensor) -> "Split":
+        """The images of `index` (M,), a CPU tensor, in that order."""
+        ...
+
+    def to(self, device: torch.device) -> "Split":
+        """The same images, with their batches on `device`."""
+        ...
+
+
+@dataclass(frozen=True)
+class Images:
+    """One split in memory, on its device."""
+
+    pixels: Tensor  # (N, C, H, W) uint8
+    labels: Tensor  # (N,) int64
+    mean: Tensor  # (C,) of pixels in [0, 1]
+    std: Tensor  # (C,)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    def batches(
+        self,
+        batch: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: Augmentation | None,
+        start: int = 0,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """See `Split.batches`."""
+        device = self.pixels.device
+        if augment is None:
+            parts = split_order(torch.arange(len(self), device=device), batch, start=start, drop_last=drop_last)
+            return ((normalise(self.pixels[part], self.mean, self.std), self.labels[part]) for part in parts)
+        height, width = self.pixels.shape[-2:]
+        order, draws = draw_epoch(len(self), augment, height=height, width=width, seed=seed, epoch=epoch)
+        draws = draws.to(device)  # once per epoch, so that no step waits for a copy
+        parts = split_order(order.to(device), batch, start=start, drop_last=drop_last)
+        return (
+            (finish(self.pixels[part], draws.of(part), augment, mean=self.mean, std=self.std), self.labels[part])
+            for part in parts
+        )
+
+    def select(self, index: Tensor) -> "Images":
+        index = index.to(self.pixels.device)
+        return Images(self.pixels[index], self.labels[index], self.mean, self.std)
+
+    def to(self, device: torch.device) -> "Images":
+        return Images(self.pixels.to(device), self.labels.to(device), self.mean.to(device), self.std.to(device))
+
+
+@dataclass(frozen=True)
+class Splits:
+    """A dataset, ready for training and evaluation."""
+
+    train: Split
+    validation: Split  # held out of the training images, for every decision; may be empty
+    test: Split  # for the last measurement only
+    classes: int
+    shape: Shape
+    names: tuple[str, ...]  # of the classes, by label
+    mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
+    std: tuple[float, ...]
+    test_held_out: bool = False  # the folder has no test images: a fixed tenth of the training images serves
+
+
+def split_order(order: Tensor, batch: int, *, start: int, drop_last: bool) -> list[Tensor]:
+    """Cut the visiting order (N,) into batches of indexes, from batch `start` on."""
+    end = len(order) // batch * batch if drop_last else len(order)
+    return [order[first : min(first + batch, end)] for first in range(start * batch, end, batch)]

@@ -1,0 +1,61 @@
+"""A split that does not fit in memory: files decoded batch by batch in worker processes, augmented on the device."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from dpm_cli.data.augment import Augmentation, Draws, draw_epoch, finish
+from dpm_cli.data.decode import decode_batches
+from dpm_cli.data.splits import Batch, Shape, split_order
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """One split on disk. Yields what `Images` would, but cuts resized crops from the files' full size."""
+
+    paths: tuple[str, ...]  # N image files
+    labels: Tensor  # (N,) int64, on the device that gets the batches
+    shape: Shape
+    mean: Tensor  # (C,) of pixels in [0, 1], on the device
+    std: Tensor  # (C,)
+    workers: int  # decoding processes; 0: in this one
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def batches(
+        self,
+        batch: int,
+        *,
+        seed: int,
+        epoch: int,
+        augment: Augmentation | None,
+        start: int = 0,
+        drop_last: bool = False,
+    ) -> Iterator[Batch]:
+        """See `Split.batches`. Raises DataError, while iterating, naming a file that cannot be read."""
+        _, height, width = self.shape
+        order, draws = torch.arange(len(self)), Draws(None, None, None, None)
+        if augment is not None:
+            order, draws = draw_epoch(len(self), augment, height=height, width=width, seed=seed, epoch=epoch)
+        parts = split_order(order, batch, start=start, drop_last=drop_last)
+        return self._decode(parts, draws, augment or Augmentation())
+
+    def _decode(self, parts: list[Tensor], draws: Draws, augment: Augmentation) -> Iterator[Batch]:
+        device = self.labels.device
+        indexes = [part.tolist() for part in parts]
+        arrays = decode_batches(self.paths, self.shape, indexes, workers=self.workers, boxes=draws.box)
+        draws = replace(draws, box=None).to(device)  # the workers have done the boxes
+        for part, array in zip(parts, arrays):
+            part, pixels = part.to(device), torch.from_numpy(array).to(device)
+            yield finish(pixels, draws.of(part), augment, mean=self.mean, std=self.std), self.labels[part]
+
+    def select(self, index: Tensor) -> "Streamed":
+        """The files of `index` (M,), a CPU tensor, in that order."""
+        paths = tuple(self.paths[i] for i in index.tolist())
+        return replace(self, paths=paths, labels=self.labels[index.to(self.labels.device)])
+
+    def to(self, device: torch.device) -> "Streamed":
+        return replace(self, labels=self.labels.to(device), mean=self.mean.to(device), std=self.std.to(device))

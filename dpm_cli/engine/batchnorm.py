@@ -1,0 +1,78 @@
+"""BatchNorm statistics anew, exactly: of all the given batches together rather than a fading average of recent ones.
+
+As PreciseBN (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", §3), with the spread between batches counted in.
+"""
+
+from collections.abc import Iterator
+from itertools import islice
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from dpm_cli.engine.precision import Precision
+
+
+class _Pool:
+    """Mean and variance of everything one layer saw, merged batch by batch in fp64 (Chan et al. 1979)."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self.count = 0
+        self.mean = torch.zeros_like(_tensor(layer.running_mean), dtype=torch.float64)  # (channels,)
+        self.squares = torch.zeros_like(self.mean)  # (channels,) around the mean
+
+    def add_(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
+        """A forward hook; with momentum 1 the running statistics are those of this batch."""
+        assert isinstance(layer, _BatchNorm)
+        mean, variance = _tensor(layer.running_mean).double(), _tensor(layer.running_var).double()
+        count = inputs[0].numel() // inputs[0].shape[1]  # values per channel
+        merged = self.count + count
+        difference = mean - self.mean
+        self.squares += variance * (count - 1) + difference.square() * (self.count * count / merged)
+        self.mean += difference * (count / merged)
+        self.count = merged
+
+
+def recalibrate_batchnorm_(
+    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], *, count: int, precision: Precision
+) -> None:
+    """Replace running statistics by those of `count` training batches of two or more images; 0 changes nothing.
+
+    All other layers run in eval mode (no dropout). Frozen layers are left alone: those without running statistics, with
+    momentum 0, or in eval mode inside a model in train mode. Modes and momenta are restored.
+    """
+    layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and _adapts(module, model)]
+    if not layers:
+        return
+    modes = {module: module.training for module in model.modules()}
+    momenta = {layer: layer.momentum for layer in layers}
+    pools = {layer: _Pool(layer) for layer in layers}
+    hooks = [layer.register_forward_hook(pools[layer].add_) for layer in layers]
+    try:
+        model.eval()
+        for layer in layers:
+            layer.training, layer.momentum = True, 1.0
+        with torch.no_grad(), precision.autocast():
+            for images, _ in islice(batches, count):
+                model(images)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for layer, momentum in momenta.items():
+            layer.momentum = momentum
+        for module, mode in modes.items():
+            module.training = mode
+    for layer, pool in pools.items():
+        if pool.count > 1:
+            _tensor(layer.running_mean).copy_(pool.mean)
+            _tensor(layer.running_var).copy_(pool.squares / (pool.count - 1))
+
+
+def _adapts(layer: _BatchNorm, model: nn.Module) -> bool:
+    frozen = model.training and not layer.training
+    return layer.running_mean is not None and layer.track_running_stats and layer.momentum != 0 and not frozen
+
+
+def _tensor(buffer: Tensor | None) -> Tensor:
+    assert buffer is not None
+    return buffer

@@ -1,0 +1,136 @@
+"""Checkpoints that survive a kill, a full disk and a flipped bit.
+
+A file is one header (magic, SHA-256 of what follows) and a `torch.save` of plain values, so the checksum cannot get out
+of step with the data. The last two are kept, and at every moment at least one of them is whole.
+"""
+
+import hashlib
+import os
+import zipfile
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+import torch
+
+from dpm_cli.errors import RunError
+from dpm_cli.files import CHECKPOINT, write_atomic
+
+PREVIOUS = "checkpoint.previous.pt"
+MAGIC = b"DPMCKPT1"
+HEADER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
+
+
+class Checkpoint(NamedTuple):
+    """A verified state, and the damaged files that were passed over to find it."""
+
+    state: dict[str, Any]  # nested dicts and lists of tensors, numbers, strings; tensors on the CPU
+    path: Path
+    damaged: tuple[Path, ...]
+
+
+def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
+    """Write `state` as folder/checkpoint.pt; the one before it becomes checkpoint.previous.pt.
+
+    Raises RunError or OutputError when the disk is full or not writable; both older files are then untouched.
+    """
+
+    def write(temporary: Path) -> None:
+        _write_verified(temporary, state)
+        # Only now may the older one move; a damaged one must not replace the intact one before it.
+        if _is_intact(folder / CHECKPOINT):
+            os.replace(folder / CHECKPOINT, folder / PREVIOUS)
+
+    write_atomic(folder / CHECKPOINT, write)
+
+
+def load_checkpoint(folder: Path) -> Checkpoint | None:
+    """The newest intact checkpoint of a folder; none if there never was one. Raises RunError if all are damaged."""
+    damaged: list[Path] = []
+    for path in (folder / CHECKPOINT, folder / PREVIOUS):
+        if path.exists():
+            state = _read_verified(path)
+            if state is not None:
+                return Checkpoint(state, path, tuple(damaged))
+            damaged.append(path)
+    if damaged:
+        names = " and ".join(str(path) for path in damaged)
+        raise RunError(f"{names} cannot be read or fail their checksum; start again with --overwrite")
+    return None
+
+
+def remove_checkpoints(folder: Path) -> None:
+    """Call when the run is finished and its results are written."""
+    for name in (CHECKPOINT, PREVIOUS):
+        (folder / name).unlink(missing_ok=True)
+
+
+def capture_rng() -> dict[str, Any]:
+    """The states of torch's own generators (dropout draws from them): the CPU's, and each CUDA device's if in use."""
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
+    return {"cpu": torch.get_rng_state(), "cuda": cuda}
+
+
+def restore_rng(state: dict[str, Any]) -> None:
+    """Continue the streams of `capture_rng`; devices that are not there are passed over."""
+    torch.set_rng_state(state["cpu"])
+    if torch.cuda.is_available():
+        for index, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
+            torch.cuda.set_rng_state(cuda, index)
+
+
+class _HashingFile:
+    """A file that hashes what is written through it, so that no copy of the state is held in memory."""
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file = file
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: bytes) -> int:
+        self.sha256.update(data)
+        return self._file.write(data)
+
+    def flush(self) -> None:
+        self._file.flush()
+
+
+def _write_verified(path: Path, state: dict[str, Any]) -> None:
+    with path.open("wb") as file:
+        file.write(bytes(HEADER_BYTES))
+        hashing = _HashingFile(file)
+        torch.save(state, hashing)  # type: ignore[arg-type]  # sequential writes only
+        file.seek(0)
+        file.write(MAGIC + hashing.sha256.digest())
+
+
+def _is_intact(path: Path) -> bool:
+    try:
+        with path.open("rb") as file:
+            return _header_matches(file)
+    except OSError:
+        return False
+
+
+def _header_matches(file: IO[bytes]) -> bool:
+    """Compare the checksum; leaves the file at the start of the data."""
+    header = file.read(HEADER_BYTES)
+    digest = hashlib.sha256()
+    while block := file.read(1 << 20):
+        digest.update(block)
+    file.seek(HEADER_BYTES)
+    return header == MAGIC + digest.digest()
+
+
+def _read_verified(path: Path) -> dict[str, Any] | None:
+    """The state, or none if the file is damaged, foreign or unreadable. Nothing in it is executed."""
+    try:
+        with path.open("rb") as file:
+            if not _header_matches(file):
+                return None
+            with zipfile.ZipFile(file) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
+                    return None  # compressed entries: torch never writes them, a zip bomb does
+            file.seek(HEADER_BYTES)
+            state = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception:  # a stranger's file can carry a right checksum and still break the reader in any way
+        return None
+    return state if isinstance(state, dict) else None

@@ -1,0 +1,87 @@
+"""What training minimises: cross-entropy with soft or mixed labels and auxiliary heads, and distillation."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from dpm_cli.errors import UnsupportedModelError
+
+
+class Mixed(NamedTuple):
+    """A batch of blended images. Each is `share` of its own label and 1 - `share` of its partner's."""
+
+    images: Tensor  # (B, C, H, W)
+    labels: Tensor  # (B,)
+    partners: Tensor  # (B,)
+    share: float
+
+
+def mixup(images: Tensor, labels: Tensor, alpha: float, *, seed: int, step: int) -> Mixed:
+    """Blend every image with the next one of the batch (mixup, Zhang et al. 2018); share ~ Beta(alpha, alpha).
+
+    Depends on (seed, step) alone. The neighbour is as random as a permutation, since batches are shuffled.
+    """
+    if alpha <= 0:
+        return Mixed(images, labels, labels, 1.0)
+    share = float(np.random.default_rng((seed, step)).beta(alpha, alpha))
+    return Mixed(torch.lerp(images.roll(1, 0), images, share), labels, labels.roll(1, 0), share)
+
+
+def classification_loss(
+    outputs: object,
+    labels: Tensor,
+    *,
+    label_smoothing: float = 0.0,
+    partners: Tensor | None = None,
+    share: float = 1.0,
+) -> Tensor:
+    """Mean cross-entropy in fp32, plus 0.4 of one auxiliary head's (Inception v3) or 0.3 of each of two (GoogLeNet).
+
+    `partners` and `share`: mixed labels, as `mixup` returns them.
+    """
+    logits, auxiliary = _heads(outputs)
+    weight = 0.4 if len(auxiliary) == 1 else 0.3
+    total = torch.zeros((), device=logits.device)
+    for head, head_weight in [(logits, 1.0), *((head, weight) for head in auxiliary)]:
+        head = head.float()  # (B, classes)
+        loss = F.cross_entropy(head, labels, label_smoothing=label_smoothing)
+        if partners is not None and share < 1:
+            loss = share * loss + (1 - share) * F.cross_entropy(head, partners, label_smoothing=label_smoothing)
+        total = total + head_weight * loss
+    return total
+
+
+def distillation_loss(student: object, teacher: object, temperature: float) -> Tensor:
+    """T² · KL(teacher ‖ student) of outputs softened by `temperature`, mean over the batch (Hinton et al. 2015, §2)."""
+    student_log = F.log_softmax(main_output(student).float() / temperature, dim=1)  # (B, classes)
+    teacher_log = F.log_softmax(main_output(teacher).float().detach() / temperature, dim=1)  # (B, classes)
+    return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) * temperature**2
+
+
+def main_output(outputs: object) -> Tensor:
+    """The logits (B, classes) among whatever a model returned. Raises UnsupportedModelError."""
+    return _heads(outputs)[0]
+
+
+def _heads(outputs: object) -> tuple[Tensor, list[Tensor]]:
+    """The logits, and the logits of auxiliary heads (absent in eval mode)."""
+    match outputs:
+        case Tensor():
+            heads = [outputs]
+        case Mapping():
+            names = [key for key in outputs if isinstance(outputs[key], Tensor)]
+            main = next((key for key in ("logits", "out") if key in names), next(iter(names), None))
+            heads = [outputs[key] for key in [main, *(key for key in names if str(key).startswith("aux"))] if key]
+        case tuple() | list():
+            heads = [head for head in outputs if isinstance(head, Tensor)]
+        case _:
+            heads = []
+    if not heads or heads[0].dim() != 2:
+        shapes = [tuple(head.shape) for head in heads] or type(outputs).__name__
+        raise UnsupportedModelError(f"the model returns {shapes}; logits of shape (batch, classes) are expected")
+    # Only what is shaped like the logits can be a head; a feature map beside them is not.
+    return heads[0], [head for head in heads[1:] if head.shape == heads[0].shape]

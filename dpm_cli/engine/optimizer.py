@@ -1,0 +1,68 @@
+"""Optimizers, and their state by parameter name: it survives the removal of channels and loads without pickle.
+
+The implementation is PyTorch's default: parameter by parameter on CPU, "foreach" on CUDA. `fused=True` would save 0.5 %
+of a ResNet-56 step on CPU, but there it reads parameter, gradient and momentum as flat memory whatever their strides: a
+gradient in another layout than its channels-last weight is silently applied to the wrong elements.
+"""
+
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
+
+from dpm_cli.errors import RunError
+
+OptimizerState = dict[str, dict[str, Tensor | float]]
+
+
+def make_optimizer(
+    model: nn.Module,
+    *,
+    name: Literal["sgd", "adamw"],
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+) -> Optimizer:
+    """One group of all parameters that require gradients, in the order of their names in the model."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    match name:
+        case "sgd":
+            return SGD(parameters, lr, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay)
+        case "adamw":
+            return AdamW(parameters, lr, weight_decay=weight_decay)
+        case _:
+            assert_never(name)
+
+
+def optimizer_state(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
+    """Parameter name -> what the optimizer remembers of it. The tensors are the optimizer's own, not copies."""
+    return {
+        name: {key: value for key, value in optimizer.state[parameter].items() if value is not None}
+        for name, parameter in model.named_parameters()
+        if parameter in optimizer.state
+    }
+
+
+def restore_optimizer_state_(optimizer: Optimizer, model: nn.Module, state: OptimizerState) -> None:
+    """Copy `state` into an optimizer of `model`; what it remembered before is forgotten.
+
+    Raises RunError when the state belongs to parameters of other names or shapes.
+    """
+    parameters = dict(model.named_parameters())
+    optimizer.state.clear()
+    for name, values in state.items():
+        if name not in parameters:
+            raise RunError(f"the optimizer state names {name!r}, which is no parameter of this model")
+        parameter = parameters[name]
+        optimizer.state[parameter] = {key: _copy_beside(parameter, name, value) for key, value in values.items()}
+
+
+def _copy_beside(parameter: Tensor, name: str, value: Tensor | float) -> Tensor | float:
+    """A copy on the device and in the memory layout of the parameter; Adam's step count stays on the CPU."""
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return value.clone() if isinstance(value, Tensor) else value
+    if value.shape != parameter.shape:
+        raise RunError(f"the optimizer state of {name!r} is {tuple(value.shape)}, not {tuple(parameter.shape)}")
+    return torch.empty_like(parameter, dtype=value.dtype, requires_grad=False).copy_(value)

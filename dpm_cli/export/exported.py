@@ -1,0 +1,30 @@
+"""A deployed file, opened."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from dpm_cli.errors import RunError, UsageError
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model file that runs on the CPU: `model(images (B, C, H, W) float32) -> logits (B, classes)`."""
+
+    format: str
+    path: Path
+    metadata: Mapping[str, str]
+    shape: tuple[int, int, int] | None  # (C, H, W) of one image; none: a foreign file that does not say
+    outputs: Callable[[Tensor], list[Tensor]]  # every output, in order
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """The first output, on the device of the images. Raises UsageError if they have the wrong shape."""
+        if images.ndim != 4 or (self.shape is not None and tuple(images.shape[1:]) != self.shape):
+            wanted = ", ".join(map(str, ("batch", *(self.shape or ("channels", "height", "width")))))
+            raise UsageError(f"{self.path} takes images of shape ({wanted}), not {tuple(images.shape)}")
+        outputs = self.outputs(images)
+        if not outputs:
+            raise RunError(f"{self.path} returns no tensor, so it cannot be a classifier")
+        return outputs[0].to(images.device)

@@ -1,0 +1,117 @@
+"""ONNX: one file with a dynamic batch, without paths or source lines of the machine that wrote it."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.errors import ModelFileError, RunError, UsageError
+from dpm_cli.export.exported import ExportedModel
+from dpm_cli.export.noise import explain, quiet
+from dpm_cli.export.verify import tensors
+from dpm_cli.measure import keeping_denormals, without_mha_fastpath
+
+INPUT, OUTPUT = "image", "logits"
+LARGEST = 2**31 - 2**24  # bytes: what one protobuf message can hold, less some room for the graph
+
+
+def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str], *, opset: int) -> bytes:
+    """Convert a module (eval mode, on the CPU) with an example (B >= 2, C, H, W), and check the result.
+
+    Raises RunError if the model cannot be converted, UsageError if it cannot in this opset.
+    """
+    import onnx
+
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in (*module.parameters(), *module.buffers()))
+    if weights > LARGEST:
+        raise RunError(f"the weights take {weights} bytes; one ONNX file holds {LARGEST}: export torchscript instead")
+    with torch.no_grad():
+        count = len(tensors(module(example)))
+    with quiet(), torch.no_grad(), without_mha_fastpath():
+        try:
+            program = torch.onnx.export(
+                module,
+                (example,),
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                opset_version=opset,
+                input_names=[INPUT],
+                output_names=[OUTPUT, *(f"{OUTPUT}_{index}" for index in range(1, count))],
+                dynamic_shapes=({0: torch.export.Dim("batch")},),
+            )
+            assert program is not None  # of dynamo=True
+            proto = program.model_proto
+        except Exception as error:  # whatever the exporter stumbles over, the model itself has run before
+            raise RunError(f"the model cannot be converted to ONNX: {explain(error)}") from error
+    reached = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
+    if reached != opset:
+        raise UsageError(f"opset is {opset}, which this model cannot be converted to; {reached} can")
+    _strip_(proto.graph)
+    for function in proto.functions:
+        _strip_nodes_(function.node)
+    onnx.helper.set_model_props(proto, dict(metadata))
+    try:
+        onnx.checker.check_model(proto, full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise RunError(f"the converted model is not valid ONNX: {explain(error)}") from error
+    return bytes(proto.SerializeToString())
+
+
+def read(path: Path) -> ExportedModel:
+    """Open an ONNX file in ONNX Runtime on the CPU, with as many threads as torch has.
+
+    Raises ModelFileError if it is no ONNX, or does not map a batch of images (B, C, H, W), B free, to something.
+    """
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 4  # errors arrive as exceptions
+    options.intra_op_num_threads = torch.get_num_threads()
+    # Threads that spin after a call would slow down whatever is measured beside this session.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    options.add_session_config_entry("session.set_denormal_as_zero", "1")
+    try:
+        # The first session of a process switches denormals for the thread that makes it; some failures are printed.
+        with keeping_denormals(), quiet():
+            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            metadata = dict(session.get_modelmeta().custom_metadata_map)
+    except Exception as error:  # its exceptions share no base class
+        raise ModelFileError(f"{path} is no ONNX file that can be run ({explain(error)})") from None
+    inputs = session.get_inputs()
+    shape = inputs[0].shape if len(inputs) == 1 else None
+    if shape is None or len(shape) != 4 or isinstance(shape[0], int) or inputs[0].type != "tensor(float)":
+        described = ", ".join(f"{each.name}: {each.type} {each.shape}" for each in inputs)
+        raise ModelFileError(
+            f"{path} takes ({described}); needed is one float input ['batch', channels, height, width]"
+        )
+    name = inputs[0].name
+
+    def outputs(images: Tensor) -> list[Tensor]:
+        try:
+            arrays = session.run(None, {name: images.detach().cpu().contiguous().numpy()})
+            return [torch.from_numpy(array) for array in arrays]
+        except Exception as error:  # its exceptions share no base class
+            raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {explain(error)}") from error
+
+    fixed = (shape[1], shape[2], shape[3]) if all(isinstance(size, int) for size in shape[1:]) else None
+    return ExportedModel("onnx", path, metadata, fixed, outputs)
+
+
+def _strip_(graph: Any) -> None:
+    """Remove the exporter's notes, stack traces with paths of this machine among them, from a GraphProto."""
+    for part in (graph, *graph.input, *graph.output, *graph.value_info, *graph.initializer):
+        del part.metadata_props[:]
+    _strip_nodes_(graph.node)
+
+
+def _strip_nodes_(nodes: Iterable[Any]) -> None:
+    for node in nodes:
+        del node.metadata_props[:]
+        node.ClearField("doc_string")
+        for attribute in node.attribute:
+            for inner in (*([attribute.g] if attribute.HasField("g") else []), *attribute.graphs):
+                _strip_(inner)

@@ -1,0 +1,90 @@
+"""TorchScript. All of torch.jit, deprecated but still what many deploy, is used in this file alone."""
+
+import io
+import json
+import warnings
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.errors import ModelFileError, RunError
+from dpm_cli.export.exported import ExportedModel
+from dpm_cli.export.noise import explain
+from dpm_cli.export.verify import tensors
+from dpm_cli.measure import without_mha_fastpath
+
+EXTRA = "dpm.json"  # beside the code in the archive: the metadata and the shape of one image
+
+
+def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> bytes:
+    """Trace a module (eval mode, on the CPU) with an example (B, C, H, W). Raises RunError if it cannot be traced."""
+    extra = json.dumps({"metadata": dict(metadata), "shape": list(example.shape[1:])})
+    buffer = io.BytesIO()
+    with _quiet(), torch.no_grad(), without_mha_fastpath():
+        try:
+            # strict=False lets dicts through; the tracer's own check is left to the comparison of the saved file.
+            traced = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
+            torch.jit.save(traced, buffer, _extra_files={EXTRA: extra})
+        except Exception as error:  # whatever the tracer stumbles over, the model itself has run before
+            raise RunError(f"the model cannot be traced: {explain(error)}") from error
+    return buffer.getvalue()
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a zip file looks like TorchScript; `torch.save` and `torch.export` write other entries."""
+    with zipfile.ZipFile(path) as archive:
+        names = [name.partition("/")[2] for name in archive.namelist()]
+    return "constants.pkl" in names and any(name.startswith("code/") for name in names)
+
+
+def read(path: Path) -> ExportedModel:
+    """Open a TorchScript archive on the CPU. Raises ModelFileError if it is damaged."""
+    extra = {EXTRA: ""}
+    try:
+        with _quiet():
+            loaded = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)  # type: ignore[no-untyped-call]
+            loaded.eval()
+        metadata, shape = _parse(extra[EXTRA])
+    except Exception as error:  # a damaged file can upset the reader in any way
+        raise ModelFileError(f"{path} is a damaged TorchScript file ({explain(error)})") from None
+
+    def outputs(images: Tensor) -> list[Tensor]:
+        try:
+            with torch.no_grad():
+                return tensors(loaded(images.cpu()))
+        except RuntimeError as error:
+            raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {_last_line(error)}") from error
+
+    return ExportedModel("torchscript", path, metadata, shape, outputs)
+
+
+def _parse(extra: str | bytes) -> tuple[dict[str, str], tuple[int, int, int] | None]:
+    """The metadata and the shape of one image; nothing for a file written by someone else."""
+    if not extra:
+        return {}, None
+    content = json.loads(extra)
+    channels, height, width = content["shape"]
+    return {str(key): str(value) for key, value in content["metadata"].items()}, (
+        int(channels),
+        int(height),
+        int(width),
+    )
+
+
+def _last_line(error: RuntimeError) -> str:
+    """TorchScript puts its own traceback first and the reason last."""
+    return str(error).strip().splitlines()[-1].strip()[:200]
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    with warnings.catch_warnings():
+        for category in (DeprecationWarning, FutureWarning):
+            warnings.filterwarnings("ignore", message=r".*torch\.jit", category=category)
+        # Python values frozen into the trace show up in the comparison, at other batch sizes and other inputs.
+        warnings.filterwarnings("ignore", category=torch.jit._trace.TracerWarning)
+        yield

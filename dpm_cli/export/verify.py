@@ -1,0 +1,66 @@
+"""Does the file compute what the module computes?"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from dpm_cli.errors import RunError
+from dpm_cli.export.noise import explain
+
+BATCHES = (1, 5)  # exporters like to freeze the batch they were shown, which is 2
+Answer = tuple[Tensor, list[Tensor]]  # images (B, C, H, W), and every output of the module for them
+
+
+def tensors(outputs: object) -> list[Tensor]:
+    """Every tensor in a module's output (a tensor, or a tuple, list or dict of them), in order."""
+    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
+
+
+def answers(module: nn.Module, image: Tensor) -> list[Answer]:
+    """What a module says to `image` (1, C, H, W) and its negative, and to normalised noise in several batch sizes.
+
+    The negative sends a model that branches on its values down the other branch, which tracing would have lost.
+
+    Raises RunError if the module does not run on them, or if its outputs are not finite.
+    """
+    generator = torch.Generator().manual_seed(0)
+    noise = [torch.randn(batch, *image.shape[1:], generator=generator) for batch in BATCHES]
+    return [(images, _answer(module, images)) for images in (image, -image, *noise)]
+
+
+def largest_difference(expected: Sequence[Answer], outputs: Callable[[Tensor], list[Tensor]]) -> float:
+    """Largest |a - b| / max(1, max|a|) over all images and outputs; a: expected, b: what `outputs` gives.
+
+    Raises RunError if the two do not even agree in number and shape.
+    """
+    largest = 0.0
+    for images, wanted in expected:
+        got = outputs(images)
+        shapes, expected_shapes = ([tuple(output.shape) for output in each] for each in (got, wanted))
+        if shapes != expected_shapes:
+            raise RunError(f"at batch {len(images)} the outputs have shapes {shapes}, the model's {expected_shapes}")
+        largest = max([largest, *(_difference(a.double(), b.double()) for a, b in zip(wanted, got))])
+    return largest
+
+
+def _answer(module: nn.Module, images: Tensor) -> list[Tensor]:
+    try:
+        with torch.no_grad():
+            outputs = [output.clone() for output in tensors(module(images))]
+    except Exception as error:  # a model of the user's, on a shape of the user's
+        raise RunError(f"the model fails on images of shape {tuple(images.shape)}: {explain(error)}") from error
+    if not outputs:
+        raise RunError("the model returns no tensor")
+    if not all(output.isfinite().all() for output in outputs):
+        raise RunError(f"the model's outputs for images of shape {tuple(images.shape)} are not finite")
+    return outputs
+
+
+def _difference(wanted: Tensor, got: Tensor) -> float:
+    if not got.isfinite().all():
+        return float("inf")  # a NaN would pass for equal in max()
+    if wanted.numel() == 0:
+        return 0.0
+    return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1.0))

@@ -1,0 +1,112 @@
+"""Writes a file that deploys: under a temporary name, loaded again, compared with the module, then renamed."""
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.errors import DpmError, RunError, UsageError
+from dpm_cli.export import onnx, pt2, torchscript
+from dpm_cli.export.exported import ExportedModel
+from dpm_cli.export.verify import answers, largest_difference
+from dpm_cli.files import write_atomic
+
+Format = Literal["torchscript", "onnx", "pt2"]
+
+
+@dataclass(frozen=True)
+class Exported:
+    """A file that was written, and how far it is from the module: |a - b| / max(1, max|a|), the largest seen."""
+
+    format: Format
+    path: Path
+    bytes: int
+    max_difference: float
+
+
+def export_model(
+    module: nn.Module,
+    example: Tensor,
+    *,
+    format: Format,
+    path: str | Path,
+    metadata: Mapping[str, str],
+    tolerance: float = 1e-4,
+    opset: int = 18,
+) -> Exported:
+    """Export a copy of a module, in eval mode and float32 on the CPU; the module itself is left as it is.
+
+    `example` is one image (1, C, H, W); the file takes any batch. `opset` matters to ONNX only.
+    Raises RunError, and leaves nothing behind, if the model cannot be exported or the file computes something else.
+    """
+    if example.ndim != 4:
+        raise UsageError(f"the example has the shape {tuple(example.shape)}; needed is (1, channels, height, width)")
+    path = Path(path)
+    portable = portable_copy(module)
+    image = example[:1].detach().to("cpu", torch.float32).contiguous()  # (1, C, H, W)
+    try:
+        expected = answers(portable, image)
+        content = _serialise(portable, image.repeat(2, 1, 1, 1), format, metadata, opset)
+    except RunError as error:
+        raise RunError(f"{path.name} was not written: {error}") from error
+    difference = float("nan")
+
+    def write(temporary: Path) -> None:
+        nonlocal difference
+        temporary.write_bytes(content)
+        try:
+            difference = largest_difference(expected, _read(temporary, format).outputs)
+        except DpmError as error:
+            problem = str(error).replace(str(temporary), "the file")
+            raise RunError(f"{path.name} was not written: {problem}") from error
+        if difference > tolerance:
+            raise RunError(
+                f"{path.name} was not written: its outputs differ from the model's by {difference:.1e} "
+                f"of their largest, tolerance is {tolerance:.0e}"
+            )
+
+    write_atomic(path, write)
+    return Exported(format, path, len(content), difference)
+
+
+def portable_copy(module: nn.Module) -> nn.Module:
+    """A copy in eval mode, on the CPU, in float32, contiguous, without gradients; shared parameters stay shared."""
+    kept: dict[int, object] = {}  # what deepcopy is to use in place of copies, so that no GPU memory is spent on them
+    for parameter in module.parameters():
+        kept[id(parameter)] = nn.Parameter(_portable(parameter), requires_grad=False)
+    for buffer in module.buffers():
+        kept[id(buffer)] = _portable(buffer)
+    return copy.deepcopy(module, kept).eval()
+
+
+def _portable(tensor: Tensor) -> Tensor:
+    dtype = torch.float32 if tensor.is_floating_point() else tensor.dtype
+    return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def _serialise(module: nn.Module, example: Tensor, format: Format, metadata: Mapping[str, str], opset: int) -> bytes:
+    match format:
+        case "torchscript":
+            return torchscript.serialise(module, example, metadata)
+        case "onnx":
+            return onnx.serialise(module, example, metadata, opset=opset)
+        case "pt2":
+            return pt2.serialise(module, example, metadata)
+        case _:
+            assert_never(format)
+
+
+def _read(path: Path, format: Format) -> ExportedModel:
+    match format:
+        case "torchscript":
+            return torchscript.read(path)
+        case "onnx":
+            return onnx.read(path)
+        case "pt2":
+            return pt2.read_own(path)
+        case _:
+            assert_never(format)

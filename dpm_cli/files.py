@@ -1,0 +1,85 @@
+"""Files that are whole or not there, and the folder of a run."""
+
+import contextlib
+import os
+import secrets
+from collections.abc import Callable
+from pathlib import Path
+
+from dpm_cli.errors import OutputError, RunError
+
+REPORT = "report.json"  # written last: its presence says that the run is finished
+CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
+OUTPUTS = ("slim.pt", "model.ts", "model.onnx", REPORT, "recipe.yaml", "metrics.jsonl")
+
+
+def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
+    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it, replacing what was there.
+
+    Whatever fails, `path` is as it was and the temporary file is gone. With `torch.save`, write to an open file, not to
+    the name: only then is "disk full" an OSError.
+    Raises RunError if the file cannot be written (disk full, not writable).
+    """
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")  # writers may look at the suffix
+    try:
+        write(temporary)
+        _flush_to_disk(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        # torch.save to an open file: closing the archive raises its own error over the file's "disk full"
+        reason = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(reason, OSError):
+            raise
+        raise RunError(f"{path} cannot be written: {reason.strerror or reason}") from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # some systems cannot flush a folder; the rename itself is done
+        _flush_to_disk(path.parent, os.O_RDONLY)
+
+
+def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
+    """Create the folder of a run, or check that a run may write into it.
+
+    Results that are there are never overwritten without `overwrite`; an unfinished run goes on with `resume`, which
+    starts from the beginning where nothing was saved yet. Raises OutputError.
+    """
+    if overwrite and resume:
+        raise OutputError("--resume continues a run and --overwrite starts it anew: give one of them")
+    _require_writable(folder)
+    checkpoint = folder / CHECKPOINT
+    if overwrite:
+        checkpoint.unlink(missing_ok=True)  # or a later --resume would continue the run that was given up
+        return
+    if checkpoint.exists():
+        if not resume:
+            raise OutputError(f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew")
+        return
+    if (folder / REPORT).exists():
+        raise OutputError(f"{folder} holds a finished run: choose another folder, or --overwrite to replace it")
+    present = [name for name in OUTPUTS if (folder / name).exists()]
+    if present and not resume:
+        raise OutputError(
+            f"{folder} already holds {', '.join(present)}: choose another folder, or --overwrite to replace it"
+        )
+
+
+def _require_writable(folder: Path) -> None:
+    probe = folder / f".dpm-{secrets.token_hex(4)}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch(exist_ok=False)  # permissions alone do not tell: read-only disks, root
+        probe.unlink()
+    except FileExistsError:
+        raise OutputError(f"{folder} is a file, not a folder: choose another --output") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the name
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(f"output folder {str(folder)!r} cannot be written: {reason}") from None
+
+
+def _flush_to_disk(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,227 @@
+"""What a network costs: MACs, parameters, bytes, and milliseconds on this machine."""
+
+import copy
+import importlib.metadata
+import io
+import math
+import os
+import platform
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from dpm_cli.errors import UsageError
+
+Counter = Literal["flop_counter", "thop"]
+Run = Callable[[Tensor], object]
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of one call: the median and the quartiles of `runs` warm calls."""
+
+    median_ms: float
+    low_ms: float
+    high_ms: float
+    runs: int
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one model costs. MACs are of one image; latency is of the batch it was measured with."""
+
+    macs: int
+    parameters: int
+    bytes: int
+    latency: Latency
+
+
+def measure_model(
+    module: nn.Module, example: Tensor, *, counter: Counter = "flop_counter", seconds: float = 1.0
+) -> Cost:
+    """MACs, parameters, bytes and latency of a module; `example` (B, C, H, W) lies on the module's device."""
+    return Cost(
+        macs=count_macs(module, example, counter),
+        parameters=count_parameters(module),
+        bytes=count_bytes(module),
+        latency=measure_latency(module, example, seconds=seconds),
+    )
+
+
+def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_counter") -> int:
+    """Multiply-accumulates of one image in eval mode; the first of `example` (B, C, H, W) is used.
+
+    `flop_counter` counts convolutions, matrix products and attention, and nothing else. `thop` counts what papers that
+    used it report: norms too, but no attention; choose it to compare with those.
+    Raises UsageError where thop cannot be imported.
+    """
+    image = example[:1].detach()  # (1, C, H, W); parts that do not depend on the batch are counted once, as they should
+    match counter:
+        case "flop_counter":
+            flops = FlopCounterMode(display=False)
+            # Inference mode hides the matrix products inside aten.linear from the counter, the fast path all attention.
+            with evaluating(module), torch.inference_mode(False), torch.no_grad(), without_mha_fastpath(), flops:
+                module(image)
+            return int(flops.get_total_flops()) // 2
+        case "thop":
+            return _count_with_thop(module, image)
+        case _:
+            assert_never(counter)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Numbers that are trained: a parameter shared by several layers counts once, buffers not at all."""
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def count_bytes(module: nn.Module) -> int:
+    """Size of the saved state dict, so that dense and slim are compared without whatever else their files hold."""
+    buffer = io.BytesIO()
+    torch.save(module.state_dict(), buffer)
+    return buffer.tell()
+
+
+def measure_latency(run: Run, example: Tensor, *, seconds: float = 1.0, least: int = 10) -> Latency:
+    """Call `run(example)` warm for so many seconds, and at least so many times. A module is measured in eval mode."""
+    return measure_in_turns({"run": run}, example, seconds=seconds, least=least, turns=1)["run"]
+
+
+def measure_in_turns(
+    runs: Mapping[str, Run], example: Tensor, *, seconds: float = 1.0, least: int = 10, turns: int = 5
+) -> dict[str, Latency]:
+    """Latencies of several contenders, `seconds` each, alternating so that a busy moment of the machine hits them all.
+
+    Denormal numbers, which pruned networks can produce and CPUs are slow with, are flushed to zero meanwhile.
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}  # milliseconds
+    with ExitStack() as stack:
+        for run in runs.values():
+            if isinstance(run, nn.Module):
+                stack.enter_context(evaluating(run))
+        stack.enter_context(torch.inference_mode())
+        stack.enter_context(flushing_denormals())
+        for run in runs.values():
+            _time(run, example, seconds=seconds / 5, least=3)
+        for _ in range(turns):
+            for name, run in runs.items():
+                if len(runs) > 1:
+                    run(example)  # the others have emptied the caches
+                times[name] += _time(run, example, seconds=seconds / turns, least=math.ceil(least / turns))
+    return {name: _summarise(measured) for name, measured in times.items()}
+
+
+def hardware() -> dict[str, str | int | None]:
+    """The machine and the versions that a measurement belongs to."""
+    return {
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "onnxruntime": _version("onnxruntime"),
+        "dpm": _version("dpm-cli"),
+    }
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode for a while; afterwards every submodule is in the mode it was in."""
+    modes = [(part, part.training) for part in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+@contextmanager
+def without_mha_fastpath() -> Iterator[None]:
+    """Attention as plain operators for a while: the fused fast path hides it from counters and exporters."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
+@contextmanager
+def flushing_denormals() -> Iterator[None]:
+    """Denormal numbers become zero for a while, where the CPU can do that."""
+    with keeping_denormals():
+        torch.set_flush_denormal(True)
+        yield
+
+
+@contextmanager
+def keeping_denormals() -> Iterator[None]:
+    """Restore this thread's treatment of denormal numbers, which torch can set but not tell."""
+    flushes = sys.float_info.min / 2 == 0.0  # Python's own arithmetic obeys the same switch of the CPU
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(flushes)
+
+
+def _time(run: Run, example: Tensor, *, seconds: float, least: int) -> list[float]:
+    """Milliseconds of every call, made until both limits are reached."""
+    on_gpu = example.device.type == "cuda"
+    times: list[float] = []
+    if on_gpu:
+        torch.cuda.synchronize(example.device)
+    end = time.perf_counter() + seconds
+    while len(times) < least or time.perf_counter() < end:
+        start = time.perf_counter()
+        run(example)
+        if on_gpu:
+            torch.cuda.synchronize(example.device)
+        times.append((time.perf_counter() - start) * 1e3)
+    return times
+
+
+def _summarise(times: list[float]) -> Latency:
+    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
+    return Latency(median_ms=median, low_ms=low, high_ms=high, runs=len(times))
+
+
+def _count_with_thop(module: nn.Module, image: Tensor) -> int:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # it imports distutils
+            import thop
+    except ImportError as error:
+        raise UsageError(
+            f"counter is 'thop', which cannot be imported ({error}); install setuptools, or use counter: flop_counter"
+        ) from None
+    with torch.inference_mode(False), torch.no_grad(), without_mha_fastpath():
+        macs, _ = thop.profile(copy.deepcopy(module), inputs=(image,), verbose=False)  # it leaves buffers behind
+    return int(macs)
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:  # not Linux
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None

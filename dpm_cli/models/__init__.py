@@ -1,0 +1,20 @@
+"""Architectures by name, model files of any origin, and the slim file."""
+
+from dpm_cli.models.load import Loaded, load_model
+from dpm_cli.models.slim import Slim, load, load_slim, save_slim
+from dpm_cli.models.structure import Edits, apply_edits_, find_edits
+from dpm_cli.models.zoo import BUILT_IN, build
+
+__all__ = [
+    "BUILT_IN",
+    "Edits",
+    "Loaded",
+    "Slim",
+    "apply_edits_",
+    "build",
+    "find_edits",
+    "load",
+    "load_model",
+    "load_slim",
+    "save_slim",
+]

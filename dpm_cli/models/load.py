@@ -1,0 +1,89 @@
+"""A model file and the recipe's architecture -> a module that is ready to be pruned."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpm_cli.errors import DpmError, ModelFileError
+from dpm_cli.models.outputs import find_failure, relative_difference
+from dpm_cli.models.own_code import one_line
+from dpm_cli.models.read import read_model_file
+from dpm_cli.models.slim import TOLERANCE, rebuild
+from dpm_cli.models.slim_content import Content, is_slim, parse_content
+from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
+from dpm_cli.models.weights import find_weights, load_weights_, require_finite, require_tensors
+from dpm_cli.models.zoo import Shape, auxiliary_heads, build
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A module in eval mode on the CPU, and what is known of its past."""
+
+    module: nn.Module
+    edits: Edits = field(default_factory=dict)  # empty for a dense module
+    recipe: str | None = None  # of the run that made it, as YAML
+    report: dict[str, Any] | None = None
+    ignored: tuple[str, ...] = ()  # weights in the file that only serve training: auxiliary heads
+
+
+def load_model(path: str | Path, *, arch: str, classes: int, shape: Shape, trust_pickle: bool = False) -> Loaded:
+    """Load a state dict, a .safetensors file, an earlier slim.pt or, trusted, a pickled module.
+
+    Weights always go into a module built from `arch`, so what is pruned can be rebuilt later. Nothing in the file is
+    executed unless `trust_pickle`. Raises ModelFileError, or RecipeError if `arch` cannot be built.
+    """
+    path = Path(path)
+    content = read_model_file(path, trust_pickle=trust_pickle)
+    if is_slim(content):
+        return _load_earlier(parse_content(content, path), path, arch, classes, shape)
+    weights = find_weights(content, path)
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced; the caller's dice stay as they are
+        module = build(arch, classes=classes, shape=shape)
+    if isinstance(weights, nn.Module):
+        return _adopt(weights, module, path, arch, shape, classes)
+    tensors = require_tensors(weights, path)
+    heads = auxiliary_heads(arch)
+    ignored = tuple(name for name in tensors if heads and name.removeprefix("module.").startswith(heads))
+    load_weights_(module, {name: tensors[name] for name in tensors if name not in ignored}, path, arch=arch)
+    _require_usable(module, path, arch, shape, classes)
+    return Loaded(module, ignored=ignored)
+
+
+def _load_earlier(content: Content, path: Path, arch: str, classes: int, shape: Shape) -> Loaded:
+    if (content.classes, content.shape) != (classes, tuple(shape)):
+        raise ModelFileError(
+            f"{path} has {content.classes} classes and input {list(content.shape)}; "
+            f"the recipe says model.classes {classes} and model.input {list(shape)}"
+        )
+    slim = rebuild(content, path, arch)
+    return Loaded(slim.module, edits=slim.edits, recipe=slim.recipe, report=slim.report)
+
+
+def _adopt(pickled: nn.Module, module: nn.Module, path: Path, arch: str, shape: Shape, classes: int) -> Loaded:
+    """The pickled module, dense or pruned by any tool, as a module of `arch` that computes the same."""
+    try:
+        pickled = pickled.float().eval()
+        edits = find_edits(pickled, module)
+        apply_edits_(module, edits, dict(named_tensors(pickled)))
+        _require_usable(module, path, arch, shape, classes)
+        is_same = relative_difference(pickled, module, shape) <= TOLERANCE
+        reason = "their outputs differ"
+    except Exception as error:  # a module from another version of its code can fail anywhere
+        is_same, reason = False, str(error) if isinstance(error, DpmError) else one_line(error)
+    if not is_same:
+        raise ModelFileError(
+            f"{path} holds a {type(pickled).__name__} that is not model.arch {arch}: {reason}; "
+            "name the function that builds it as package.module:function"
+        )
+    return Loaded(module, edits=edits)
+
+
+def _require_usable(module: nn.Module, path: Path, arch: str, shape: Shape, classes: int) -> None:
+    """Finite weights, and one image goes through. Leaves the module in eval mode."""
+    require_finite(module, path)
+    module.eval()
+    if failure := find_failure(module, shape, classes):
+        raise ModelFileError(f"{path} as {arch}: {failure}; check model.input and model.classes")

@@ -1,0 +1,50 @@
+"""Does a module run on an image, and do two modules compute the same?"""
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.models.own_code import one_line
+from dpm_cli.models.zoo import Shape
+
+
+def run_once(module: nn.Module, images: Tensor) -> Tensor:
+    """Outputs in eval mode without gradients. Every layer keeps the mode it was in. Raises what the module raises."""
+    modes = {layer: layer.training for layer in module.modules()}
+    module.eval()
+    try:
+        with torch.no_grad():
+            outputs = module(images)
+    finally:
+        for layer, mode in modes.items():
+            layer.training = mode
+    if not isinstance(outputs, Tensor):
+        raise TypeError(f"its forward returns a {type(outputs).__name__}, not one tensor of logits")
+    return outputs
+
+
+def sample_images(module: nn.Module, shape: Shape, count: int = 2) -> Tensor:
+    """Random images (count, C, H, W), the same at every call, of the module's own device and dtype."""
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(count, *shape, generator=generator)
+    weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), images)
+    return images.to(weight)
+
+
+def find_failure(module: nn.Module, shape: Shape, classes: int) -> str | None:
+    """Why a module does not give one logit per class for one image, in one line."""
+    try:
+        outputs = run_once(module, sample_images(module, shape, count=1))
+    except Exception as error:  # any operator may refuse the size of the image or of a weight
+        return f"it does not run on an image of {list(shape)} ({one_line(error)})"
+    if outputs.shape != (1, classes):
+        return f"one image gives outputs {list(outputs.shape)}, not {[1, classes]}"
+    return None
+
+
+def relative_difference(module: nn.Module, other: nn.Module, shape: Shape) -> float:
+    """Largest difference of their outputs over the largest output; both on the same device. NaN if either is."""
+    images = sample_images(module, shape)
+    outputs, others = run_once(module, images).double(), run_once(other, images).double()  # (2, classes)
+    if outputs.shape != others.shape:
+        return float("inf")
+    return float((outputs - others).abs().max() / outputs.abs().max().clamp_min(1e-30))

@@ -1,0 +1,75 @@
+"""`package.module:function` -> module: code of the user's own environment, imported and called."""
+
+import contextlib
+import importlib
+import inspect
+import os
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from dpm_cli.errors import RecipeError
+
+CLASSES_PARAMETERS = ("num_classes", "classes")
+
+
+def build_from_own_code(arch: str, *, classes: int) -> nn.Module:
+    """Import `package.module` (the current folder counts) and call `function`.
+
+    It is called without arguments, or with the number of classes if it has a parameter `num_classes` or `classes`.
+    This runs code: `arch` must come from the user, never from a file. Raises RecipeError.
+    """
+    match = re.fullmatch(r"((?:\w+\.)*\w+):(\w+)", arch)
+    if match is None:
+        raise RecipeError(
+            f"model.arch is {arch!r}; known forms: NAME, torchvision:NAME, timm:NAME, package.module:function"
+        )
+    module_name, function_name = match.groups()
+    with current_folder_importable():
+        function = _find(arch, module_name, function_name)
+        try:
+            module = function(**_arguments(function, classes))
+        except (Exception, SystemExit) as error:  # the user's function may raise anything
+            raise RecipeError(f"model.arch {arch!r}: calling it failed: {one_line(error)}") from None
+    if not isinstance(module, nn.Module):
+        raise RecipeError(f"model.arch {arch!r} returned a {type(module).__name__}; it must return a torch.nn.Module")
+    return module
+
+
+@contextlib.contextmanager
+def current_folder_importable() -> Iterator[None]:
+    """The current folder is searched first, as with `python -m`; a console script leaves it out."""
+    folder = os.getcwd()
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(ValueError):  # the imported code may have changed the path itself
+            sys.path.remove(folder)
+
+
+def one_line(error: BaseException) -> str:
+    """Kind and message of an exception that code of someone else raised."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _find(arch: str, module_name: str, function_name: str) -> Any:
+    try:
+        importlib.invalidate_caches()  # a file written a moment ago is found
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        raise RecipeError(f"model.arch {arch!r}: no module {error.name!r} in {os.getcwd()} or on sys.path") from None
+    except (Exception, SystemExit) as error:  # the user's module may raise anything while it is imported
+        raise RecipeError(f"model.arch {arch!r}: importing {module_name} failed: {one_line(error)}") from None
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise RecipeError(f"model.arch {arch!r}: {module_name} has no function {function_name!r}")
+    return function
+
+
+def _arguments(function: Any, classes: int) -> dict[str, int]:
+    parameters = inspect.signature(function).parameters
+    return {name: classes for name in CLASSES_PARAMETERS if name in parameters}

@@ -1,0 +1,209 @@
+"""slim.pt: a pruned model that outlives its run. A plain dict that `torch.load(weights_only=True)` reads:
+
+format, version       "dpm-slim", 1
+arch, classes, shape  what to build: the dense module; arch is None for a module that was given as an object
+edits                 the integer attributes that differ from it (structure.py)
+state_dict            parameters and persistent buffers;  buffers: those others that differ from the dense module's
+frozen                names of the parameters that are not trained
+recipe, report        YAML and JSON text
+mean, std             of the pixels, per channel
+"""
+
+import copy
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.errors import ModelFileError, RecipeError, RunError
+from dpm_cli.files import write_atomic
+from dpm_cli.models.outputs import find_failure, relative_difference
+from dpm_cli.models.read import read_model_file
+from dpm_cli.models.slim_content import FORMAT, VERSION, Content, parse_content
+from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
+from dpm_cli.models.weights import require_finite
+from dpm_cli.models.zoo import Shape, build, is_own_code
+
+TOLERANCE = 1e-4  # relative, between a module and itself rebuilt: other kernels for another memory layout
+
+
+@dataclass(frozen=True)
+class Slim:
+    """What a slim.pt holds; `module` is in eval mode on the CPU."""
+
+    module: nn.Module
+    arch: str | None
+    classes: int
+    shape: Shape
+    edits: Edits
+    recipe: str  # YAML
+    report: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def save_slim(
+    path: Path,
+    module: nn.Module,
+    *,
+    arch: str | None,
+    classes: int,
+    shape: Shape,
+    recipe: str,
+    report: Mapping[str, Any],
+    mean: Sequence[float],
+    std: Sequence[float],
+    dense: nn.Module | None = None,
+) -> None:
+    """Write a slim module, whole or not at all; what was written is read back and compared before it gets its name.
+
+    `dense` is an unpruned module of the same architecture (its weights do not matter; it may be on the meta device);
+    needed where `arch` is None. Gradients and hooks are not saved.
+    Raises UnsupportedModelError if the module is not that architecture with fewer channels, RunError if the file
+    cannot be written or does not give the same module again.
+    """
+    if dense is None:
+        if arch is None:
+            raise ValueError("a module without an architecture name needs its dense module")
+        dense = _build(arch, classes, shape)
+    state_dict, buffers = _collect_tensors(module, dense)
+    content = {
+        "format": FORMAT,
+        "version": VERSION,
+        "arch": arch,
+        "classes": classes,
+        "shape": list(shape),
+        "edits": find_edits(module, dense),
+        "state_dict": state_dict,
+        "buffers": buffers,
+        "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
+        "recipe": recipe,
+        "report": json.dumps(report),
+        "mean": [float(value) for value in mean],
+        "std": [float(value) for value in std],
+    }
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, torch turns "disk full" into a RuntimeError of its own
+            torch.save(content, file)
+        again = parse_content(read_model_file(temporary), path)
+        rebuilt = copy.deepcopy(dense).to_empty(device="cpu") if _is_meta(dense) else copy.deepcopy(dense).cpu()
+        _fill_(rebuilt, again)
+        _require_same(rebuilt, module, again, path)
+
+    write_atomic(path, write)
+
+
+def load_slim(path: Path, arch: str | None = None, *, model: nn.Module | None = None) -> Slim:
+    """Read a slim.pt and rebuild its module, bit for bit.
+
+    A file may name `package.module:function`, which would import whatever a stranger wrote into it: such a name is
+    only used if it is given as `arch`, too. `model` is a freshly built dense module for a file that was saved from an
+    object; it is copied. Raises ModelFileError.
+    """
+    return rebuild(parse_content(read_model_file(path), path), path, arch, model=model)
+
+
+def rebuild(content: Content, path: Path, arch: str | None = None, *, model: nn.Module | None = None) -> Slim:
+    """`load_slim` of a file that was read before."""
+    dense = copy.deepcopy(model) if model is not None else _build_dense(content, arch, path)
+    try:
+        _fill_(dense, content)
+    except ModelFileError as error:
+        raise ModelFileError(
+            f"{path} does not fit {'the given model' if model is not None else arch or content.arch}: {error}"
+        ) from None
+    require_finite(dense, path)
+    dense.eval()
+    if failure := find_failure(dense, content.shape, content.classes):
+        raise ModelFileError(f"{path} is damaged: {failure}")
+    return Slim(
+        module=dense,
+        arch=arch or content.arch,
+        classes=content.classes,
+        shape=content.shape,
+        edits=content.edits,
+        recipe=content.recipe,
+        report=content.report,
+        mean=content.mean,
+        std=content.std,
+    )
+
+
+def load(path: str | Path, arch: str | None = None, *, model: nn.Module | None = None) -> nn.Module:
+    """The module of a slim.pt, in eval mode on the CPU. `arch` and `model` as for `load_slim`."""
+    return load_slim(Path(path), arch, model=model).module
+
+
+def _build(arch: str, classes: int, shape: Shape) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # its random weights are thrown away; the caller's dice stay as they are
+        return build(arch, classes=classes, shape=shape)
+
+
+def _build_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
+    saved = content.arch
+    if saved is None and arch is None:
+        raise ModelFileError(f"{path} was pruned from a Python object: pass model=, a freshly built dense module")
+    if saved is not None and arch is None and is_own_code(saved):
+        raise ModelFileError(f"{path} names code to import, {saved!r}: pass arch={saved!r} if that is your own code")
+    if saved is not None and arch is not None and saved != arch and not (is_own_code(saved) and is_own_code(arch)):
+        raise ModelFileError(f"{path} holds a {saved}, model.arch is {arch}")
+    try:
+        return _build(arch or saved or "", content.classes, content.shape)
+    except RecipeError as error:
+        raise ModelFileError(f"{path} cannot be rebuilt: {error}") from None
+
+
+def _fill_(dense: nn.Module, content: Content) -> None:
+    apply_edits_(dense, content.edits, content.state_dict | content.buffers)
+    for name, parameter in dense.named_parameters():
+        parameter.requires_grad_(parameter.is_floating_point() and name not in content.frozen)
+
+
+def _collect_tensors(module: nn.Module, dense: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compact CPU copies: parameters and persistent buffers; and the other buffers that were changed."""
+    persistent = module.state_dict(keep_vars=True).keys() | dict(module.named_parameters(remove_duplicate=False)).keys()
+    built = dict(dense.named_buffers(remove_duplicate=False))
+    state_dict: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    compact: dict[int, Tensor] = {}  # id -> copy: shared parameters stand in the file once
+    for name, tensor in named_tensors(module):
+        if id(tensor) not in compact:
+            # a clone, because saving a view would save all of the tensor it looks into
+            compact[id(tensor)] = tensor.detach().clone(memory_format=torch.preserve_format).cpu()
+        if name in persistent:
+            state_dict[name] = compact[id(tensor)]
+        elif name not in built or not _is_equal(tensor, built[name]):
+            buffers[name] = compact[id(tensor)]
+    return state_dict, buffers
+
+
+def _require_same(rebuilt: nn.Module, module: nn.Module, content: Content, path: Path) -> None:
+    saved = dict(named_tensors(module))
+    for name, tensor in named_tensors(rebuilt):
+        if not _is_equal(tensor, saved[name]):
+            raise RunError(f"{path} would not hold the same model: {name} changed")
+    weight = next(module.parameters(), None)
+    if weight is not None:
+        rebuilt.to(weight.device)
+    if failure := find_failure(rebuilt, content.shape, content.classes):
+        raise RunError(f"{path} would not hold a usable model: {failure}")
+    difference = relative_difference(module, rebuilt, content.shape)
+    if not difference <= TOLERANCE:
+        raise RunError(f"{path} would not hold the same model: its outputs differ by {difference:.1e} of the largest")
+
+
+def _is_equal(left: Tensor, right: Tensor) -> bool:
+    """Bit for bit; NaN equals NaN. A tensor on the meta device equals nothing."""
+    if left.is_meta or right.is_meta or left.shape != right.shape or left.dtype != right.dtype:
+        return False
+    left, right = left.detach().cpu().contiguous(), right.detach().cpu().contiguous()
+    return torch.equal(left.flatten().view(torch.uint8), right.flatten().view(torch.uint8))
+
+
+def _is_meta(module: nn.Module) -> bool:
+    return any(tensor.is_meta for _, tensor in named_tensors(module))

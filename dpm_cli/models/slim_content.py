@@ -1,0 +1,142 @@
+"""The dict inside a slim.pt, checked: it may come from anyone."""
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from dpm_cli.errors import ModelFileError
+from dpm_cli.models.structure import Edits
+from dpm_cli.models.weights import require_tensors
+from dpm_cli.models.zoo import Shape, is_own_code
+
+FORMAT = "dpm-slim"
+VERSION = 1
+MAX_TEXT = 1 << 24  # characters of recipe and report
+
+
+@dataclass(frozen=True)
+class Content:
+    """What stands in a slim.pt, before its module is rebuilt."""
+
+    arch: str | None
+    classes: int
+    shape: Shape
+    edits: Edits
+    state_dict: dict[str, Tensor]
+    buffers: dict[str, Tensor]
+    frozen: frozenset[str]
+    recipe: str
+    report: dict[str, Any]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+
+def is_slim(content: object) -> bool:
+    """Whether what a file holds was written by `save_slim` of any version."""
+    return isinstance(content, dict) and content.get("format") == FORMAT
+
+
+def parse_content(content: Any, path: Path) -> Content:
+    """Check every value. Raises ModelFileError that names the first that is not as it must be."""
+    if not is_slim(content):
+        raise ModelFileError(f"{path} is not a slim.pt: `dpm prune` writes them")
+    version = content.get("version")
+    if type(version) is int and version > VERSION:
+        raise ModelFileError(
+            f"{path} has format version {version}, this dpm reads {VERSION}: update it, pip install -U dpm-cli"
+        )
+    if type(version) is not int or version < 1:
+        raise _damaged(path, "version")
+    arch, classes, recipe = content.get("arch"), content.get("classes"), content.get("recipe")
+    if arch is not None and not (isinstance(arch, str) and arch.isprintable() and 0 < len(arch) <= 200):
+        raise _damaged(path, "arch")
+    if type(classes) is not int or not 1 <= classes <= 10**6:
+        raise _damaged(path, "classes")
+    if not isinstance(recipe, str) or len(recipe) > MAX_TEXT:
+        raise _damaged(path, "recipe")
+    shape = _parse_shape(content.get("shape"), path)
+    state_dict = _parse_tensors(content, "state_dict", path)
+    if arch is not None and not is_own_code(arch):
+        _require_as_many_classes(state_dict, classes, path)
+    return Content(
+        arch=arch,
+        classes=classes,
+        shape=shape,
+        edits=_parse_edits(content.get("edits"), path),
+        state_dict=state_dict,
+        buffers=_parse_tensors(content, "buffers", path),
+        frozen=_parse_frozen(content.get("frozen"), path),
+        recipe=recipe,
+        report=_parse_report(content.get("report"), path),
+        mean=_parse_pixels(content, "mean", shape[0], path),
+        std=_parse_pixels(content, "std", shape[0], path),
+    )
+
+
+def _damaged(path: Path, key: str) -> ModelFileError:
+    return ModelFileError(f"{path} is damaged: {key!r} is not as dpm writes it; copy it again or prune again")
+
+
+def _parse_shape(value: object, path: Path) -> Shape:
+    if not isinstance(value, list) or len(value) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in value):
+        raise _damaged(path, "shape")
+    channels, height, width = value
+    return channels, height, width
+
+
+def _parse_edits(value: object, path: Path) -> Edits:
+    """Names and values are checked against the architecture later, by `apply_edits_`."""
+    if not isinstance(value, dict):
+        raise _damaged(path, "edits")
+    for name, sizes in value.items():
+        if not isinstance(name, str) or not isinstance(sizes, dict):
+            raise _damaged(path, "edits")
+        for attribute, size in sizes.items():
+            numbers = size if isinstance(size, list) else [size]
+            if not isinstance(attribute, str) or not all(type(number) is int for number in numbers):
+                raise _damaged(path, "edits")
+    return value
+
+
+def _parse_tensors(content: dict[str, Any], key: str, path: Path) -> dict[str, Tensor]:
+    if not isinstance(content.get(key), dict):
+        raise _damaged(path, key)
+    return require_tensors(content[key], path)
+
+
+def _require_as_many_classes(state_dict: dict[str, Tensor], classes: int, path: Path) -> None:
+    """The classifier is never pruned: a small file cannot ask for the memory of a million classes."""
+    if not any(tensor.dim() and tensor.shape[0] == classes for tensor in state_dict.values()):
+        raise _damaged(path, "classes")
+
+
+def _parse_frozen(value: object, path: Path) -> frozenset[str]:
+    if not isinstance(value, list) or not all(isinstance(name, str) for name in value):
+        raise _damaged(path, "frozen")
+    return frozenset(value)
+
+
+def _parse_report(value: object, path: Path) -> dict[str, Any]:
+    try:
+        report = json.loads(value) if isinstance(value, str) and len(value) <= MAX_TEXT else None
+    except (ValueError, RecursionError):
+        report = None
+    if not isinstance(report, dict):
+        raise _damaged(path, "report")
+    return report
+
+
+def _parse_pixels(content: dict[str, Any], key: str, channels: int, path: Path) -> tuple[float, ...]:
+    value = content.get(key)
+    if (
+        not isinstance(value, list)
+        or len(value) != channels
+        or not all(isinstance(number, float) and math.isfinite(number) for number in value)
+        or (key == "std" and min(value) <= 0)
+    ):
+        raise _damaged(path, key)
+    return tuple(value)

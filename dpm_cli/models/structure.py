@@ -1,0 +1,147 @@
+"""What a slim module differs in from a dense one of the same architecture, and how to make that difference again.
+
+A layer's widths stand twice: in the shapes of its tensors and in plain integer attributes (in_channels, groups,
+num_features, normalized_shape, num_heads …). The shapes come with the saved tensors; the attributes are the `Edits`.
+So no layer type needs to be known, and a module that was pruned twice is like one that was pruned once.
+"""
+
+from collections.abc import Iterator, Mapping
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.errors import ModelFileError, UnsupportedModelError
+
+Size = int | list[int]
+Edits = dict[str, dict[str, Size]]  # module name -> attribute -> value in the slim module
+
+
+def find_edits(slim: nn.Module, dense: nn.Module) -> Edits:
+    """The integer attributes that are smaller in `slim`. `dense` may be on the meta device.
+
+    An attribute that grew is a counter or a cache, not a width, and is left as it is built.
+    Raises UnsupportedModelError if `slim` is not `dense` with fewer channels.
+    """
+    problem = _find_difference(slim, dense)
+    if problem:
+        raise UnsupportedModelError(problem)
+    edits: Edits = {}
+    for name, layer in slim.named_modules():
+        built = _sizes(dense.get_submodule(name))
+        sizes = _sizes(layer)
+        smaller = {key: sizes[key] for key in sizes if key in built and _is_smaller(sizes[key], built[key])}
+        if smaller:
+            edits[name] = smaller
+    return edits
+
+
+def apply_edits_(module: nn.Module, edits: Edits, tensors: Mapping[str, Tensor]) -> None:
+    """Turn a freshly built dense module into the slim one: set the attributes, replace parameters and buffers.
+
+    `tensors` holds every parameter and persistent buffer by name, and may hold other buffers; they are copied with
+    their dtype and memory layout. Parameters that are shared in `module` stay shared.
+    Raises ModelFileError if they do not belong to this architecture; `module` is unusable then.
+    """
+    layers = dict(module.named_modules())
+    for name, sizes in edits.items():
+        if name not in layers:
+            raise ModelFileError(f"there is no layer {name!r}")
+        _resize_(layers[name], name, sizes)
+    _replace_tensors_(module, tensors)
+
+
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter and buffer under each of its names."""
+    yield from module.named_parameters(remove_duplicate=False)
+    yield from module.named_buffers(remove_duplicate=False)
+
+
+def _resize_(layer: nn.Module, name: str, sizes: Mapping[str, Size]) -> None:
+    built = _sizes(layer)
+    for attribute, size in sizes.items():
+        if attribute not in built or not _is_smaller(size, built[attribute]):
+            raise ModelFileError(f"{name}.{attribute} cannot become {str(size)[:60]}")
+        kind = type(getattr(layer, attribute))
+        setattr(layer, attribute, size if isinstance(size, int) else kind(size))
+
+
+def _replace_tensors_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    built = dict(named_tensors(module))
+    persistent = module.state_dict(keep_vars=True).keys() & built.keys()
+    if absent := (persistent - tensors.keys()) or (tensors.keys() - built.keys()):
+        where = "the file" if absent <= persistent else "the architecture"
+        raise ModelFileError(f"{_few(absent)} {'is' if len(absent) == 1 else 'are'} not in {where}")
+    replaced: dict[int, Tensor] = {}  # id of a built tensor -> its replacement, so that shared ones stay shared
+    for name, old in built.items():
+        if name not in tensors:
+            continue
+        saved = tensors[name]
+        if not _fits(saved, old):
+            raise ModelFileError(f"{name} is {_describe(saved)}, built as {_describe(old)}")
+        if id(old) not in replaced:
+            new = saved.detach().clone(memory_format=torch.preserve_format)
+            is_parameter = isinstance(old, nn.Parameter)
+            replaced[id(old)] = nn.Parameter(new, requires_grad=old.requires_grad) if is_parameter else new
+        owner, _, leaf = name.rpartition(".")
+        setattr(module.get_submodule(owner), leaf, replaced[id(old)])
+
+
+def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
+    """Why `slim` cannot be `dense` with fewer channels, in one line."""
+    slim_layers, dense_layers = dict(slim.named_modules()), dict(dense.named_modules())
+    if other := slim_layers.keys() ^ dense_layers.keys():
+        return f"{_few(other)} stands in only one of the model and its architecture"
+    for name, layer in slim_layers.items():
+        if next(layer.children(), None) is None and type(layer) is not type(dense_layers[name]):
+            return f"{name} is a {type(layer).__name__}, in the architecture a {type(dense_layers[name]).__name__}"
+    slim_tensors, dense_tensors = dict(named_tensors(slim)), dict(named_tensors(dense))
+    if other := slim_tensors.keys() ^ dense_tensors.keys():
+        return f"{_few(other)} stands in only one of the model and its architecture"
+    for name, tensor in slim_tensors.items():
+        if not _fits(tensor, dense_tensors[name]):
+            return f"{name} is {_describe(tensor)}, in the architecture {_describe(dense_tensors[name])}"
+    if _shared_names(slim_tensors) != _shared_names(dense_tensors):
+        return "the model and its architecture share different parameters"
+    return None
+
+
+def _sizes(layer: nn.Module) -> dict[str, Size]:
+    """The attributes of a layer that are integers or sequences of integers (booleans are not)."""
+    sizes: dict[str, Size] = {}
+    for name, value in vars(layer).items():
+        if type(value) is int:
+            sizes[name] = value
+        elif type(value) in (tuple, list, torch.Size) and value and all(type(item) is int for item in value):
+            sizes[name] = list(value)
+    return sizes
+
+
+def _is_smaller(size: Size, built: Size) -> bool:
+    if isinstance(size, int) or isinstance(built, int):
+        return isinstance(size, int) and isinstance(built, int) and 0 <= size < built
+    return size != built and len(size) == len(built) and all(0 <= new <= old for new, old in zip(size, built))
+
+
+def _fits(tensor: Tensor, built: Tensor) -> bool:
+    """Whether a tensor may be what is left of `built`: as many axes, none longer, the same kind of number."""
+    return (
+        tensor.dim() == built.dim()
+        and all(new <= old for new, old in zip(tensor.shape, built.shape))
+        and tensor.is_floating_point() == built.is_floating_point()
+    )
+
+
+def _shared_names(tensors: Mapping[str, Tensor]) -> set[frozenset[str]]:
+    names: dict[int, set[str]] = {}
+    for name, tensor in tensors.items():
+        names.setdefault(id(tensor), set()).add(name)
+    return {frozenset(group) for group in names.values() if len(group) > 1}
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
+
+
+def _few(names: set[str]) -> str:
+    ordered = sorted(names)
+    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

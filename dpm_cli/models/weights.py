@@ -1,0 +1,102 @@
+"""What a model file holds -> tensors by name -> a dense module of the recipe's architecture."""
+
+import re
+from collections.abc import Collection
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.errors import ModelFileError
+
+KEYS = ("state_dict", "model_state_dict", "model", "net")  # where training scripts keep the state dict in a checkpoint
+WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+SHOWN = 5  # keys listed per kind of mismatch
+
+
+def find_weights(content: Any, path: Path) -> Any:
+    """The state dict (or, unpickled, the module) inside a file's content. Raises ModelFileError if there is none."""
+    if isinstance(content, nn.Module):
+        return content
+    if not isinstance(content, dict):
+        raise ModelFileError(f"{path} holds a {type(content).__name__}, not a state dict")
+    inner = next((content[key] for key in KEYS if isinstance(content.get(key), dict | nn.Module)), content)
+    if not inner:
+        raise ModelFileError(f"{path} holds an empty state dict")
+    return inner
+
+
+def require_tensors(content: Any, path: Path) -> dict[str, Tensor]:
+    """A plain dict of plain tensors. Raises ModelFileError that names the first thing that is none."""
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items():
+        if not isinstance(name, str) or not isinstance(value, Tensor):
+            raise ModelFileError(
+                f"{path} holds no state dict: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor; "
+                f"it may stand at the top or under {', '.join(KEYS)}"
+            )
+        if problem := _find_problem(value):
+            raise ModelFileError(f"{path}: {name[:80]} is {problem}; save plain dense tensors")
+        tensors[name] = value.detach()
+    return tensors
+
+
+def load_weights_(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, arch: str) -> None:
+    """Load a dense state dict, whose names may carry the prefixes of wrappers. Changes `module` also when it fails.
+
+    Raises ModelFileError that lists the missing, unexpected and misshapen keys.
+    """
+    expected = module.state_dict()
+    tensors = _strip_wrappers(tensors, expected.keys())
+    misshapen = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
+    fitting = {name: tensor for name, tensor in tensors.items() if name not in misshapen}
+    missing, unexpected = module.load_state_dict(fitting, strict=False)
+    missing = [name for name in missing if name not in misshapen]
+    problems = [
+        f"{len(keys)} {kind} ({shown})"
+        for kind, keys, shown in (
+            ("missing", missing, _few(missing)),
+            ("unexpected", unexpected, _few(unexpected)),
+            ("misshapen", misshapen, _few([_compare(name, tensors, expected) for name in misshapen])),
+        )
+        if keys
+    ]
+    if problems:
+        raise ModelFileError(f"{path} does not fit {arch}: {', '.join(problems)}; check model.arch and model.classes")
+
+
+def require_finite(module: nn.Module, path: Path) -> None:
+    """Raises ModelFileError that names the first tensor with a NaN or an infinity."""
+    for name, tensor in module.state_dict().items():
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+            broken = int((~torch.isfinite(tensor)).sum())
+            raise ModelFileError(f"{path}: {name} holds {broken} NaN or infinite numbers; load an earlier checkpoint")
+
+
+def _find_problem(tensor: Tensor) -> str | None:
+    if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
+        return "a quantized tensor" if tensor.is_quantized else f"a {tensor.dtype} tensor of layout {tensor.layout}"
+    if tensor.device.type != "cpu":
+        return f"a tensor without data (device {tensor.device})"
+    if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+        # an expanded tensor: a few bytes that would become terabytes when copied
+        return f"declared {list(tensor.shape)}, larger than its data"
+    return None
+
+
+def _strip_wrappers(tensors: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+    """Without the prefixes that stand before every name, unless the module's own names begin so."""
+    wrapper = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)), None)
+    if wrapper is None or all(name.startswith(wrapper) for name in expected):
+        return tensors
+    return _strip_wrappers({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}, expected)
+
+
+def _compare(name: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
+    return f"{name}: file {list(tensors[name].shape)}, model {list(expected[name].shape)}"
+
+
+def _few(names: list[str]) -> str:
+    shown = [re.sub(r"\s+", " ", name)[:120] for name in names[:SHOWN]]
+    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

@@ -1,0 +1,134 @@
+"""What a run hands back: one `Report`, the same in Python, in report.json, in slim.pt and in the table."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+Event = dict[str, Any]  # one line of metrics.jsonl: {"event": "epoch" | "round" | "compact" | …, …}
+
+
+@dataclass(frozen=True)
+class Milliseconds:
+    """Latency of one call with one image, warm: median and quartiles."""
+
+    median: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One network, dense or slim."""
+
+    macs: int  # multiply-accumulates of one image
+    params: int
+    bytes: int  # of the saved weights
+    accuracy: float | None  # percent, on the test set
+    loss: float | None  # mean cross-entropy, on the test set
+    latency: dict[str, Milliseconds]  # "torch", "onnxruntime"; batch 1
+
+
+@dataclass(frozen=True)
+class TargetReport:
+    """What was asked and what was reached, both as the same kind of cost."""
+
+    kind: str  # macs | params | channels
+    asked: float  # as in the recipe: a fraction to keep, or an absolute number
+    limit: int
+    dense: int
+    reached: int
+
+    @property
+    def is_met(self) -> bool:
+        return self.reached <= self.limit
+
+
+@dataclass(frozen=True)
+class UnitCounts:
+    """What became of the units."""
+
+    total: int
+    chosen: int  # decays started
+    released: int  # decays ended because training fought for the unit
+    removed: int
+
+
+@dataclass(frozen=True)
+class Width:
+    """Output channels of one layer."""
+
+    layer: str
+    before: int
+    after: int
+
+
+@dataclass(frozen=True)
+class KeptLayer:
+    """A layer whose outputs stayed whole, and why."""
+
+    layer: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class ExportedFile:
+    """A file that was loaded again and compared with the slim model at batch 1 and 5."""
+
+    format: str
+    path: str
+    bytes: int
+    max_difference: float
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything a run measured. Fractions are slim / dense."""
+
+    arch: str | None
+    base: str
+    dense: Measured
+    slim: Measured
+    target: TargetReport
+    units: UnitCounts
+    widths: list[Width]
+    kept: list[KeptLayer]
+    compact_difference: float  # largest relative difference of outputs before and after removal, in the run
+    exports: list[ExportedFile]
+    files: dict[str, str]  # "slim", "report", "recipe", "metrics" -> path
+    seconds: dict[str, float]  # per stage
+    seed: int
+    device: str
+    precision: str
+    recipe_hash: str
+    versions: dict[str, Any]  # and hardware
+    validation_accuracy: float | None = None  # percent, of the slim model
+    notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"target": asdict(self.target) | {"met": self.target.is_met}}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    @classmethod
+    def from_json(cls, text: str) -> "Report":
+        """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError if it is something else."""
+        values = json.loads(text)
+        target = {key: value for key, value in values["target"].items() if key != "met"}
+        return cls(
+            **{
+                **values,
+                "dense": _measured(values["dense"]),
+                "slim": _measured(values["slim"]),
+                "target": TargetReport(**target),
+                "units": UnitCounts(**values["units"]),
+                "widths": [Width(**width) for width in values["widths"]],
+                "kept": [KeptLayer(**kept) for kept in values["kept"]],
+                "exports": [ExportedFile(**made) for made in values["exports"]],
+            }
+        )
+
+
+def _measured(values: dict[str, Any]) -> Measured:
+    latency = {name: Milliseconds(**latency) for name, latency in values["latency"].items()}
+    return Measured(**{**values, "latency": latency})

@@ -1,0 +1,594 @@
+"""The story of a run: train while units decay and die, remove them, fine-tune, save, export, report."""
+
+import copy
+import hashlib
+import json
+import tempfile
+import time
+from collections.abc import Callable, Generator, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.budget import Floors, find_floors, resolve_limit
+from dpm_cli.data import Augmentation, Split, Splits
+from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
+from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
+from dpm_cli.engine.evaluate import evaluate_module
+from dpm_cli.engine.learner import Learner
+from dpm_cli.engine.precision import Precision, to_fast_layout_
+from dpm_cli.engine.step import LossMeter, all_finite
+from dpm_cli.errors import Interrupted, OutputError, RunError, TargetError
+from dpm_cli.export import export_model, open_exported
+from dpm_cli.files import write_atomic
+from dpm_cli.graph import Groups, find_groups, take
+from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
+from dpm_cli.models import save_slim
+from dpm_cli.pruners import make_base
+from dpm_cli.pruning import Pruning, plan_rounds
+from dpm_cli.recipe import Recipe, Training, dump_recipe
+from dpm_cli.rectify import Rectifier
+from dpm_cli.report import (
+    Event,
+    ExportedFile,
+    KeptLayer,
+    Measured,
+    Milliseconds,
+    Report,
+    TargetReport,
+    UnitCounts,
+    Width,
+)
+
+Events = Generator[Event, None, None]
+EXPORT_NAMES = {"torchscript": "model.ts", "onnx": "model.onnx"}
+CHECK_IMAGES = 8  # real inputs on which outputs before and after compaction are compared
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One stretch of training with settings of its own."""
+
+    name: str  # sparse | train | finetune
+    training: Training
+    first_epoch: int  # over the whole run: data order never repeats between stages
+
+
+@dataclass
+class Progress:
+    """Where a run stands, and what it has seen."""
+
+    stage: int = 0
+    step: int = 0  # within the stage; the next one to take
+    difference: float = 0.0  # the largest at any compaction
+    seconds: dict[str, float] = field(default_factory=dict)
+
+
+class Run:
+    """One pruning run. `events()` does the work and yields what happens; `report` is there when it is exhausted."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        splits: Splits,
+        *,
+        arch: str | None,
+        output: Path,
+        device: torch.device,
+        precision: Precision,
+        should_stop: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """model: dense (or slim from an earlier run), in eval mode on the CPU. It is copied, not changed.
+
+        Raises UnsupportedModelError, RecipeError or TargetError before any training.
+        """
+        self.recipe, self.splits, self.arch, self.output = recipe, splits, arch, output
+        self.device, self.precision, self.should_stop = device, precision, should_stop
+        self.dense = model
+        self.stages = plan_stages(recipe)
+        self.steps_per_epoch = max(1, len(splits.train) // recipe.data.batch)
+        self.progress = Progress()
+        self.notes: list[str] = []
+        torch.manual_seed(recipe.seed)
+
+        example = torch.zeros(2, *recipe.model.input)
+        self.dense_groups = find_groups(model, example, recipe.prune.keep)
+        self.floors = find_floors(self.dense_groups, round_to=recipe.prune.round_to, min_keep=recipe.prune.min_keep)
+        self.model = copy.deepcopy(model).to(device)
+        to_fast_layout_(self.model)
+        self.pruning = self._plan_pruning(self.dense_groups, self.floors)
+        self.teacher = None
+        if any(stage.training.distill for stage in self.stages):
+            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def _plan_pruning(self, groups: Groups, floors: Floors) -> Pruning:
+        prune, decay = self.recipe.prune, self.recipe.decay
+        limit = resolve_limit(groups, floors, kind=prune.target.kind, amount=prune.target.amount)
+        rectify = decay.rectify
+        return Pruning(
+            self.model,
+            groups,
+            make_base(
+                prune.base,
+                normalizer=prune.normalizer or ("max" if prune.sparse_epochs else "mean"),
+                strength=prune.sparse_strength,
+            ),
+            kind=prune.target.kind,
+            limit=limit,
+            floors=floors,
+            starts=plan_rounds(
+                self.recipe.train.epochs * self.steps_per_epoch,
+                rounds=prune.rounds,
+                decay_steps=decay.steps,
+                start=prune.start,
+                end=prune.end,
+                rectify=rectify is not None,
+            ),
+            decay_steps=decay.steps,
+            envelope=decay.envelope,
+            make_rectifier=partial(Rectifier, **rectify.model_dump()) if rectify else None,
+        )
+
+    # ------------------------------------------------------------------------------------------------ the story
+
+    def events(self, *, resume: bool = False) -> Events:
+        yield self._started()
+        if resume:
+            yield from self._restore()
+        with Metrics(self.output / "metrics.jsonl", self._metrics_bytes) as self.metrics:
+            while self.progress.stage < len(self.stages):
+                yield from self._train(self.stages[self.progress.stage])
+                self.progress.stage, self.progress.step = self.progress.stage + 1, 0
+                yield self._save_checkpoint(None)
+            if not self.pruning.is_done:
+                raise TargetError(
+                    f"target {self.pruning.kind} <= {self.pruning.limit:,} was not met: {self.pruning.cost():,} is left"
+                )
+            yield from self._finish()
+        remove_checkpoints(self.output)
+        yield {"event": "done"}
+
+    def _train(self, stage: Stage) -> Events:
+        learner = self._make_learner(stage)
+        pruning = self.pruning if stage.name == "train" else None
+        before = [self.pruning.base.penalise_] if stage.name == "sparse" else []
+        meter = LossMeter(self.device)
+        yield {"event": "stage", "name": stage.name}
+        started = epoch_started = time.monotonic()
+        for images, labels in self._batches(stage):
+            step = self.progress.step
+            if pruning and pruning.is_due(step):
+                yield self.metrics.write(
+                    {"event": "round", "stage": stage.name, "step": step} | pruning.start_round(step)
+                )
+            if pruning and pruning.is_over(step):  # one-step pruning
+                yield self._finish_round(stage, learner)
+            decaying = pruning is not None and pruning.round_start is not None
+            loss = learner.step_(
+                images,
+                labels,
+                step=step,
+                before=[self.pruning.decay.observe] if decaying else before,
+                after=[self.pruning.decay.advance_] if decaying else (),
+            )
+            meter.add_(loss, images=len(labels), step=step)
+            self.progress.step = step = step + 1
+            if pruning and pruning.is_over(step):
+                yield self._finish_round(stage, learner)
+            yield {
+                "event": "step",
+                "stage": stage.name,
+                "step": step,
+                "steps": learner.steps,
+                "epoch": (step - 1) // self.steps_per_epoch + 1,
+                "epochs": stage.training.epochs,
+            }
+            if step % self.steps_per_epoch == 0:
+                yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started)
+                epoch_started = time.monotonic()
+            stopping = self.should_stop()
+            if stopping or (step % self.recipe.checkpoint.every == 0 and step < learner.steps):
+                self._require_finite(meter, stage)
+                self._count_seconds(stage, started)
+                started = time.monotonic()
+                yield self._save_checkpoint(learner)
+            if stopping:
+                raise Interrupted(f"stopped in stage {stage.name} at step {step}; continue with --resume")
+        self._count_seconds(stage, started)
+
+    def _finish_round(self, stage: Stage, learner: Learner) -> Event:
+        learner.remember()
+        removal = self.pruning.finish_round(self._check_images())
+        learner.shrink_(lambda name, value: take(value, removal.kept.get(name, {})))
+        self.progress.difference = max(self.progress.difference, removal.difference)
+        groups = self.pruning.groups
+        alive = self.pruning.all_alive
+        return self.metrics.write(
+            {
+                "event": "compact",
+                "stage": stage.name,
+                "round": self.pruning.round,
+                "step": self.progress.step,
+                "removed": removal.removed,
+                "released": removal.released,
+                "macs": groups.cost.macs(alive),
+                "params": groups.cost.parameters(alive),
+                "units": groups.units,
+                "difference": removal.difference,
+            }
+        )
+
+    def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float) -> Event:
+        reading = self._require_finite(meter, stage)
+        meter.reset_()
+        return self.metrics.write(
+            {
+                "event": "epoch",
+                "stage": stage.name,
+                "epoch": self.progress.step // self.steps_per_epoch,
+                "epochs": stage.training.epochs,
+                "step": self.progress.step,
+                "loss": reading.mean,
+                "validation_accuracy": self._validate(),
+                "lr": learner.learning_rate(self.progress.step - 1),
+                "images_per_second": reading.images / max(seconds, 1e-9),
+                "seconds": seconds,
+            }
+        )
+
+    def _finish(self) -> Events:
+        """The model is slim and trained: settle its statistics, save, export, measure."""
+        recipe, started = self.recipe, time.monotonic()
+        batches = self.splits.train.batches(
+            recipe.data.batch, seed=recipe.seed, epoch=self._epochs, augment=augmentation(recipe), drop_last=True
+        )
+        recalibrate_batchnorm_(self.model, batches, count=recipe.recalibrate_batches, precision=self.precision)
+        slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
+        exports = []
+        for format in recipe.export:
+            path = self.output / EXPORT_NAMES[format]
+            made = export_model(slim, self._image(), format=format, path=path, metadata=self._metadata())
+            exports.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
+            yield self.metrics.write(
+                {"event": "export", "format": format, "path": str(path), "max_difference": made.max_difference}
+            )
+        self.progress.seconds["export"] = time.monotonic() - started
+        started = time.monotonic()
+        yield {"event": "measure", "what": "accuracy and latency of the dense and the slim model"}
+        dense, compared = self._measure(self.dense, slim, exports)
+        self.progress.seconds["measure"] = time.monotonic() - started
+        self.report = self._make_report(dense, compared, slim, exports)
+        self._save_slim(slim)
+        write_atomic(self.output / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
+        write_atomic(self.output / "report.json", lambda path: _write_text(path, self.report.to_json() + "\n"))
+
+    # --------------------------------------------------------------------------------------------------- pieces
+
+    def _started(self) -> Event:
+        self._metrics_bytes = 0
+        alive = self.pruning.all_alive
+        return {
+            "event": "start",
+            "arch": self.arch,
+            "device": str(self.device),
+            "precision": self.precision.name,
+            "stages": [
+                {"name": s.name, "epochs": s.training.epochs, "steps": s.training.epochs * self.steps_per_epoch}
+                for s in self.stages
+            ],
+            "target": {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
+            "dense": {
+                "macs": self.dense_groups.cost.macs(alive),
+                "params": self.dense_groups.cost.parameters(alive),
+                "channels": self.dense_groups.units,
+            },
+        }
+
+    @property
+    def _epochs(self) -> int:
+        return sum(stage.training.epochs for stage in self.stages)
+
+    def _make_learner(self, stage: Stage) -> Learner:
+        learner = Learner(
+            self.model,
+            precision=self.precision,
+            steps=stage.training.epochs * self.steps_per_epoch,
+            steps_per_epoch=self.steps_per_epoch,
+            seed=self.recipe.seed * 1_000_003 + stage.first_epoch,
+            teacher=self.teacher,
+            **stage.training.model_dump(exclude={"epochs"}),
+        )
+        self.model.train()
+        if self._restored_optimizer is not None:
+            learner.load_state_dict(self._restored_optimizer)
+            self._restored_optimizer = None
+        return learner
+
+    _restored_optimizer: Any = None
+
+    def _batches(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
+        """The rest of a stage's training batches, from the step the run stands at."""
+        data, per_epoch = self.recipe.data, self.steps_per_epoch
+        for epoch in range(self.progress.step // per_epoch, stage.training.epochs):
+            yield from self.splits.train.batches(
+                data.batch,
+                seed=self.recipe.seed,
+                epoch=stage.first_epoch + epoch,
+                augment=augmentation(self.recipe),
+                start=self.progress.step - epoch * per_epoch,
+                drop_last=len(self.splits.train) >= data.batch,
+            )
+
+    def _validate(self) -> float | None:
+        if not len(self.splits.validation):
+            return None
+        score = evaluate_module(
+            self.model, self.splits.validation, batch=self.recipe.data.batch * 4, precision=self.precision
+        )
+        return score.accuracy
+
+    def _check_images(self) -> Tensor:
+        held_out = self.splits.validation if len(self.splits.validation) else self.splits.train
+        images, _ = next(held_out.batches(CHECK_IMAGES, seed=0, epoch=0, augment=None))
+        return images
+
+    def _image(self) -> Tensor:
+        return self._check_images()[:1].cpu()
+
+    def _require_finite(self, meter: LossMeter, stage: Stage) -> Any:
+        reading = meter.read()
+        bad = reading.first_bad_step
+        if bad is None and all_finite(self.model.parameters()):
+            return reading
+        place = f"at step {bad}" if bad is not None else f"before step {self.progress.step}"
+        last = self.output / "checkpoint.pt"
+        kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+        raise RunError(
+            f"the loss or a weight is not finite in stage {stage.name} {place}: lower {stage.name}.lr or set "
+            f"{stage.name}.clip_grad; {kept}"
+        )
+
+    def _count_seconds(self, stage: Stage, started: float) -> None:
+        seconds = self.progress.seconds
+        seconds[stage.name] = seconds.get(stage.name, 0.0) + time.monotonic() - started
+
+    # ---------------------------------------------------------------------------------------------- checkpoints
+
+    def _save_checkpoint(self, learner: Learner | None) -> Event:
+        """learner: none between stages."""
+        scaler = self.precision.scaler
+        state = {
+            "recipe": dump_recipe(self.recipe),
+            "weights": self._fingerprint,
+            "stage": self.progress.stage,
+            "step": self.progress.step,
+            "difference": self.progress.difference,
+            "seconds": self.progress.seconds,
+            "model": self.model.state_dict(),
+            "pruning": self.pruning.state_dict(),
+            "optimizer": learner.state_dict() if learner else None,
+            "scaler": scaler.state_dict() if scaler else None,
+            "rng": capture_rng(),
+            "metrics_bytes": self.metrics.bytes_written(),
+        }
+        save_checkpoint(self.output, state)
+        return {"event": "checkpoint", "step": self.progress.step, "path": str(self.output / "checkpoint.pt")}
+
+    @property
+    def _fingerprint(self) -> str:
+        """Of the weights that the run started from."""
+        digest = hashlib.sha256()
+        for name, tensor in self.dense.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def _restore(self) -> Events:
+        """Continue from the last whole checkpoint of the output folder, if there is one."""
+        checkpoint = load_checkpoint(self.output)
+        if checkpoint is None:
+            return
+        state = checkpoint.state
+        if state["recipe"] != dump_recipe(self.recipe):
+            changed = _changed_lines(state["recipe"], dump_recipe(self.recipe))
+            raise OutputError(
+                f"{checkpoint.path} was made with another recipe ({changed}): resume with the same one, or --overwrite"
+            )
+        if state["weights"] != self._fingerprint:
+            raise OutputError(
+                f"{checkpoint.path} was made from another model file: resume with the same, or --overwrite"
+            )
+        self.pruning.load_state_dict(state["pruning"])
+        self.model.load_state_dict(state["model"])
+        self.progress = Progress(state["stage"], state["step"], state["difference"], dict(state["seconds"]))
+        self._restored_optimizer = state["optimizer"]
+        if self.precision.scaler and state["scaler"]:
+            self.precision.scaler.load_state_dict(state["scaler"])
+        restore_rng(state["rng"])
+        self._metrics_bytes = state["metrics_bytes"]
+        stage = self.stages[self.progress.stage].name if self.progress.stage < len(self.stages) else "export"
+        yield {"event": "resumed", "stage": stage, "step": self.progress.step, "path": str(checkpoint.path)}
+
+    # ------------------------------------------------------------------------------------------------- outcomes
+
+    def _measure(self, dense: nn.Module, slim: nn.Module, exports: list[ExportedFile]) -> tuple[Measured, Measured]:
+        """Accuracy on the test set, once, and latencies in turns."""
+        image = self._image()
+        dense = copy.deepcopy(dense).to(memory_format=torch.contiguous_format).eval()
+        runs: dict[str, Callable[[Tensor], object]] = {"dense torch": dense, "slim torch": slim}
+        with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
+            for made in exports:
+                if made.format == "onnx":
+                    path = Path(folder) / "dense.onnx"
+                    export_model(dense, image, format="onnx", path=path, metadata={})
+                    runs |= {"dense onnxruntime": open_exported(path), "slim onnxruntime": open_exported(made.path)}
+            latencies = measure_in_turns(runs, image)
+        measured = []
+        for name, network in (("dense", dense), ("slim", slim)):
+            on_device = copy.deepcopy(network).to(self.device)
+            score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
+            measured.append(
+                Measured(
+                    macs=count_macs(network, image, self.recipe.counter),
+                    params=count_parameters(network),
+                    bytes=count_bytes(network),
+                    accuracy=score.accuracy,
+                    loss=score.loss,
+                    latency={
+                        key.split()[1]: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms)
+                        for key, latency in latencies.items()
+                        if key.startswith(name)
+                    },
+                )
+            )
+        return measured[0], measured[1]
+
+    def _make_report(self, dense: Measured, slim: Measured, module: nn.Module, exports: list[ExportedFile]) -> Report:
+        pruning, target = self.pruning, self.recipe.prune.target
+        predicted = pruning.groups.cost.macs(pruning.all_alive), pruning.groups.cost.parameters(pruning.all_alive)
+        if self.recipe.counter != "flop_counter":
+            self.notes.append(f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's")
+        elif predicted != (slim.macs, slim.params):
+            self.notes.append(f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}")
+        if self.splits.test_held_out:
+            self.notes.append(
+                "the folder has no test images: a fixed tenth of the training images served as the test set"
+            )
+        return Report(
+            arch=self.arch,
+            base=self.recipe.prune.base,
+            dense=dense,
+            slim=slim,
+            target=TargetReport(target.kind, target.amount, pruning.limit, pruning.dense_cost, pruning.cost()),
+            units=UnitCounts(
+                self.dense_groups.units,
+                pruning.chosen,
+                pruning.released,
+                self.dense_groups.units - pruning.groups.units,
+            ),
+            widths=list(_compare_widths(self.dense, module, self.dense_groups)),
+            kept=[KeptLayer(kept.layer, kept.reason) for kept in self.dense_groups.kept],
+            compact_difference=self.progress.difference,
+            exports=exports,
+            files={
+                name: str(self.output / file)
+                for name, file in (
+                    ("slim", "slim.pt"),
+                    ("report", "report.json"),
+                    ("recipe", "recipe.yaml"),
+                    ("metrics", "metrics.jsonl"),
+                )
+            },
+            seconds={name: round(seconds, 2) for name, seconds in self.progress.seconds.items()},
+            seed=self.recipe.seed,
+            device=str(self.device),
+            precision=self.precision.name,
+            recipe_hash=self.recipe.hash,
+            versions=dict(hardware()),
+            validation_accuracy=self._validate(),
+            notes=self.notes,
+        )
+
+    def _save_slim(self, slim: nn.Module) -> None:
+        save_slim(
+            self.output / "slim.pt",
+            slim,
+            arch=self.arch,
+            classes=self.recipe.model.classes,
+            shape=self.recipe.model.input,
+            recipe=dump_recipe(self.recipe),
+            report=self.report.to_dict(),
+            mean=self.splits.mean,
+            std=self.splits.std,
+            dense=self.dense if self.arch is None else None,
+        )
+
+    def _metadata(self) -> dict[str, str]:
+        return {
+            "dpm_recipe": self.recipe.hash,
+            "arch": self.arch or "",
+            "classes": str(self.recipe.model.classes),
+            "mean": json.dumps(self.splits.mean),
+            "std": json.dumps(self.splits.std),
+            "input": json.dumps(self.recipe.model.input),
+        }
+
+
+class Metrics:
+    """metrics.jsonl: one object a line, flushed as it happens; cut back to the checkpoint on resume."""
+
+    def __init__(self, path: Path, start: int) -> None:
+        self._path, self._start = path, start
+
+    def __enter__(self) -> "Metrics":
+        try:
+            self._file = self._path.open("a" if self._start else "w", encoding="utf-8")
+            self._file.truncate(self._start)
+        except OSError as error:
+            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._file.close()
+
+    def write(self, event: Event) -> Event:
+        try:
+            self._file.write(json.dumps(event) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
+        return event
+
+    def bytes_written(self) -> int:
+        return self._path.stat().st_size
+
+
+def plan_stages(recipe: Recipe) -> list[Stage]:
+    """Sparse learning (if asked for), pruning, fine-tuning; each with the number of its first epoch."""
+    stages, epoch = [], 0
+    sparse = recipe.train.model_copy(
+        # The penalty takes the place of weight decay, as in DepGraph's own sparse learning.
+        update={"epochs": recipe.prune.sparse_epochs, "lr": recipe.prune.sparse_lr, "weight_decay": 0.0}
+    )
+    for name, training in (("sparse", sparse), ("train", recipe.train), ("finetune", recipe.finetune)):
+        if training.epochs:
+            stages.append(Stage(name, training, epoch))
+            epoch += training.epochs
+    return stages
+
+
+def augmentation(recipe: Recipe) -> Augmentation:
+    return Augmentation(**recipe.data.augment.model_dump())
+
+
+def _compare_widths(dense: nn.Module, slim: nn.Module, groups: Groups) -> Iterator[Width]:
+    """Output channels of every layer that could lose some."""
+    for layer in dict.fromkeys(layer for group in groups for layer in group.layers):
+        if any(layer == name for name, _ in dense.named_modules()):
+            before, after = (_width(network.get_submodule(layer)) for network in (dense, slim))
+            if before and after:
+                yield Width(layer, before, after)
+
+
+def _width(layer: nn.Module) -> int | None:
+    for attribute in ("out_channels", "out_features", "embedding_dim"):
+        if isinstance(width := getattr(layer, attribute, None), int):
+            return width
+    return None
+
+
+def _changed_lines(old: str, new: str) -> str:
+    """The first setting that differs, for a message."""
+    for left, right in zip(old.splitlines(), new.splitlines()):
+        if left != right:
+            return f"{left.strip()} there, {right.strip()} here"
+    return "more settings in one of them"
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")

@@ -1,0 +1,66 @@
+import pytest
+import torch
+from torch import nn
+
+from dpm_cli.engine import precision as precision_module
+from dpm_cli.engine.device import choose_device
+from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.errors import UsageError
+
+CPU = torch.device("cpu")
+
+
+def test_auto_takes_cuda_when_it_is_there():
+    assert choose_device("auto").type == ("cuda" if torch.cuda.is_available() else "cpu")
+
+
+@pytest.mark.parametrize("name", ["tpu", "cuda:99", "", "CPU", "cuda:x"])
+def test_unknown_device_names_what_is_there(name):
+    with pytest.raises(UsageError, match=r"here: auto, cpu") as caught:
+        choose_device(name)
+    assert repr(name) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_cuda_without_a_gpu_is_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UsageError, match="'cuda'"):
+        choose_device("cuda")
+    assert choose_device("auto") == CPU
+
+
+def test_auto_is_bf16_exactly_where_the_cpu_has_it(monkeypatch):
+    for has_avx, has_amx in [(False, False), (True, False), (False, True)]:
+        monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda has=has_avx: has)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda has=has_amx: has)
+        assert choose_precision("auto", CPU).name == ("bf16" if has_avx or has_amx else "fp32")
+
+
+@pytest.mark.parametrize(("capability", "expected"), [((7, 5), "fp32"), ((8, 0), "bf16"), ((9, 0), "bf16")])
+def test_auto_is_bf16_from_cuda_capability_8(monkeypatch, capability, expected):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert precision_module.choose_precision("auto", torch.device("cuda:0")).name == expected
+
+
+def test_fp16_on_cpu_is_refused():
+    with pytest.raises(UsageError, match=r"fp16.*needs CUDA"):
+        choose_precision("fp16", CPU)
+
+
+def test_bf16_computes_in_16_bits_and_leaves_weights_alone():
+    layer = nn.Linear(4, 4)
+    with choose_precision("bf16", CPU).autocast():
+        assert layer(torch.ones(2, 4)).dtype == torch.bfloat16
+    with choose_precision("fp32", CPU).autocast():
+        assert layer(torch.ones(2, 4)).dtype == torch.float32
+    assert layer.weight.dtype == torch.float32
+
+
+def test_fast_layout_spreads_from_weights_to_activations():
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    images = torch.randn(2, 3, 8, 8)
+    before = model.eval()(images)
+    to_fast_layout_(model)
+    after = model(images)
+    assert after.is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(after, before)

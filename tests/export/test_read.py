@@ -1,0 +1,98 @@
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from dpm_cli.errors import ModelFileError, RunError, UsageError
+from dpm_cli.export import export_model, open_exported
+from dpm_cli.export.torchscript import EXTRA
+
+
+def write_zip(path: Path) -> None:
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("hello.txt", "hello")
+
+
+FOREIGN: dict[str, Callable[[Path], object]] = {
+    "empty": lambda path: path.touch(),
+    "text": lambda path: path.write_text("not a model"),
+    "picture": lambda path: path.write_bytes(b"\x89PNG\r\n\x1a\n" + bytes(100)),
+    "zip": write_zip,
+    "state dict": lambda path: torch.save({"weight": torch.zeros(3)}, path),
+    "folder": lambda path: path.mkdir(),
+    "missing": lambda path: None,
+}
+
+
+@pytest.mark.parametrize("make", FOREIGN.values(), ids=FOREIGN.keys())
+def test_anything_else_is_refused_in_one_line(
+    make: Callable[[Path], object], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "model.ts"
+    make(path)
+    with pytest.raises(ModelFileError, match=r"^[^\n]*model\.ts [^\n]+$"):
+        open_exported(path)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_torch_export_archive_is_refused(net: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "model.pt2"
+    export_model(net, torch.randn(1, 3, 8, 8), format="pt2", path=path, metadata={})
+    with pytest.raises(ModelFileError, match="not TorchScript"):
+        open_exported(path)
+
+
+@pytest.mark.parametrize("kept", [0.01, 0.3, 0.9, 0.99])
+@pytest.mark.parametrize("kind", ["onnx_file", "torchscript_file"])
+def test_truncated_file_is_refused_in_one_line(
+    kind: str, kept: float, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = request.getfixturevalue(kind).read_bytes()
+    path = tmp_path / "model"
+    path.write_bytes(whole[: int(len(whole) * kept)])
+    with pytest.raises(ModelFileError, match=r"^[^\n]+$"):
+        open_exported(path)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("kind", ["onnx_file", "torchscript_file"])
+def test_name_of_the_file_does_not_matter(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    path.write_bytes(request.getfixturevalue(kind).read_bytes())
+    model = open_exported(str(path))
+    assert model.shape == (3, 8, 8)
+    assert model.metadata == {"recipe": "0123", "classes": "4"}
+    assert model(torch.randn(3, 3, 8, 8)).shape == (3, 4)
+
+
+@pytest.mark.parametrize("kind", ["onnx_file", "torchscript_file"])
+def test_images_of_the_wrong_shape_are_refused(kind: str, request: pytest.FixtureRequest) -> None:
+    model = open_exported(request.getfixturevalue(kind))
+    with pytest.raises(UsageError, match=r"takes images of shape \(batch, 3, 8, 8\), not \(1, 3, 9, 9\)"):
+        model(torch.randn(1, 3, 9, 9))
+
+
+@pytest.mark.parametrize(
+    "content", ["{", "[]", '{"metadata": {}, "shape": [3]}', '{"metadata": 1, "shape": [3, 8, 8]}']
+)
+def test_damaged_metadata_is_refused(content: str, torchscript_file: Path, tmp_path: Path) -> None:
+    path = tmp_path / "model.ts"
+    with zipfile.ZipFile(torchscript_file) as old, zipfile.ZipFile(path, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, content if name.endswith(EXTRA) else old.read(name))
+    with pytest.raises(ModelFileError, match=r"damaged TorchScript file \([^\n]+\)$"):
+        open_exported(path)
+
+
+def test_foreign_torchscript_runs_without_metadata(net: nn.Module, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.ts"
+    torch.jit.save(torch.jit.script(net.train()), path)
+    model = open_exported(path)
+    assert (model.shape, model.metadata) == (None, {})
+    images = torch.randn(4, 3, 8, 8)
+    torch.testing.assert_close(model(images), net.eval()(images).detach())
+    with pytest.raises(RunError, match=r"fails on images of shape \(4, 1, 8, 8\): [^\n]+$"):
+        model(images[:, :1])

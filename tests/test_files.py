@@ -1,0 +1,110 @@
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from dpm_cli.errors import OutputError, RunError
+from dpm_cli.files import prepare_output, write_atomic
+
+
+def disk_full(path: Path) -> None:
+    path.write_text("half")
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def interrupted(path: Path) -> None:
+    path.write_text("half")
+    raise KeyboardInterrupt
+
+
+def test_written_file_replaces_the_old_one_and_leaves_nothing_beside(tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text("old")
+    write_atomic(path, lambda temporary: temporary.write_text("new") and None)
+    assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_writer_gets_a_name_beside_the_target_with_its_suffix(tmp_path: Path) -> None:
+    seen: list[Path] = []
+
+    def write(temporary: Path) -> None:
+        seen.append(temporary)
+        temporary.touch()
+
+    write_atomic(tmp_path / "model.onnx", write)
+    assert seen[0].parent == tmp_path
+    assert seen[0].suffix == ".onnx"
+    assert seen[0].name != "model.onnx"
+
+
+@pytest.mark.parametrize(("write", "error"), [(disk_full, RunError), (interrupted, KeyboardInterrupt)])
+def test_failure_keeps_the_old_file_and_removes_the_half_written_one(tmp_path, write, error) -> None:
+    path = tmp_path / "slim.pt"
+    path.write_text("old")
+    with pytest.raises(error):
+        write_atomic(path, write)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_failure_names_path_and_reason(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match=r"slim\.pt cannot be written: No space left on device"):
+        write_atomic(tmp_path / "slim.pt", disk_full)
+    with pytest.raises(RunError, match="No such file or directory"):
+        write_atomic(tmp_path / "absent" / "slim.pt", Path.touch)
+
+
+def test_output_folder_is_made(tmp_path: Path) -> None:
+    prepare_output(tmp_path / "a" / "b", overwrite=False, resume=False)
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+
+
+def test_output_that_cannot_be_a_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="is a file"):
+        prepare_output(tmp_path / "file", overwrite=False, resume=False)
+    with pytest.raises(OutputError, match="Not a directory"):
+        prepare_output(tmp_path / "file" / "out", overwrite=True, resume=False)
+    with pytest.raises(OutputError, match="cannot be written"):
+        prepare_output(tmp_path / "nul\0", overwrite=False, resume=False)
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="root may write everywhere")
+def test_unwritable_output_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(OutputError, match="Permission denied"):
+        prepare_output(tmp_path, overwrite=False, resume=False)
+
+
+def test_finished_run_is_only_replaced_on_request(tmp_path: Path) -> None:
+    (tmp_path / "report.json").write_text("{}")
+    for resume in (False, True):
+        with pytest.raises(OutputError, match=r"finished run.*--overwrite"):
+            prepare_output(tmp_path, overwrite=False, resume=resume)
+    prepare_output(tmp_path, overwrite=True, resume=False)
+    assert (tmp_path / "report.json").exists()
+
+
+def test_unfinished_run_is_resumed_or_given_up(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint.pt"
+    checkpoint.touch()
+    with pytest.raises(OutputError, match="--resume continues it, --overwrite starts anew"):
+        prepare_output(tmp_path, overwrite=False, resume=False)
+    prepare_output(tmp_path, overwrite=False, resume=True)
+    assert checkpoint.exists()
+    prepare_output(tmp_path, overwrite=True, resume=False)
+    assert not checkpoint.exists()
+
+
+def test_results_without_a_report_are_not_overwritten_either(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("the user's own")
+    with pytest.raises(OutputError, match=r"already holds recipe.yaml"):
+        prepare_output(tmp_path, overwrite=False, resume=False)
+    prepare_output(tmp_path, overwrite=False, resume=True)  # a run that was stopped before its first checkpoint
+
+
+def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="give one of them"):
+        prepare_output(tmp_path, overwrite=True, resume=True)
