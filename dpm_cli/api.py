@@ -11,12 +11,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpm_cli.budget import cost_of, find_floors
+from dpm_cli.budget import Kind, cost_of, find_floors
 from dpm_cli.data import Splits, load_data
-from dpm_cli.engine.device import choose_device
-from dpm_cli.engine.evaluate import Score, evaluate as score_runner, evaluate_module
-from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.checkpoint import remove_checkpoints
+from dpm_cli.engine.device import choose_device
+from dpm_cli.engine.evaluate import Score, evaluate_module
+from dpm_cli.engine.evaluate import evaluate as score_runner
+from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter
 from dpm_cli.errors import OutputError, RunError
@@ -26,7 +27,7 @@ from dpm_cli.graph import find_groups
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, measure_latency
 from dpm_cli.models import build, load_model, load_slim
 from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
-from dpm_cli.report import Event, ExportedFile, Milliseconds, Report
+from dpm_cli.report import Event, ExportedFile, Report
 from dpm_cli.run import EXPORT_NAMES, Run, augmentation
 
 AnyRecipe = Recipe | str | Path | Mapping[str, Any]
@@ -247,7 +248,7 @@ def inspect(model: nn.Module | str | Path, recipe: AnyRecipe, *, trust_pickle: b
     floors = find_floors(groups, round_to=prune.round_to, min_keep=prune.min_keep)
     alive = np.ones(groups.units, bool)
     lowest = floors.lowest(groups)
-    kinds = ("macs", "params", "channels")
+    kinds: tuple[Kind, ...] = ("macs", "params", "channels")
     dense = {kind: cost_of(groups.cost, kind, alive) for kind in kinds}
     achievable = {kind: [cost_of(groups.cost, kind, lowest), dense[kind]] for kind in kinds}
     kind, amount = prune.target.kind, prune.target.amount

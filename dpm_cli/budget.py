@@ -63,8 +63,8 @@ def resolve_limit(groups: Groups, floors: Floors, *, kind: Kind, amount: float) 
         )
     if limit < lowest:
         raise TargetError(
-            f"target {kind} {amount:g} ({limit:,}) cannot be met: between {lowest:,} ({lowest / dense:.3f}) and {dense:,} can "
-            "be reached with this round_to, min_keep and keep; raise the target or lower them"
+            f"target {kind} {amount:g} ({limit:,}) cannot be met: between {lowest:,} ({lowest / dense:.3f}) "
+            f"and {dense:,} can be reached with this round_to, min_keep and keep; raise the target or lower them"
         )
     return limit
 
@@ -81,8 +81,8 @@ def choose_victims(
 ) -> Flags:
     """(units,) the lowest-scored units whose removal brings the cost to the limit or just below it.
 
-    Ranks globally and stops at the first set that meets the limit, so one unit (or one step of `round_to`) fewer would miss
-    it. When the eligible units do not suffice, all that may go are chosen.
+    Ranks globally and stops at the first set that meets the limit, so one unit (or one step of `round_to`) fewer
+    would miss it. When the eligible units do not suffice, all that may go are chosen.
 
     scores: (units,) low is redundant. alive: (units,) units that are still there. eligible: (units,) may be chosen.
     """
@@ -92,7 +92,8 @@ def choose_victims(
     group = groups.group_of_unit[candidates]
     present = np.bincount(groups.group_of_unit[alive], minlength=len(groups))
 
-    # A unit goes when its group has lost enough others to land on an allowed width: find the rank at which that happens.
+    # A unit goes when its group has lost enough others to land on an allowed width: find the rank at which that
+    # happens.
     turn = np.full(len(candidates), len(candidates))
     for number in np.unique(group).tolist():
         ranks = np.flatnonzero(group == number)  # in order of score

@@ -1,9 +1,10 @@
 """Smooth Pruning: one state machine over all units (DPM, arXiv 2406.03879).
 
-A victim's norm follows an exactly linear envelope to zero over N optimizer steps while training goes on; only its direction
-is free. As published: L_init = ‖x‖ when the decay starts, L_s = L_init / N, and after each optimizer step
-x ← x̃ · (N − n) L_s / ‖x̃‖. Ours: every unit has its own age n, incremented before use, so the norm is zero at n = N; x is
-the union of the unit's producer side (rows, biases, norm weight and bias), so that a dead unit's output is exactly zero.
+A victim's norm follows an exactly linear envelope to zero over N optimizer steps while training goes on; only its
+direction is free. As published: L_init = ‖x‖ when the decay starts, L_s = L_init / N, and after each optimizer step
+x ← x̃ · (N − n) L_s / ‖x̃‖. Ours: every unit has its own age n, incremented before use, so the norm is zero at n = N;
+x is the union of the unit's producer side (rows, biases, norm weight and bias), so that a dead unit's output is
+exactly zero.
 """
 
 from typing import Any, Literal

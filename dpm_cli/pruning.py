@@ -1,7 +1,7 @@
 """The pruning side of a run: rounds of victims that decay, are released or die, and are removed.
 
-One object holds everything that changes with the structure of the model, so that a run can compact at any round's end and
-a checkpoint can restore it.
+One object holds everything that changes with the structure of the model, so that a run can compact at any round's end
+and a checkpoint can restore it.
 """
 
 from collections.abc import Callable, Sequence
@@ -30,21 +30,21 @@ def plan_rounds(
 ) -> tuple[int, ...]:
     """The first step of every round in a stage of `steps`. start, end: fractions of the stage.
 
-    Rounds are spread evenly; each takes `decay_steps` (one-step pruning takes none). With releases, one more round must fit
-    after the last to top up. Raises RecipeError if they do not fit.
+    Rounds are spread evenly; each takes `decay_steps` (one-step pruning takes none). With releases, one more round
+    must fit after the last to top up. Raises RecipeError if they do not fit.
     """
     taken = 0 if decay_steps == 1 else decay_steps
     first, last = round(start * steps), round(end * steps)
     room = (last - first) // rounds
     if room < max(taken, 1):
         raise RecipeError(
-            f"{rounds} rounds of {decay_steps} decay steps do not fit between prune.start and prune.end (steps {first} to "
-            f"{last} of {steps}): lower prune.rounds or decay.steps, or raise train.epochs or prune.end"
+            f"{rounds} rounds of {decay_steps} decay steps do not fit between prune.start and prune.end (steps {first} "
+            f"to {last} of {steps}): lower prune.rounds or decay.steps, or raise train.epochs or prune.end"
         )
     if rectify and last + taken > steps:
         raise RecipeError(
-            f"no room for {decay_steps} decay steps after prune.end (step {last} of {steps}) to replace released units: "
-            "lower prune.end or decay.steps, raise train.epochs, or set decay.rectify: false"
+            f"no room for {decay_steps} decay steps after prune.end (step {last} of {steps}) to replace released "
+            "units: lower prune.end or decay.steps, raise train.epochs, or set decay.rectify: false"
         )
     return tuple(first + i * room for i in range(rounds))
 
@@ -62,8 +62,8 @@ class Removal:
 class Pruning:
     """The structure of one model during a run. `model` is changed in place.
 
-    Drive it from a stage's loop: `start_round` when `is_due`, `decay.observe` and `decay.advance_` around the optimizer's
-    step, `finish_round` when `is_over`.
+    Drive it from a stage's loop: `start_round` when `is_due`, `decay.observe` and `decay.advance_` around the
+    optimizer's step, `finish_round` when `is_over`.
     """
 
     def __init__(
@@ -109,7 +109,9 @@ class Pruning:
         return self.round >= len(self.starts) and self.round_start is None and self.cost() <= self.limit
 
     def is_due(self, step: int) -> bool:
-        """Whether a round starts before this step of the stage: a planned one, or one more to replace released units."""
+        """Whether a round starts before this step of the stage: a planned one, or one more to replace released
+        units.
+        """
         if self.round_start is not None or self.is_done:
             return False
         return step >= self.starts[self.round] if self.round < len(self.starts) else True

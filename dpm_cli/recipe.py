@@ -18,6 +18,7 @@ from dpm_cli.errors import RecipeError
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1, le=10**12)]
 NonNegative = Annotated[int, Field(ge=0, le=10**12)]
+Side = Annotated[int, Field(ge=1, le=8192)]
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 ExportFormat = Literal["torchscript", "onnx"]
 
@@ -50,14 +51,7 @@ class Model(Section):
 
     arch: str
     classes: int = Field(default=10, ge=1, le=10**6)
-    input: tuple[Positive, ...] = (3, 32, 32)  # one image, channels first
-
-    @field_validator("input")
-    @classmethod
-    def _is_an_image(cls, shape: tuple[int, ...]) -> tuple[int, ...]:
-        if len(shape) != 3 or max(shape) > 8192:
-            raise ValueError("must be [channels, height, width], each at most 8192")
-        return shape
+    input: tuple[Side, Side, Side] = (3, 32, 32)  # one image: channels, height, width
 
 
 class Augment(Section):

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.budget import Floors, find_floors, resolve_limit
-from dpm_cli.data import Augmentation, Split, Splits
+from dpm_cli.data import Augmentation, Splits
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
 from dpm_cli.engine.evaluate import evaluate_module

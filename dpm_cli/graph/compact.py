@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpm_cli.graph.groups import Groups, trace_groups
-from dpm_cli.graph.labels import Flags, Ids
+from dpm_cli.graph.labels import Ids
 from dpm_cli.graph.trace import Example, run_example, split_example
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
@@ -19,8 +19,9 @@ KeptPositions = Mapping[str, Mapping[int, Ids]]
 def find_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -> Groups:
     """All groups of units that can be removed exactly, in the order of the model's layers.
 
-    Labels see the operators, not the Python around them: a `view(b, 12, 64)` with numbers in the code only shows when it is
-    run. So half of every group is removed from a copy without data, which is run once; groups that break it are kept.
+    Labels see the operators, not the Python around them: a `view(b, 12, 64)` with numbers in the code only shows when
+    it is run. So half of every group is removed from a copy without data, which is run once; groups that break it are
+    kept.
 
     example: inputs with a batch of 2 or more. keep: layer names or patterns whose outputs stay whole.
     Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.

@@ -43,7 +43,8 @@ class Labels:
         return Labels(self.ids.transpose(order), self.zero.transpose(order))
 
     def taken(self, index: int, axis: int) -> "Labels":
-        return Labels(self.ids.take(index, axis), self.zero.take(index, axis))
+        where = (slice(None),) * axis + (index,)
+        return Labels(self.ids[where], self.zero[where])
 
     def with_zero(self, zero: Flags | bool) -> "Labels":
         return Labels(self.ids, np.broadcast_to(np.asarray(zero), self.ids.shape))
@@ -206,7 +207,8 @@ class Ties:
         left = np.concatenate(self._left) if self._left else np.zeros(0, np.int64)
         right = np.concatenate(self._right) if self._right else np.zeros(0, np.int64)
         graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(self.size, self.size))
-        return connected_components(graph, directed=False)[1].astype(np.int64)
+        components: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
+        return components
 
     def kept(self, components: Ids) -> dict[int, str]:
         """Component -> the first reason to keep it."""

@@ -2,9 +2,9 @@
 
 An operator without a rule keeps whatever it touches, so a missing rule costs prunable units, never correctness.
 
-Soundness rests on two facts that every rule maintains. An axis without labels has a fixed size, so a label that meets one
-is kept. And `Labels.zero` says whether a value is exactly zero once its unit is dead; a contraction over values that are
-not (after a sigmoid, say) keeps them, because removing them would change the result.
+Soundness rests on two facts that every rule maintains. An axis without labels has a fixed size, so a label that meets
+one is kept. And `Labels.zero` says whether a value is exactly zero once its unit is dead; a contraction over values
+that are not (after a sigmoid, say) keeps them, because removing them would change the result.
 """
 
 import math
@@ -282,7 +282,8 @@ def group_norm(ties: Ties, call: Call) -> Value:
 
 @rule("layer_norm", "rms_norm")
 def layer_norm(ties: Ties, call: Call) -> Value:
-    x, normalised = call.args[:2]
+    x: Value = call.args[0]
+    normalised = call.args[1]
     first = x.rank - len(normalised)
     for axis in range(first, x.rank):
         ties.keep_axis(x, axis, "layer norm: losing a channel changes the statistics of the others")
@@ -293,7 +294,9 @@ def layer_norm(ties: Ties, call: Call) -> Value:
 def _normalise_channels(
     ties: Ties, call: Call, x: Value, weight: Value | None, bias: Value | None, *, stays_zero: bool
 ) -> Value:
-    """Axis 1 is normalised channel by channel. With weight and bias dead, the output is zero whatever the statistics."""
+    """Axis 1 is normalised channel by channel. With weight and bias dead, the output is zero whatever the
+    statistics.
+    """
     channels = x.along(1)
     for parameter, role in ((weight, Role.NORM), (bias, Role.BIAS)):
         if parameter is None:
@@ -325,19 +328,24 @@ def _follow_channels(ties: Ties, x: Value, *buffers: Value | None) -> None:
 
 @rule("softmax", "_softmax", "log_softmax", "_log_softmax")
 def softmax(ties: Ties, call: Call) -> Value:
-    x, axis = call.args[:2]
+    x: Value = call.args[0]
+    axis = call.args[1]
     ties.keep_axis(x, axis, "softmax over this axis")
     return x.without_zeros()
 
 
 # -------------------------------------------------------------------------------------------- element-wise
 
-ZERO_STAYS = """relu relu6 silu gelu hardswish tanh dropout alpha_dropout feature_dropout leaky_relu elu celu selu mish
-neg abs sqrt square sign sin tan asin atan sinh asinh erf softshrink hardshrink floor ceil round trunc expm1 log1p clone
-contiguous to _to_copy alias detach lift_fresh_copy lift_fresh type_as positive requires_grad nan_to_num rrelu rrelu_with_noise
+ZERO_STAYS = """
+relu relu6 silu gelu hardswish tanh dropout alpha_dropout feature_dropout leaky_relu elu celu selu mish neg abs sqrt
+square sign sin tan asin atan sinh asinh erf softshrink hardshrink floor ceil round trunc expm1 log1p clone
+contiguous to _to_copy alias detach lift_fresh_copy lift_fresh type_as positive requires_grad nan_to_num rrelu
+rrelu_with_noise
 """.split()
-ZERO_CHANGES = """sigmoid hardsigmoid exp softplus log_sigmoid cos cosh rsqrt reciprocal log logical_not isnan isinf
-bernoulli erfc isfinite""".split()
+ZERO_CHANGES = """
+sigmoid hardsigmoid exp softplus log_sigmoid cos cosh rsqrt reciprocal log logical_not isnan isinf bernoulli erfc
+isfinite
+""".split()
 
 
 @rule(*ZERO_STAYS)
@@ -631,8 +639,8 @@ def permute(ties: Ties, call: Call) -> Value:
 
 @rule("unsqueeze")
 def unsqueeze(ties: Ties, call: Call) -> Value:
-    x, axis = call.args[:2]
-    axis %= x.rank + 1
+    x: Value = call.args[0]
+    axis = call.args[1] % (x.rank + 1)
     return x.renamed(call.shape, {old: old + (old >= axis) for old in range(x.rank)})
 
 
@@ -836,11 +844,14 @@ def index_select(ties: Ties, call: Call) -> Value:
     return Value(call.shape, {axes: labels for axes, labels in x.labels.items() if axis % x.rank not in axes})
 
 
-@rule(
-    *"""zeros ones full empty arange linspace eye rand randn scalar_tensor zeros_like ones_like full_like empty_like rand_like
-    randn_like new_zeros new_ones new_full new_empty tril triu tril_indices triu_indices meshgrid sym_size sym_numel
-    argmax argmin""".split()
-)
+MAKERS = """
+zeros ones full empty arange linspace eye rand randn scalar_tensor zeros_like ones_like full_like empty_like
+rand_like randn_like new_zeros new_ones new_full new_empty tril triu tril_indices triu_indices meshgrid sym_size
+sym_numel argmax argmin
+""".split()
+
+
+@rule(*MAKERS)
 def makes_fixed(ties: Ties, call: Call) -> Value | list[Value]:
     if call.name in ("argmax", "argmin", "tril", "triu", "meshgrid"):
         ties.keep_all(call.args, f"{call.name} over this axis")

@@ -13,13 +13,14 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
 from dpm_cli.errors import UnsupportedModelError
-from dpm_cli.graph.labels import Labels, Ties, Value, walk_values
+from dpm_cli.graph.labels import Axes, Labels, Ties, Value, walk_values
 from dpm_cli.graph.rules import Call, apply_rule
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 VIEWS = frozenset(
-    "view reshape select slice permute transpose t unsqueeze squeeze expand chunk split unbind alias narrow getitem".split()
+    "view reshape select slice permute transpose t unsqueeze squeeze expand chunk split "
+    "unbind alias narrow getitem".split()
 )
 
 
@@ -60,8 +61,9 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
 def label(program: ExportedProgram, ties: Ties, parameters: dict[str, Value], aliases: Mapping[str, str]) -> set[str]:
     """Walk the graph once and collect ties, kept labels and costs.
 
-    `parameters` gains a labelled value per parameter and buffer; a second walk of another graph of the same model (train
-    mode) shares them. `aliases` maps every name of a shared parameter to one name. Returns the tensors that are used.
+    `parameters` gains a labelled value per parameter and buffer; a second walk of another graph of the same model
+    (train mode) shares them. `aliases` maps every name of a shared parameter to one name. Returns the tensors that
+    are used.
     """
     state = _state_names(program, aliases)
     buffers = {aliases.get(name, name) for name in program.graph_signature.inputs_to_buffers.values()}
@@ -106,7 +108,7 @@ def _placeholder(
     if name is None:
         return Value(shape)  # an input of the model: every axis has a fixed size
     if name not in parameters:
-        labels = {}
+        labels: dict[Axes, Labels] = {}
         for axis, size in enumerate(shape):
             ids = ties.new_owner(name, axis, size)
             labels[(axis,)] = Labels(ids, ids >= 0)
@@ -119,7 +121,8 @@ def _placeholder(
 def _call(node: torch.fx.Node, ties: Ties, values: Mapping[torch.fx.Node, Any]) -> Any:
     args = torch.fx.node.map_arg(node.args, lambda n: values[n])
     if node.target is operator.getitem:
-        sequence, position = args
+        sequence, position = args[0], node.args[1]
+        assert isinstance(position, int)
         return sequence[position] if isinstance(sequence, list | tuple) else sequence
     meta = node.meta.get("val")
     shapes = tuple(tuple(int(size) for size in tensor.shape) for tensor in _tensors(meta))

@@ -58,7 +58,7 @@ class Units:
     def scale_(self, factor: Tensor) -> None:
         """Multiply each unit's entries by its factor; exactly 1 leaves the bits alone. factor: (units,)"""
         factor = torch.cat([factor, factor.new_ones(1)])
-        factors = factor[self._units].split(self._sizes)
+        factors = torch.split(factor[self._units], self._sizes)
         shaped = [
             f.view([-1 if axis == k else 1 for k in range(p.dim())]).to(p.dtype)
             for f, p, axis in zip(factors, self.parameters, self._axes)

@@ -1,7 +1,7 @@
 """DepGraph (Fang et al., CVPR 2023): group-norm importance with global ranking, and its sparse learning.
 
-Importance: for every layer of a group, Σ w² of the unit's rows, of its columns, or γ²; averaged over the layers; divided by
-the group's mean or maximum so that groups can be ranked together. Biases are not counted.
+Importance: for every layer of a group, Σ w² of the unit's rows, of its columns, or γ²; averaged over the layers;
+divided by the group's mean or maximum so that groups can be ranked together. Biases are not counted.
 
 How this differs from the reference implementation: victims of a round are taken from one ranking, where the reference
 removes in up to 400 small steps and ranks anew after each; and equal importances within a group give a finite penalty.
