@@ -149,7 +149,12 @@ def train(
         )
     test = evaluate_module(module, splits.test, batch=batch * 4)
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-    write_atomic(path, lambda temporary: torch.save(weights, temporary))
+
+    def write(temporary: Path) -> None:
+        with temporary.open("wb") as file:  # given a path, torch turns "disk full" into a RuntimeError of its own
+            torch.save(weights, file)
+
+    write_atomic(path, write)
     return {
         "path": str(path),
         "arch": spec.arch,

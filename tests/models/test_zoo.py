@@ -1,4 +1,6 @@
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,11 +59,11 @@ def test_vgg19_has_sixteen_convolutions_with_bias() -> None:
 
 
 @pytest.mark.slow
-def test_digits_net_learns_digits() -> None:
+def test_digits_net_learns_digits(tmp_path: Path) -> None:
     from dpm_cli.data import load_data
 
     splits = load_data(
-        "digits", root=None, shape=(1, 8, 8), classes=10, validation=0.0, seed=0, mean=None, std=None,
+        "digits", root=tmp_path, shape=(1, 8, 8), classes=10, validation=0.0, seed=0, mean=None, std=None,
         memory_limit=2**31, workers=0, download=False, limit=None, device=torch.device("cpu"),
     )  # fmt: skip
     torch.manual_seed(0)
@@ -109,6 +111,12 @@ def test_torchvision_transformer_takes_the_image_size_of_the_recipe() -> None:
         build("torchvision:vit_b_32", classes=3, shape=(3, 33, 33))
     with pytest.raises(RecipeError, match="square"):
         build("torchvision:vit_b_32", classes=3, shape=(3, 64, 32))
+
+
+@pytest.mark.slow
+def test_torchvision_is_imported_only_where_it_is_named() -> None:
+    code = "import sys, dpm_cli.models; print('torchvision' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "False\n"
 
 
 def test_torchvision_takes_three_channels() -> None:
