@@ -1,0 +1,1 @@
+"""The command line `dpm`: the only part that prints."""

@@ -1,0 +1,75 @@
+"""The command `dpm`: one file per command, one place that turns errors into a line and an exit code."""
+
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from typing import Annotated
+
+import typer
+
+from dpm_cli.cli import demo, evaluate, export, inspect, prune, recipes, train
+from dpm_cli.cli.outcome import fail, flush, make_output_safe, silence_closed_pipe
+
+# Plain help: rich would triple its time, and puts boxes into pipes.
+app = typer.Typer(name="dpm", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+
+for command in (
+    demo.demo,
+    train.train,
+    prune.prune,
+    inspect.inspect,
+    evaluate.evaluate,
+    export.export,
+    recipes.recipes,
+):
+    app.command(no_args_is_help=False)(command)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version
+
+        print(f"dpm {version('dpm-cli')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def describe(
+    context: typer.Context,
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+) -> None:
+    """Make a trained PyTorch vision model smaller and faster, and export it.
+
+    Start with `dpm demo`. Exit codes: 0 done; 1 the run failed; 2 bad arguments, recipe or model file; 3 the target
+    cannot be or was not met; 4 an accuracy floor was broken; 130 interrupted (resumable).
+    """
+    if context.invoked_subcommand is None:
+        print(context.get_help())
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `dpm` and return its exit code. Every error is one line on stderr, and with --json one document on stdout."""
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    make_output_safe()
+    if not os.environ.get("DPM_DEBUG"):
+        warnings.simplefilter("ignore")  # of libraries, about themselves
+    try:
+        try:
+            command = typer.main.get_command(app)
+            with command.make_context("dpm", given) as context:
+                command.invoke(context)
+            code = 0
+        except typer.Exit as stop:
+            code = stop.exit_code
+        flush()
+        return code
+    except BrokenPipeError:
+        return silence_closed_pipe()
+    except (Exception, KeyboardInterrupt) as error:
+        try:
+            return fail(error, as_json="--json" in given)
+        except BrokenPipeError:
+            return silence_closed_pipe()

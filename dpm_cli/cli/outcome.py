@@ -1,0 +1,123 @@
+"""How a command ends: an error becomes one line per problem and an exit code; never a traceback."""
+
+import contextlib
+import errno
+import io
+import json
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterator
+from typing import Any
+
+import typer
+
+from dpm_cli.errors import DpmError, RecipeError
+
+# Older typer takes click's class, newer its own copy of it; both offer BadParameter, which derives from it.
+WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
+
+INTERRUPTED = 130
+CLOSED_PIPE = 141  # as of any program that SIGPIPE ends
+ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
+
+
+def print_json(document: object) -> None:
+    """The one JSON document of a command."""
+    print(json.dumps(document, indent=2))
+
+
+@contextlib.contextmanager
+def libraries_on_stderr() -> Iterator[None]:
+    """What libraries print goes to stderr, so that stdout holds results alone."""
+    with contextlib.redirect_stdout(sys.stderr):
+        yield
+
+
+def fail(error: BaseException, *, as_json: bool) -> int:
+    """Tell the user what went wrong; return the exit code."""
+    problems, code = explain(error)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if as_json:
+        print_json({"error": "; ".join(problem.removeprefix("error: ") for problem in problems), "exit_code": code})
+    flush()
+    return code
+
+
+def explain(error: BaseException) -> tuple[list[str], int]:
+    """The lines for the user, and the exit code."""
+    match error:
+        case RecipeError():
+            return [f"error: {_one_line(problem)}" for problem in error.problems], error.exit_code
+        case DpmError():
+            return [f"error: {_one_line(error)}"], error.exit_code
+        case KeyboardInterrupt():
+            return ["error: interrupted"], INTERRUPTED
+        case WrongUsage():
+            return [f"error: {_one_line(_usage(error))}"], 2
+        case OSError(errno=number) if number in ENVIRONMENT:
+            place = f"{error.filename}: " if error.filename else ""
+            return [f"error: {place}{error.strerror}"], 1
+        case _ if _is_out_of_memory(error):
+            return ["error: out of memory: lower data.batch, for example --set data.batch=32"], 1
+        case _:
+            return [_report_bug(error)], 1
+
+
+def _usage(error: Any) -> str:
+    """What is wrong with the arguments, and where the right ones are listed."""
+    command = error.ctx.command_path if error.ctx else "dpm"
+    return f"{error.format_message().rstrip('.')}; see {command} --help"
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """Named by name: torch may not have been imported."""
+    is_torch = type(error).__name__ in ("OutOfMemoryError", "RuntimeError")
+    return isinstance(error, MemoryError) or (
+        is_torch and ("out of memory" in str(error) or "can't allocate memory" in str(error))
+    )
+
+
+def _report_bug(error: BaseException) -> str:
+    text = "".join(traceback.format_exception(error))
+    if os.environ.get("DPM_DEBUG"):
+        sys.stderr.write(text)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="dpm-", suffix=".log", delete=False, encoding="utf-8", errors="replace"
+        ) as file:
+            file.write(text)
+        place = f"traceback in {file.name}"
+    except OSError:
+        place = "set DPM_DEBUG=1 to see the traceback"
+    return f"internal error: {type(error).__name__}: {_one_line(error)[:200]}; please report it, {place}"
+
+
+def _one_line(text: object) -> str:
+    """Without line breaks, and without characters that would steer a terminal."""
+    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+
+
+def make_output_safe() -> None:
+    """A stream that cannot show `→` or `×` shows `?`; it does not stop a run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def flush() -> None:
+    """Raises BrokenPipeError here rather than at exit, where Python would complain."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+
+
+def silence_closed_pipe() -> int:
+    """The reader (`head`, a pager) has gone: say nothing more; return the exit code."""
+    with contextlib.suppress(OSError, ValueError):  # not every stream has a descriptor
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                os.dup2(nothing, stream.fileno())
+    return CLOSED_PIPE
