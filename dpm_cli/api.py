@@ -11,21 +11,33 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpm_cli.budget import Kind, cost_of, find_floors
+from dpm_cli.budget import Kind, cost_of, find_floors, find_limit
 from dpm_cli.data import Splits, load_data
-from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.learner import Learner
+from dpm_cli.engine.loss import main_output
 from dpm_cli.engine.precision import choose_precision, to_fast_layout_
-from dpm_cli.engine.step import LossMeter
-from dpm_cli.errors import OutputError, RunError
+from dpm_cli.engine.step import LossMeter, all_finite
+from dpm_cli.errors import (
+    DpmError,
+    ModelFileError,
+    OutputError,
+    RecipeError,
+    RunError,
+    UnsupportedModelError,
+    UsageError,
+)
 from dpm_cli.export import export_model, open_exported
-from dpm_cli.files import prepare_output, write_atomic
+from dpm_cli.files import REPORT, is_unfinished, prepare_output, require_writable, write_atomic
 from dpm_cli.graph import find_groups
-from dpm_cli.measure import count_bytes, count_macs, count_parameters, measure_latency
-from dpm_cli.models import build, load_model, load_slim
+from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
+from dpm_cli.models import apply_edits_, build, find_edits, load_model, load_slim
+from dpm_cli.models.outputs import find_failure, relative_difference, sample_images
+from dpm_cli.models.own_code import one_line
+from dpm_cli.models.slim import TOLERANCE
+from dpm_cli.models.structure import named_tensors
 from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
 from dpm_cli.report import Event, ExportedFile, Report
 from dpm_cli.run import EXPORT_NAMES, Run, augmentation
@@ -34,6 +46,7 @@ AnyRecipe = Recipe | str | Path | Mapping[str, Any]
 OnEvent = Callable[[Event], None] | None
 
 
+@flushing_denormals()  # decaying weights pass through denormals, which CPUs compute slowly
 def prune(
     model: nn.Module | str | Path,
     recipe: AnyRecipe,
@@ -53,14 +66,12 @@ def prune(
     Raises a DpmError whose message is one line and whose `exit_code` is the command line's.
     """
     recipe, folder = _resolve(recipe), Path(output)
-    if resume and (folder / "report.json").exists() and not (folder / "checkpoint.pt").exists():
+    if resume and (folder / REPORT).exists() and not is_unfinished(folder):
         return _earlier_report(folder, recipe)
     torch_device = choose_device(device)
     precision = choose_precision(recipe.precision, torch_device)
     module, arch = _load(model, recipe, trust_pickle)
     prepare_output(folder, overwrite=overwrite, resume=resume)
-    if not resume:
-        remove_checkpoints(folder)
     run = Run(
         module,
         recipe,
@@ -71,12 +82,18 @@ def prune(
         precision=precision,
         should_stop=should_stop or (lambda: False),
     )
+    if arch is None:
+        run.notes.append(
+            f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
+            "dpm_cli.load(path, model=...) and a freshly built dense module"
+        )
     for event in run.events(resume=resume):
         if on_event:
             on_event(event)
     return run.report
 
 
+@flushing_denormals()
 def train(
     recipe: AnyRecipe,
     *,
@@ -128,8 +145,11 @@ def train(
             place = {"step": step + 1, "steps": learner.steps, "epoch": epoch + 1, "epochs": training.epochs}
             tell({"event": "step", "stage": "dense"} | place)
         reading = meter.read()
-        if reading.first_bad_step is not None:
-            raise RunError(f"the loss is not finite at step {reading.first_bad_step}: lower the learning rate")
+        if reading.first_bad_step is not None or not all_finite(learner.tensors()):
+            bad = reading.first_bad_step
+            when = f"at step {bad}" if bad is not None else f"in epoch {epoch + 1}"
+            section = "dense" if recipe.dense else "train"
+            raise RunError(f"the loss or a weight is not finite {when}: lower {section}.lr or set {section}.clip_grad")
         if len(splits.validation):
             validation = evaluate_module(module, splits.validation, batch=batch * 4, precision=precision)
         seconds = time.monotonic() - epoch_started
@@ -220,9 +240,11 @@ def export(
     arch: str | None = None,
 ) -> list[ExportedFile]:
     """Export a slim.pt again, without the run that made it. arch: needed for architectures of your own code."""
+    unknown = [format for format in formats if format not in EXPORT_NAMES]
+    if unknown:
+        raise UsageError(f"export format {unknown[0]!r} is not known; known: {', '.join(EXPORT_NAMES)}")
     loaded, folder = load_slim(Path(slim), arch), Path(output)
-    if not folder.is_dir():
-        folder.mkdir(parents=True)
+    require_writable(folder)
     paths = {format: folder / EXPORT_NAMES[format] for format in formats}
     for path in paths.values():
         if path.exists() and not overwrite:
@@ -257,7 +279,7 @@ def inspect(model: nn.Module | str | Path, recipe: AnyRecipe, *, trust_pickle: b
     dense = {kind: cost_of(groups.cost, kind, alive) for kind in kinds}
     achievable = {kind: [cost_of(groups.cost, kind, lowest), dense[kind]] for kind in kinds}
     kind, amount = prune.target.kind, prune.target.amount
-    limit = int(dense[kind] * amount) if amount < 1 else int(amount)
+    limit = find_limit(dense[kind], amount)
     return {
         "arch": arch,
         "dense": dense,
@@ -299,18 +321,43 @@ def _load(model: nn.Module | str | Path, recipe: Recipe, trust_pickle: bool) -> 
     """A module in eval mode on the CPU, and its architecture's name if the recipe's name can build it."""
     spec = recipe.model
     if isinstance(model, nn.Module):
-        module = copy.deepcopy(model).cpu().eval()
+        module = copy.deepcopy(model).cpu().float().eval()
+        _require_usable(module, recipe)
         return module, spec.arch if _is_built_by(module, recipe) else None
     loaded = load_model(model, arch=spec.arch, classes=spec.classes, shape=spec.input, trust_pickle=trust_pickle)
     return loaded.module, spec.arch
 
 
+def _require_usable(module: nn.Module, recipe: Recipe) -> None:
+    """Finite weights, and one row of logits per image."""
+    spec = recipe.model
+    if not all_finite(module.state_dict().values()):
+        raise UsageError("the model holds weights that are NaN or infinite: it cannot be pruned")
+    try:
+        with torch.no_grad():
+            logits = main_output(module(sample_images(module, spec.input)))
+    except DpmError:
+        raise
+    except Exception as error:  # a user's module may raise anything
+        raise UsageError(
+            f"the model does not run on images of {list(spec.input)} ({one_line(error)}): check model.input"
+        ) from None
+    if logits.shape[1] != spec.classes:
+        raise UsageError(f"the model gives {logits.shape[1]} logits, model.classes is {spec.classes}: make them agree")
+
+
 def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
-    """Whether the recipe's architecture is this module's."""
-    with torch.random.fork_rng(devices=[]):
-        built = build(recipe.model.arch, classes=recipe.model.classes, shape=recipe.model.input)
-    shapes = ({name: tensor.shape for name, tensor in network.state_dict().items()} for network in (built, module))
-    return type(built) is type(module) and next(shapes) == next(shapes)
+    """Whether the recipe's architecture, dense or pruned, computes the same as this module."""
+    spec = recipe.model
+    try:
+        with torch.random.fork_rng(devices=[]):
+            built = build(spec.arch, classes=spec.classes, shape=spec.input).eval()
+        apply_edits_(built, find_edits(module, built), dict(named_tensors(module)))
+    except (RecipeError, UnsupportedModelError, ModelFileError):
+        return False
+    if any(find_failure(network, spec.input, spec.classes) for network in (module, built)):
+        return False
+    return relative_difference(module, built, spec.input) <= TOLERANCE
 
 
 def _is_exported(path: Path) -> bool:
@@ -326,7 +373,7 @@ def _is_exported(path: Path) -> bool:
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:
     try:
         report = Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError) as error:
         raise OutputError(f"{folder / 'report.json'} is not a report: {error}; start anew with --overwrite") from None
     if report.recipe_hash != recipe.hash:
         raise OutputError(f"{folder} holds a finished run of another recipe: choose another folder, or --overwrite")

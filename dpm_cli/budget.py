@@ -49,14 +49,19 @@ def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
             return int(alive.sum())
 
 
+def find_limit(dense: int, amount: float) -> int:
+    """The largest allowed cost. amount: a fraction of the dense cost below 1, else absolute."""
+    return math.floor(dense * amount * (1 + 1e-12)) if amount < 1 else math.floor(amount)  # 0.29 of 100 is 29
+
+
 def resolve_limit(groups: Groups, floors: Floors, *, kind: Kind, amount: float) -> int:
-    """The largest cost that meets the target. amount: a fraction of the dense cost below 1, else absolute.
+    """The largest cost that meets the target; amount as in `find_limit`.
 
     Raises TargetError with the achievable range when no allowed set of survivors meets it.
     """
     dense = cost_of(groups.cost, kind, np.ones(groups.units, bool))
     lowest = cost_of(groups.cost, kind, floors.lowest(groups))
-    limit = math.floor(dense * amount) if amount < 1 else math.floor(amount)
+    limit = find_limit(dense, amount)
     if limit >= dense:
         raise TargetError(
             f"target {kind} {amount:g} keeps everything: the dense model has {dense:,}; ask for less than that"

@@ -41,6 +41,7 @@ class Decay:
         self.age = torch.zeros_like(self.releases)
         self.initial = torch.zeros(units.count, device=units.device)
         self.rectifying = rectifier is not None
+        self.remaining = 0  # calls of `advance_` until every decay that was started is over
 
     def start(self, victims: Flags | Tensor, *, rectify: bool = True) -> None:
         """Let these units decay from now on. With `steps` = 1 they are dead at once: one-step pruning.
@@ -54,6 +55,7 @@ class Decay:
         self.age = torch.where(chosen, 0, self.age)
         self.released = torch.zeros_like(self.released)
         self.rectifying = rectify and self.rectifier is not None
+        self.remaining = self.steps if self.steps > 1 else 0
         gone = chosen if self.steps == 1 else chosen & (norms == 0)
         self.dead |= gone
         self.decaying |= chosen & ~gone
@@ -66,6 +68,7 @@ class Decay:
 
     def advance_(self) -> None:
         """After the optimizer's step: release, shrink, kill."""
+        self.remaining = max(self.remaining - 1, 0)
         norms = self.units.norm()  # ‖x̃‖
         self.age = self.age + self.decaying
         if self.rectifier and self.rectifying:
@@ -78,7 +81,7 @@ class Decay:
         factor = torch.where(norms > 0, wanted / norms, 0.0)
         if self.envelope == "shrink-only":
             factor = factor.clamp(max=1.0)
-        finished = self.decaying & (self.age >= self.steps)
+        finished = self.decaying & ((self.age >= self.steps) | (norms == 0))
         self.dead = self.dead | finished
         self.decaying = self.decaying & ~finished
         # Momentum and weight decay keep pushing dead units, so they are zeroed after every step.
@@ -95,7 +98,7 @@ class Decay:
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {name: getattr(self, name) for name in STATE}
-        state["rectifying"] = self.rectifying
+        state |= {"rectifying": self.rectifying, "remaining": self.remaining}
         if self.rectifier:
             state["rectifier"] = self.rectifier.state_dict()
         return state
@@ -103,7 +106,7 @@ class Decay:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in STATE:
             setattr(self, name, state[name].to(self.units.device))
-        self.rectifying = state["rectifying"]
+        self.rectifying, self.remaining = state["rectifying"], state["remaining"]
         if self.rectifier:
             self.rectifier.load_state_dict(state["rectifier"])
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import secrets
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from dpm_cli.errors import OutputError, RunError
 
 REPORT = "report.json"  # written last: its presence says that the run is finished
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
+PREVIOUS = "checkpoint.previous.pt"  # the one before it; for a moment, while a new one gets its name, the only one
 OUTPUTS = ("slim.pt", "model.ts", "model.onnx", REPORT, "recipe.yaml", "metrics.jsonl")
 
 
@@ -46,12 +48,13 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     """
     if overwrite and resume:
         raise OutputError("--resume continues a run and --overwrite starts it anew: give one of them")
-    _require_writable(folder)
-    checkpoint = folder / CHECKPOINT
+    require_writable(folder)
+    _remove_leftovers(folder)
     if overwrite:
-        checkpoint.unlink(missing_ok=True)  # or a later --resume would continue the run that was given up
+        for name in (PREVIOUS, CHECKPOINT):  # or a later --resume would continue the run that was given up
+            (folder / name).unlink(missing_ok=True)
         return
-    if checkpoint.exists():
+    if is_unfinished(folder):
         if not resume:
             raise OutputError(f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew")
         return
@@ -64,7 +67,13 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
 
 
-def _require_writable(folder: Path) -> None:
+def is_unfinished(folder: Path) -> bool:
+    """Whether a run was stopped here and can be resumed."""
+    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+
+def require_writable(folder: Path) -> None:
+    """Create the folder if it is not there. Raises OutputError if it cannot be written."""
     probe = folder / f".dpm-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,6 +84,15 @@ def _require_writable(folder: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"output folder {str(folder)!r} cannot be written: {reason}") from None
+
+
+def _remove_leftovers(folder: Path) -> None:
+    """Temporary files of a run that was killed while it wrote them."""
+    names = [Path(name) for name in (*OUTPUTS, CHECKPOINT)]
+    ours = re.compile("|".join(rf"\.{re.escape(n.stem)}-[0-9a-f]{{8}}{re.escape(n.suffix)}" for n in names))
+    for path in folder.iterdir():
+        if ours.fullmatch(path.name):
+            path.unlink(missing_ok=True)
 
 
 def _flush_to_disk(path: Path, flags: int) -> None:

@@ -33,6 +33,8 @@ def plan_rounds(
     Rounds are spread evenly; each takes `decay_steps` (one-step pruning takes none). With releases, one more round
     must fit after the last to top up. Raises RecipeError if they do not fit.
     """
+    if not steps:
+        raise RecipeError("train.epochs is 0, but that is the stage in which units are chosen and decay: raise it")
     taken = 0 if decay_steps == 1 else decay_steps
     first, last = round(start * steps), round(end * steps)
     room = (last - first) // rounds
@@ -82,11 +84,11 @@ class Pruning:
     ) -> None:
         self.model, self.groups, self.base = model, groups, base
         self.kind, self.limit, self.floors = kind, limit, floors
-        self.starts, self.decay_steps = tuple(starts), decay_steps
+        self.starts = tuple(starts)
         self.dense_cost = self.cost()
         self.survivors = np.ones(groups.units, bool)  # of the dense model's units
         self.round = 0  # rounds started
-        self.round_start: int | None = None  # the step at which the current round started
+        self.in_round = False  # victims were chosen, and not all of them are dead or released
         self.chosen = self.released = 0
         self.units = Units(groups, model)
         group_of_unit = torch.from_numpy(groups.group_of_unit).to(self.units.device)
@@ -106,23 +108,22 @@ class Pruning:
     @property
     def is_done(self) -> bool:
         """All rounds are over and the target is met."""
-        return self.round >= len(self.starts) and self.round_start is None and self.cost() <= self.limit
+        return self.round >= len(self.starts) and not self.in_round and self.cost() <= self.limit
 
     def is_due(self, step: int) -> bool:
         """Whether a round starts before this step of the stage: a planned one, or one more to replace released
         units.
         """
-        if self.round_start is not None or self.is_done:
+        if self.in_round or self.is_done:
             return False
         return step >= self.starts[self.round] if self.round < len(self.starts) else True
 
-    def is_over(self, step: int) -> bool:
-        """Whether the current round's decays are all finished before this step."""
-        if self.round_start is None:
-            return False
-        return self.decay_steps == 1 or step >= self.round_start + self.decay_steps
+    @property
+    def is_over(self) -> bool:
+        """Whether the current round's decays are all finished."""
+        return self.in_round and self.decay.remaining == 0
 
-    def start_round(self, step: int) -> dict[str, int]:
+    def start_round(self) -> dict[str, int]:
         """Choose victims for this round's share of the target and let them decay."""
         self.round += 1
         rounds = len(self.starts)
@@ -136,7 +137,7 @@ class Pruning:
             self.groups, self.floors, self.base.scores(), kind=self.kind, limit=limit, eligible=eligible
         )
         self.decay.start(victims, rectify=planned)
-        self.round_start = step
+        self.in_round = True
         self.chosen += int(victims.sum())
         return {
             "round": self.round,
@@ -154,7 +155,7 @@ class Pruning:
         """
         dead = self.decay.dead.cpu().numpy()
         released = int(self.decay.released.sum())
-        self.round_start = None
+        self.in_round = False
         self.released += released
         if not dead.any():
             return Removal(0, released, 0.0, {})
@@ -185,7 +186,7 @@ class Pruning:
         return {
             "survivors": torch.from_numpy(self.survivors),
             "round": self.round,
-            "round_start": self.round_start,
+            "in_round": self.in_round,
             "chosen": self.chosen,
             "released": self.released,
             "decay": self.decay.state_dict(),
@@ -197,7 +198,7 @@ class Pruning:
         alive = state["survivors"].numpy()
         compact_(self.model, self.groups.kept_positions(alive))
         self._rebind(alive)
-        self.round, self.round_start = state["round"], state["round_start"]
+        self.round, self.in_round = state["round"], state["in_round"]
         self.chosen, self.released = state["chosen"], state["released"]
         self.decay.load_state_dict(state["decay"])
         self.base.load_state_dict(state["base"])
@@ -208,7 +209,8 @@ def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     modes = {module: module.training for module in model.modules()}
     model.eval()
     try:
-        with torch.no_grad():
+        cudnn = torch.backends.cudnn
+        with torch.no_grad(), cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):  # TF32 alone is off by 1e-3
             return list(_tensors(model(images)))
     finally:
         for module, mode in modes.items():

@@ -112,8 +112,15 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """Read what `to_json` wrote. Raises ValueError, KeyError or TypeError if it is something else."""
+        """Read what `to_json` wrote. Raises ValueError if it is something else."""
         values = json.loads(text)
+        try:
+            return cls._from_dict(values)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from None
+
+    @classmethod
+    def _from_dict(cls, values: Any) -> "Report":
         target = {key: value for key, value in values["target"].items() if key != "met"}
         return cls(
             **{

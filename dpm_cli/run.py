@@ -3,11 +3,12 @@
 import copy
 import hashlib
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +22,10 @@ from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_check
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision, to_fast_layout_
-from dpm_cli.engine.step import LossMeter, all_finite
+from dpm_cli.engine.step import LossMeter, LossReading, all_finite
 from dpm_cli.errors import Interrupted, OutputError, RunError, TargetError
 from dpm_cli.export import export_model, open_exported
-from dpm_cli.files import write_atomic
+from dpm_cli.files import CHECKPOINT, write_atomic
 from dpm_cli.graph import Groups, find_groups, take
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import save_slim
@@ -93,6 +94,7 @@ class Run:
         self.stages = plan_stages(recipe)
         self.steps_per_epoch = max(1, len(splits.train) // recipe.data.batch)
         self.progress = Progress()
+        self._restored: dict[str, Any] | None = None  # a checkpoint's `in_stage`, until its stage goes on
         self.notes: list[str] = []
         torch.manual_seed(recipe.seed)
 
@@ -151,24 +153,28 @@ class Run:
                 )
             yield from self._finish()
         remove_checkpoints(self.output)
+        for note in self.notes:
+            yield {"event": "note", "text": note}
         yield {"event": "done"}
 
     def _train(self, stage: Stage) -> Events:
-        learner = self._make_learner(stage)
+        learner, meter = self._make_learner(stage), LossMeter(self.device)
         pruning = self.pruning if stage.name == "train" else None
         before = [self.pruning.base.penalise_] if stage.name == "sparse" else []
-        meter = LossMeter(self.device)
         yield {"event": "stage", "name": stage.name}
         started = epoch_started = time.monotonic()
+        if self._restored:
+            learner.load_state_dict(self._restored["optimizer"])
+            meter.load_state_dict(self._restored["meter"])
+            epoch_started -= self._restored["epoch_seconds"]
+            self._restored = None
         for images, labels in self._batches(stage):
             step = self.progress.step
             if pruning and pruning.is_due(step):
-                yield self.metrics.write(
-                    {"event": "round", "stage": stage.name, "step": step} | pruning.start_round(step)
-                )
-            if pruning and pruning.is_over(step):  # one-step pruning
-                yield self._finish_round(stage, learner)
-            decaying = pruning is not None and pruning.round_start is not None
+                yield self.metrics.write({"event": "round", "stage": stage.name, "step": step} | pruning.start_round())
+            if pruning and pruning.is_over:  # one-step pruning
+                yield self._finish_round(stage, learner, meter)
+            decaying = pruning is not None and pruning.in_round
             loss = learner.step_(
                 images,
                 labels,
@@ -178,8 +184,8 @@ class Run:
             )
             meter.add_(loss, images=len(labels), step=step)
             self.progress.step = step = step + 1
-            if pruning and pruning.is_over(step):
-                yield self._finish_round(stage, learner)
+            if pruning and pruning.is_over:
+                yield self._finish_round(stage, learner, meter)
             yield {
                 "event": "step",
                 "stage": stage.name,
@@ -193,17 +199,25 @@ class Run:
                 epoch_started = time.monotonic()
             stopping = self.should_stop()
             if stopping or (step % self.recipe.checkpoint.every == 0 and step < learner.steps):
-                self._require_finite(meter, stage)
+                self._require_finite(meter, stage, learner)
                 self._count_seconds(stage, started)
                 started = time.monotonic()
-                yield self._save_checkpoint(learner)
+                yield self._save_checkpoint(
+                    {
+                        "optimizer": learner.state_dict(),
+                        "meter": meter.state_dict(),
+                        "epoch_seconds": started - epoch_started,
+                    }
+                )
             if stopping:
                 raise Interrupted(f"stopped in stage {stage.name} at step {step}; continue with --resume")
         self._count_seconds(stage, started)
 
-    def _finish_round(self, stage: Stage, learner: Learner) -> Event:
+    def _finish_round(self, stage: Stage, learner: Learner, meter: LossMeter) -> Event:
+        self._require_finite(meter, stage, learner)  # or the check of the outputs would blame the removal
         learner.remember()
         removal = self.pruning.finish_round(self._check_images())
+        to_fast_layout_(self.model)
         learner.shrink_(lambda name, value: take(value, removal.kept.get(name, {})))
         self.progress.difference = max(self.progress.difference, removal.difference)
         groups = self.pruning.groups
@@ -224,7 +238,7 @@ class Run:
         )
 
     def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float) -> Event:
-        reading = self._require_finite(meter, stage)
+        reading = self._require_finite(meter, stage, learner)
         meter.reset_()
         return self.metrics.write(
             {
@@ -244,15 +258,18 @@ class Run:
     def _finish(self) -> Events:
         """The model is slim and trained: settle its statistics, save, export, measure."""
         recipe, started = self.recipe, time.monotonic()
-        batches = self.splits.train.batches(
-            recipe.data.batch, seed=recipe.seed, epoch=self._epochs, augment=augmentation(recipe), drop_last=True
-        )
+        batches = self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
         recalibrate_batchnorm_(self.model, batches, count=recipe.recalibrate_batches, precision=self.precision)
         slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
         exports = []
         for format in recipe.export:
             path = self.output / EXPORT_NAMES[format]
-            made = export_model(slim, self._image(), format=format, path=path, metadata=self._metadata())
+            try:
+                made = export_model(slim, self._image(), format=format, path=path, metadata=self._metadata())
+            except RunError as error:
+                raise RunError(
+                    f"{error}; the training is kept: --resume with --set export=[] does without it"
+                ) from error
             exports.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
             yield self.metrics.write(
                 {"event": "export", "format": format, "path": str(path), "max_difference": made.max_difference}
@@ -289,10 +306,6 @@ class Run:
             },
         }
 
-    @property
-    def _epochs(self) -> int:
-        return sum(stage.training.epochs for stage in self.stages)
-
     def _make_learner(self, stage: Stage) -> Learner:
         learner = Learner(
             self.model,
@@ -304,25 +317,25 @@ class Run:
             **stage.training.model_dump(exclude={"epochs"}),
         )
         self.model.train()
-        if self._restored_optimizer is not None:
-            learner.load_state_dict(self._restored_optimizer)
-            self._restored_optimizer = None
         return learner
-
-    _restored_optimizer: Any = None
 
     def _batches(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of a stage's training batches, from the step the run stands at."""
-        data, per_epoch = self.recipe.data, self.steps_per_epoch
+        per_epoch = self.steps_per_epoch
         for epoch in range(self.progress.step // per_epoch, stage.training.epochs):
-            yield from self.splits.train.batches(
-                data.batch,
-                seed=self.recipe.seed,
-                epoch=stage.first_epoch + epoch,
-                augment=augmentation(self.recipe),
-                start=self.progress.step - epoch * per_epoch,
-                drop_last=len(self.splits.train) >= data.batch,
-            )
+            yield from self._epoch_batches(stage.first_epoch + epoch, start=self.progress.step - epoch * per_epoch)
+
+    def _epoch_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Full batches only, unless the images do not fill one. epoch: over the whole run."""
+        train, batch, recipe = self.splits.train, self.recipe.data.batch, self.recipe
+        return train.batches(
+            batch,
+            seed=recipe.seed,
+            epoch=epoch,
+            augment=augmentation(recipe),
+            start=start,
+            drop_last=len(train) >= batch,
+        )
 
     def _validate(self) -> float | None:
         if not len(self.splits.validation):
@@ -340,17 +353,19 @@ class Run:
     def _image(self) -> Tensor:
         return self._check_images()[:1].cpu()
 
-    def _require_finite(self, meter: LossMeter, stage: Stage) -> Any:
+    def _require_finite(self, meter: LossMeter, stage: Stage, learner: Learner) -> LossReading:
+        """Call before every checkpoint, which must not hold what cannot be continued from."""
         reading = meter.read()
         bad = reading.first_bad_step
-        if bad is None and all_finite(self.model.parameters()):
+        if bad is None and all_finite(learner.tensors()):
             return reading
         place = f"at step {bad}" if bad is not None else f"before step {self.progress.step}"
-        last = self.output / "checkpoint.pt"
+        last = self.output / CHECKPOINT
         kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
+        lr = "prune.sparse_lr" if stage.name == "sparse" else f"{stage.name}.lr"
+        clip_grad = "train.clip_grad" if stage.name == "sparse" else f"{stage.name}.clip_grad"
         raise RunError(
-            f"the loss or a weight is not finite in stage {stage.name} {place}: lower {stage.name}.lr or set "
-            f"{stage.name}.clip_grad; {kept}"
+            f"the loss or a weight is not finite in stage {stage.name} {place}: lower {lr} or set {clip_grad}; {kept}"
         )
 
     def _count_seconds(self, stage: Stage, started: float) -> None:
@@ -359,11 +374,11 @@ class Run:
 
     # ---------------------------------------------------------------------------------------------- checkpoints
 
-    def _save_checkpoint(self, learner: Learner | None) -> Event:
-        """learner: none between stages."""
+    def _save_checkpoint(self, in_stage: dict[str, Any] | None) -> Event:
+        """in_stage: what only matters until the stage is over; none between stages."""
         scaler = self.precision.scaler
         state = {
-            "recipe": dump_recipe(self.recipe),
+            "recipe": self._settings,
             "weights": self._fingerprint,
             "stage": self.progress.stage,
             "step": self.progress.step,
@@ -371,15 +386,20 @@ class Run:
             "seconds": self.progress.seconds,
             "model": self.model.state_dict(),
             "pruning": self.pruning.state_dict(),
-            "optimizer": learner.state_dict() if learner else None,
+            "in_stage": in_stage,
             "scaler": scaler.state_dict() if scaler else None,
             "rng": capture_rng(),
-            "metrics_bytes": self.metrics.bytes_written(),
+            "metrics_bytes": self.metrics.flush_to_disk(),
         }
         save_checkpoint(self.output, state)
-        return {"event": "checkpoint", "step": self.progress.step, "path": str(self.output / "checkpoint.pt")}
+        return {"event": "checkpoint", "step": self.progress.step, "path": str(self.output / CHECKPOINT)}
 
     @property
+    def _settings(self) -> str:
+        """What a resumed run must agree on: all but the formats, so that an export that fails costs no training."""
+        return dump_recipe(self.recipe.model_copy(update={"export": ()}))
+
+    @cached_property
     def _fingerprint(self) -> str:
         """Of the weights that the run started from."""
         digest = hashlib.sha256()
@@ -392,10 +412,11 @@ class Run:
         """Continue from the last whole checkpoint of the output folder, if there is one."""
         checkpoint = load_checkpoint(self.output)
         if checkpoint is None:
+            yield {"event": "note", "text": f"{self.output} holds no checkpoint: the run starts at its beginning"}
             return
         state = checkpoint.state
-        if state["recipe"] != dump_recipe(self.recipe):
-            changed = _changed_lines(state["recipe"], dump_recipe(self.recipe))
+        if state["recipe"] != self._settings:
+            changed = _changed_lines(state["recipe"], self._settings)
             raise OutputError(
                 f"{checkpoint.path} was made with another recipe ({changed}): resume with the same one, or --overwrite"
             )
@@ -404,13 +425,15 @@ class Run:
                 f"{checkpoint.path} was made from another model file: resume with the same, or --overwrite"
             )
         self.pruning.load_state_dict(state["pruning"])
+        to_fast_layout_(self.model)
         self.model.load_state_dict(state["model"])
         self.progress = Progress(state["stage"], state["step"], state["difference"], dict(state["seconds"]))
-        self._restored_optimizer = state["optimizer"]
+        self._restored = state["in_stage"]
         if self.precision.scaler and state["scaler"]:
             self.precision.scaler.load_state_dict(state["scaler"])
         restore_rng(state["rng"])
         self._metrics_bytes = state["metrics_bytes"]
+        self.notes += [f"{path} was damaged; the one before it was used" for path in checkpoint.damaged]
         stage = self.stages[self.progress.stage].name if self.progress.stage < len(self.stages) else "export"
         yield {"event": "resumed", "stage": stage, "step": self.progress.step, "path": str(checkpoint.path)}
 
@@ -528,7 +551,7 @@ class Metrics:
     def __enter__(self) -> "Metrics":
         try:
             self._file = self._path.open("a" if self._start else "w", encoding="utf-8")
-            self._file.truncate(self._start)
+            self._file.truncate(min(self._start, self._path.stat().st_size))
         except OSError as error:
             raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
         return self
@@ -544,8 +567,13 @@ class Metrics:
             raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
         return event
 
-    def bytes_written(self) -> int:
-        return self._path.stat().st_size
+    def flush_to_disk(self) -> int:
+        """Call before the checkpoint that counts on it. Returns the bytes written."""
+        try:
+            os.fsync(self._file.fileno())
+            return self._path.stat().st_size
+        except OSError as error:
+            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
 
 
 def plan_stages(recipe: Recipe) -> list[Stage]:

@@ -68,6 +68,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         return silence_closed_pipe()
+    except SystemExit as ended:  # rich's own answer to a closed pipe
+        if isinstance(ended.__context__, BrokenPipeError):
+            return silence_closed_pipe()
+        raise
     except (Exception, KeyboardInterrupt) as error:
         try:
             return fail(error, as_json="--json" in given)

@@ -14,6 +14,9 @@ Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe, such as prune.rounds=3. Repeat."),
 ]
+OutputFolder = Annotated[
+    Path, typer.Option("--output", "-o", metavar="DIR", help="The folder for everything that is made.")
+]
 Device = Annotated[str, typer.Option(help="auto (CUDA if there, else the CPU), cpu, cuda or cuda:1.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Replaces the recipe's seed.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]

@@ -38,6 +38,7 @@ def libraries_on_stderr() -> Iterator[None]:
 def fail(error: BaseException, *, as_json: bool) -> int:
     """Tell the user what went wrong; return the exit code."""
     problems, code = explain(error)
+    sys.stdout.flush()
     for problem in problems:
         print(problem, file=sys.stderr)
     if as_json:

@@ -13,9 +13,8 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from dpm_cli.errors import RunError
-from dpm_cli.files import CHECKPOINT, write_atomic
+from dpm_cli.files import CHECKPOINT, PREVIOUS, write_atomic
 
-PREVIOUS = "checkpoint.previous.pt"
 MAGIC = b"DPMCKPT1"
 HEADER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 
@@ -60,7 +59,7 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
 
 def remove_checkpoints(folder: Path) -> None:
     """Call when the run is finished and its results are written."""
-    for name in (CHECKPOINT, PREVIOUS):
+    for name in (PREVIOUS, CHECKPOINT):
         (folder / name).unlink(missing_ok=True)
 
 

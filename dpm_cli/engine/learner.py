@@ -1,6 +1,6 @@
 """A model in training: its optimizer, its loss and one stage's settings."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Literal
 
@@ -126,7 +126,13 @@ class Learner:
         """Call before compaction, while the optimizer's parameters are still the model's."""
         self._remembered: OptimizerState = optimizer_state(self.optimizer, self.model)
 
-    def state_dict(self) -> Mapping[str, Mapping[str, Tensor | float]]:
+    def tensors(self) -> Iterator[Tensor]:
+        """Everything that training changes: the model's state and what the optimizer remembers."""
+        yield from self.model.state_dict().values()
+        for remembered in optimizer_state(self.optimizer, self.model).values():
+            yield from (value for value in remembered.values() if isinstance(value, Tensor))
+
+    def state_dict(self) -> OptimizerState:
         return optimizer_state(self.optimizer, self.model)
 
     def load_state_dict(self, state: OptimizerState) -> None:

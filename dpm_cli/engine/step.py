@@ -97,6 +97,16 @@ class LossMeter:
         self._first_bad.fill_(NEVER)
         self._images = 0
 
+    def state_dict(self) -> dict[str, float]:
+        """What a resumed run needs to go on with the same mean. Waits for the device."""
+        return {"sum": self._sum.item(), "images": self._images}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Continue from finite losses: only such are saved."""
+        self.reset_()
+        self._sum += state["sum"]
+        self._images = int(state["images"])
+
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
     """Whether no tensor holds NaN or infinity; waits for the device once. Call before a checkpoint: a gradient can go

@@ -1,0 +1,56 @@
+"""What every benchmark shares: turns, medians, a table, a JSON file with hardware and versions."""
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dpm_cli.measure import hardware
+
+FOLDER = Path(__file__).parent / "results"
+
+
+def time_in_turns(contenders: Mapping[str, Callable[[], object]], *, turns: int, warm_up: int = 2) -> dict[str, list[float]]:
+    """Seconds of every call, contender by contender in each turn, so that a busy moment hits them all."""
+    times: dict[str, list[float]] = {name: [] for name in contenders}
+    for turn in range(-warm_up, turns):
+        for name, call in contenders.items():
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            started = time.perf_counter()
+            call()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            if turn >= 0:
+                times[name].append(time.perf_counter() - started)
+    return times
+
+
+def paired_ratio(times: Mapping[str, Sequence[float]], over: str, under: str) -> float:
+    """Median over the turns of one contender's time by another's in the same turn."""
+    return statistics.median(a / b for a, b in zip(times[over], times[under], strict=True))
+
+
+def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
+    """Rows of equal keys as a Markdown table."""
+    columns = list(rows[0])
+    print("| " + " | ".join(columns) + " |")
+    print("|" + "---|" * len(columns))
+    for row in rows:
+        print("| " + " | ".join(_show(row[column]) for column in columns) + " |", flush=True)
+
+
+def save(name: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
+    """benchmarks/results/NAME.json: rows, settings, hardware, versions."""
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.json"
+    path.write_text(json.dumps({"rows": rows, "settings": settings, "machine": hardware()}, indent=1) + "\n")
+    return path
+
+
+def _show(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

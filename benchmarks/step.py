@@ -1,0 +1,140 @@
+"""What DPM adds to a training step: plain against every unit decaying with rectifying on, in turns in one process.
+
+    python benchmarks/step.py            ResNet-56 at batch 128 and ResNet-50 at 224, batch 16
+    python benchmarks/step.py --penalty  also DepGraph's penalty against Torch-Pruning's GroupNormPruner.regularize
+"""
+
+import argparse
+import copy
+import statistics
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from common import paired_ratio, print_table, save, time_in_turns
+from torch import nn
+
+from dpm_cli.decay import Decay
+from dpm_cli.engine.optimizer import make_optimizer
+from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.step import train_step
+from dpm_cli.graph import Groups, Units, find_groups
+from dpm_cli.models import build
+from dpm_cli.pruners.depgraph import GroupNorm
+from dpm_cli.rectify import Rectifier
+
+CASES = {"resnet56": ("resnet56", (3, 32, 32), 128), "resnet50": ("torchvision:resnet50", (3, 224, 224), 16)}
+
+
+class Contender:
+    """A model with its optimizer, and the hooks of a training step."""
+
+    def __init__(self, model: nn.Module, groups: Groups | None, device: torch.device) -> None:
+        self.model = copy.deepcopy(model).to(device).train()
+        to_fast_layout_(self.model)
+        self.optimizer = make_optimizer(self.model, name="sgd", lr=1e-3, weight_decay=5e-4)
+        self.precision = choose_precision("auto", device)
+        self.decay = None
+        if groups is not None:
+            units = Units(groups, self.model)
+            group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
+            # A release never happens at this rate, so every unit goes on decaying and nothing is skipped.
+            rectifier = Rectifier(group_of_unit, len(groups), rate=2.0, length=1.0)
+            self.decay = Decay(units, steps=1_000_000, rectifier=rectifier)
+            self.decay.start(np.ones(groups.units, bool))
+
+    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+        train_step(
+            self.model,
+            self.optimizer,
+            images,
+            labels,
+            objective=lambda outputs, labels: F.cross_entropy(outputs.float(), labels),
+            precision=self.precision,
+            before_step=[self.decay.observe] if self.decay else [],
+            after_step=[self.decay.advance_] if self.decay else [],
+        )
+
+    def hooks_alone(self) -> None:
+        assert self.decay
+        self.decay.observe()
+        self.decay.advance_()
+
+
+def floor_seconds(units: Units) -> float:
+    """The time of the bytes that must move: one read of weights and of gradients, one write of the decaying rows."""
+    size = sum(parameter.numel() for parameter in units.parameters) * 4 // 4
+    source = torch.ones(3, size, device=units.device)
+    target = torch.empty(size, device=units.device)
+    times = time_in_turns({"move": lambda: torch.add(source[0], source[1], out=target)}, turns=20)
+    return statistics.median(times["move"])
+
+
+def measure(case: str, turns: int, device: torch.device) -> dict[str, object]:
+    arch, shape, batch = CASES[case]
+    model = build(arch, classes=10, shape=shape)
+    groups = find_groups(model, torch.zeros(2, *shape))
+    plain, full = Contender(model, None, device), Contender(model, groups, device)
+    images, labels = torch.randn(batch, *shape, device=device), torch.randint(0, 10, (batch,), device=device)
+    times = time_in_turns(
+        {"plain": lambda: plain.step(images, labels), "dpm": lambda: full.step(images, labels)}, turns=turns
+    )
+    hooks = statistics.median(time_in_turns({"hooks": full.hooks_alone}, turns=turns)["hooks"])
+    assert full.decay
+    floor = floor_seconds(full.decay.units)
+    plain_seconds = statistics.median(times["plain"])
+    return {
+        "model": case,
+        "device": device.type,
+        "units": groups.units,
+        "plain ms": 1e3 * plain_seconds,
+        "with dpm ms": 1e3 * statistics.median(times["dpm"]),
+        "ratio": paired_ratio(times, "dpm", "plain"),
+        "hooks alone ms": 1e3 * hooks,
+        "hooks / step": hooks / plain_seconds,
+        "hooks / bytes floor": hooks / floor,
+    }
+
+
+def compare_penalties(turns: int) -> dict[str, object]:
+    import torch_pruning as tp
+
+    model = build("resnet56", classes=10, shape=(3, 32, 32)).train()
+    example = torch.zeros(2, 3, 32, 32)
+    importance = tp.importance.GroupMagnitudeImportance(p=2)
+    peer = tp.pruner.GroupNormPruner(
+        model, example, importance=importance, reg=5e-4, ignored_layers=[model.linear], global_pruning=True
+    )
+    peer.update_regularizer()
+    ours = GroupNorm(find_groups(model, example), model)
+    for parameter in model.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    times = time_in_turns(
+        {"peer": lambda: peer.regularize(model), "ours": lambda: ours.penalise_(5e-4)}, turns=turns
+    )
+    return {
+        "penalty": "group norm, resnet56",
+        "torch-pruning ms": 1e3 * statistics.median(times["peer"]),
+        "dpm ms": 1e3 * statistics.median(times["ours"]),
+        "times faster": paired_ratio(times, "peer", "ours"),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--penalty", action="store_true")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    arguments = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    rows = [measure(case, arguments.turns, device) for case in arguments.cases]
+    print_table(rows)
+    save(f"step-{device.type}", rows, turns=arguments.turns)
+    if arguments.penalty:
+        penalties = [compare_penalties(arguments.turns)]
+        print_table(penalties)
+        save(f"penalty-{device.type}", penalties, turns=arguments.turns)
+
+
+if __name__ == "__main__":
+    main()

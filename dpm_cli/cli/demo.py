@@ -1,0 +1,47 @@
+"""`dpm demo`: the whole path on a small problem, without network or arguments."""
+
+from pathlib import Path
+
+import dpm_cli
+from dpm_cli.cli.options import AsJson, OutputFolder, Quiet
+from dpm_cli.cli.progress import follow
+from dpm_cli.cli.prune import show
+from dpm_cli.errors import OutputError
+
+MARKER = ".dpm-demo"  # says that the folder is a demo's own, and may be written again
+RECIPE = "digits"
+
+
+def demo(
+    output: OutputFolder = Path("dpm-demo"),
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Train, prune and export a small net, in a minute.
+
+    It learns the bundled handwritten digits: no network, no arguments.
+    """
+    claim(output)
+    import torch
+
+    torch.set_num_threads(1)  # the net is so small that threads would mostly wait for each other
+    settings = dpm_cli.load_recipe(RECIPE)
+    dense = output / "dense.pt"
+    with follow(quiet=quiet, as_json=as_json) as tell:
+        dpm_cli.train(settings, output=dense, overwrite=True, on_event=tell)
+        report = dpm_cli.prune(dense, settings, output=output, overwrite=True, on_event=tell)
+    show(report, as_json=as_json)
+    if not as_json and not quiet:
+        print(f"\nNext: dpm evaluate {output / 'model.onnx'} --recipe {RECIPE}, or prune your own model: dpm recipes")
+
+
+def claim(folder: Path) -> None:
+    """Make the folder, or take that of an earlier demo. Raises OutputError for anything else that is there."""
+    marker = folder / MARKER
+    try:
+        if folder.exists() and not (folder.is_dir() and (marker.exists() or not any(folder.iterdir()))):
+            raise OutputError(f"{folder} exists and is not an earlier demo's folder: choose another --output")
+        folder.mkdir(parents=True, exist_ok=True)
+        marker.touch()
+    except OSError as error:
+        raise OutputError(f"{folder} cannot be used: {error.strerror}; choose another --output") from None

@@ -1,0 +1,33 @@
+"""`dpm evaluate`: accuracy, cost, size and latency of a file."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dpm_cli
+from dpm_cli.cli.options import AsJson, Device, Overrides, RecipeName, TrustPickle, collect_overrides
+from dpm_cli.cli.outcome import libraries_on_stderr, print_json
+
+
+def evaluate(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A dense model, slim.pt, model.ts or model.onnx.")],
+    recipe: RecipeName,
+    overrides: Overrides = None,
+    device: Device = "auto",
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a dense, slim, TorchScript or ONNX file.
+
+    Test accuracy on the recipe's data, MACs, parameters, size and latency.
+    """
+    settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides))
+    with libraries_on_stderr():
+        result = dpm_cli.evaluate(file, settings, device=device, trust_pickle=trust_pickle)
+    if as_json:
+        print_json(result)
+    else:
+        from dpm_cli.cli.summaries import print_evaluated
+
+        print_evaluated(result)

@@ -1,0 +1,43 @@
+"""`dpm export`: a slim.pt as TorchScript and ONNX again, without the run that made it."""
+
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dpm_cli
+from dpm_cli.cli.options import AsJson, Overwrite
+from dpm_cli.cli.outcome import libraries_on_stderr, print_json
+
+
+class Format(StrEnum):
+    torchscript = "torchscript"
+    onnx = "onnx"
+
+
+def export(
+    slim: Annotated[Path, typer.Argument(metavar="SLIM", help="The slim.pt of a run.")],
+    format: Annotated[list[Format] | None, typer.Option(help="Repeat for several.", show_default="both")] = None,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write into.")] = Path(),
+    arch: Annotated[
+        str | None,
+        typer.Option(metavar="ARCH", help="package.module:function of your own code, if the file was made from it."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+) -> None:
+    """Export a slim.pt again, without its run.
+
+    Every file is loaded again and compared with the slim model.
+    """
+    formats = list(dict.fromkeys(str(each) for each in format or Format))
+    with libraries_on_stderr():
+        exported = dpm_cli.export(slim, formats=formats, output=output, overwrite=overwrite, arch=arch)
+    if as_json:
+        print_json({"slim": str(slim), "exports": [asdict(each) for each in exported]})
+    else:
+        from dpm_cli.cli.summaries import print_exported
+
+        print_exported(exported)

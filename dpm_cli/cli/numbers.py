@@ -1,0 +1,79 @@
+"""Numbers as people read them."""
+
+NOTHING = "–"
+MINUS = "\N{MINUS SIGN}"
+
+
+def count(number: float | None) -> str:
+    """125747584 -> "125.7 M". The suffixes are those a recipe takes."""
+    return NOTHING if number is None else _scaled(number, ("", "K", "M", "G", "T"))
+
+
+def cost(kind: str, number: float) -> str:
+    """MACs and parameters are rounded, units are few enough to be counted: 1120."""
+    return f"{number:.0f}" if kind == "channels" else count(number)
+
+
+def size(number: float | None) -> str:
+    """Bytes, in powers of ten: 3462114 -> "3.5 MB"."""
+    return NOTHING if number is None else _scaled(number, ("B", "KB", "MB", "GB", "TB"))
+
+
+def percent(value: float | None, digits: int = 2) -> str:
+    return NOTHING if value is None else f"{value:.{digits}f} %"
+
+
+def milliseconds(value: float | None) -> str:
+    """Three significant digits: 0.123 ms, 5.68 ms, 123 ms."""
+    if value is None:
+        return NOTHING
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f} ms"
+
+
+def agreement(difference: float) -> str:
+    """Of outputs: "to 4e-07", or "exactly"."""
+    return f"to {difference:.0e}" if difference else "exactly"
+
+
+def duration(seconds: float) -> str:
+    """48 s, 12 min 30 s, 3 h 05 min."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02} min"
+
+
+def cost_change(dense: float, slim: float) -> str:
+    """What is saved, and how many times it fits in: "−53.1 %  2.13×"."""
+    if not dense or not slim:
+        return NOTHING
+    return f"{_signed(100 * (slim / dense - 1), 1)} %  {dense / slim:.2f}×"
+
+
+def points_change(dense: float | None, slim: float | None) -> str:
+    """Percentages differ by points: "−0.43 points"."""
+    return NOTHING if dense is None or slim is None else f"{_signed(slim - dense, 2)} points"
+
+
+def speed_change(dense: float, slim: float) -> str:
+    """Of two latencies: "1.55× faster"."""
+    if not dense or not slim:
+        return NOTHING
+    ratio = dense / slim
+    return f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+
+
+def _signed(value: float, digits: int) -> str:
+    text = f"{abs(value):.{digits}f}"
+    sign = "" if float(text) == 0 else "+" if value > 0 else MINUS
+    return sign + text
+
+
+def _scaled(number: float, units: tuple[str, ...]) -> str:
+    place = 0
+    while abs(number) >= 999.95 and place < len(units) - 1:
+        number, place = number / 1000, place + 1
+    digits = 0 if not place else 2 if abs(number) < 9.995 else 1
+    return f"{number:.{digits}f} {units[place]}".rstrip()

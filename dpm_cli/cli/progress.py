@@ -1,0 +1,141 @@
+"""What a run does, on stderr: bars on a terminal, otherwise one plain line per epoch, round and removal."""
+
+import contextlib
+import os
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dpm_cli.cli import numbers
+from dpm_cli.cli.outcome import libraries_on_stderr
+from dpm_cli.report import Event
+
+Tell = Callable[[Event], None]
+
+
+@contextlib.contextmanager
+def follow(*, quiet: bool, as_json: bool) -> Iterator[Tell]:
+    """A function to give every event of a run to."""
+    with libraries_on_stderr():
+        if quiet:
+            yield lambda event: None
+        elif as_json or not _is_terminal():
+            yield print_line
+        else:
+            with show_bars() as tell:
+                yield tell
+
+
+def print_line(event: Event) -> None:
+    line = describe(event)
+    if line:
+        with contextlib.suppress(OSError):  # a reader that has gone must not end hours of training
+            print(line, file=sys.stderr, flush=True)
+
+
+def describe(event: Event) -> str | None:
+    """One line about an event; none about steps and checkpoints."""
+    match event["event"]:
+        case "start":
+            dense, kind = event["dense"], event["target"]["kind"]
+            limit = numbers.cost(kind, event["target"]["limit"])
+            return (
+                f"{event['arch'] or 'model'}  {numbers.count(dense['macs'])} MACs  "
+                f"{numbers.count(dense['params'])} parameters  {dense['channels']} units  "
+                f"target {kind} ≤ {limit}  {event['device']} {event['precision']}"
+            )
+        case "resumed":
+            return f"resumed in stage {event['stage']} after step {event['step']}, from {event['path']}"
+        case "epoch":
+            return f"{event['stage']} {event['epoch']}/{event['epochs']}  " + "  ".join(_readings(event))
+        case "round":
+            extra = " to make up for released units" if event["round"] > event["rounds"] else ""
+            return (
+                f"round {event['round']}/{event['rounds']}  {event['chosen']} units start to decay{extra}  "
+                f"leads to {numbers.count(event['predicted_macs'])} MACs, "
+                f"{numbers.count(event['predicted_params'])} parameters"
+            )
+        case "compact":
+            return (
+                f"round {event['round']}  {event['removed']} units removed, {event['released']} released  "
+                f"now {numbers.count(event['macs'])} MACs, {numbers.count(event['params'])} parameters"
+            )
+        case "export":
+            return f"exported {event['path']}  agrees {numbers.agreement(event['max_difference'])}"
+        case "measure":
+            return f"measuring {event['what']}"
+        case "note":
+            return f"note: {event['text']}"
+        case _:
+            return None
+
+
+def _readings(event: Event) -> list[str]:
+    """Of an epoch, loss first."""
+    accuracy = event["validation_accuracy"]
+    return [
+        f"loss {event['loss']:.3f}",
+        *([] if accuracy is None else [f"validation {numbers.percent(accuracy, 1)}"]),
+        f"lr {event['lr']:.2g}",
+        f"{event['images_per_second']:.0f} images/s",
+    ]
+
+
+@contextlib.contextmanager
+def show_bars() -> Iterator[Tell]:
+    """One bar per stage; rounds and removals scroll by above them."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    progress = Progress(
+        SpinnerColumn(finished_text=" "),
+        TextColumn("{task.description:<8}", markup=False),
+        BarColumn(bar_width=20),
+        TextColumn("{task.fields[state]}", markup=False),
+        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+        console=Console(stderr=True, highlight=False),
+    )
+    with progress:
+        yield Bars(progress).show
+
+
+class Bars:
+    """Draws events on a rich Progress."""
+
+    def __init__(self, progress: Any) -> None:
+        self._progress = progress
+        self._readings = ""
+        self._task = progress.add_task("loading", total=None, state="")
+
+    def show(self, event: Event) -> None:
+        match event["event"]:
+            case "stage":
+                self._begin(event["name"])
+            case "step":
+                state = f"epoch {event['epoch']}/{event['epochs']}  {self._readings}"
+                self._progress.update(self._task, total=event["steps"], completed=event["step"], state=state)
+            case "epoch":
+                self._readings = "  ".join(reading for reading in _readings(event) if not reading.startswith("lr"))
+                self._progress.update(self._task, state=f"epoch {event['epoch']}/{event['epochs']}  {self._readings}")
+            case "measure":
+                self._begin("measure")
+            case _ if line := describe(event):
+                self._progress.console.print(line, markup=False)
+            case "done":
+                self._finish()
+
+    def _begin(self, name: str) -> None:
+        self._finish()
+        self._readings = ""
+        self._task = self._progress.add_task(name, total=None, state="")
+
+    def _finish(self) -> None:
+        task = self._progress.tasks[-1]
+        if task.total is None:
+            self._progress.remove_task(self._task)
+        else:
+            self._progress.update(self._task, completed=task.total)
+
+
+def _is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"

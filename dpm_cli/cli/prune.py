@@ -1,0 +1,99 @@
+"""`dpm prune`: the main job."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dpm_cli
+from dpm_cli.cli.interrupts import stop_between_steps
+from dpm_cli.cli.options import (
+    AsJson,
+    Device,
+    ModelFile,
+    OutputFolder,
+    Overrides,
+    Overwrite,
+    Quiet,
+    RecipeName,
+    Seed,
+    TrustPickle,
+    collect_overrides,
+)
+from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.progress import follow
+from dpm_cli.errors import Interrupted
+from dpm_cli.report import Event, Report
+
+
+def prune(
+    model: ModelFile,
+    recipe: RecipeName,
+    output: OutputFolder = Path("out"),
+    overrides: Overrides = None,
+    device: Device = "auto",
+    seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of the output folder.")] = False,
+    overwrite: Overwrite = False,
+    trust_pickle: TrustPickle = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+) -> None:
+    """Prune MODEL to the target of a recipe.
+
+    Writes slim.pt, the exported files and report.json into the output folder.
+
+    Ctrl-C saves a checkpoint and stops; the same command with --resume goes on.
+    """
+    settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
+    with follow(quiet=quiet, as_json=as_json) as tell, stop_between_steps() as stop:
+        announced = False
+
+        def watch(event: Event) -> None:
+            nonlocal announced
+            tell(event)
+            if stop.is_wanted() and not announced:
+                announced = True
+                tell({"event": "note", "text": "saving a checkpoint to stop here; a second Ctrl-C stops at once"})
+            stop.watch(event)
+
+        try:
+            report = dpm_cli.prune(
+                model,
+                settings,
+                output=output,
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                trust_pickle=trust_pickle,
+                on_event=watch,
+                should_stop=stop.is_wanted,
+            )
+        except Interrupted as stopped:
+            stopped.exit_code = stop.exit_code
+            raise
+        except KeyboardInterrupt:
+            raise _interrupted(output, stop.exit_code) from None
+        except RuntimeError as error:
+            # Ctrl-C on a terminal also reaches the processes that decode images.
+            if stop.is_wanted() and "DataLoader worker" in str(error):
+                raise _interrupted(output, stop.exit_code) from None
+            raise
+    show(report, as_json=as_json)
+
+
+def show(report: Report, *, as_json: bool) -> None:
+    if as_json:
+        print_json(report.to_dict())
+    else:
+        from dpm_cli.cli.tables import print_report
+
+        print_report(report)
+
+
+def _interrupted(output: Path, exit_code: int) -> Interrupted:
+    is_resumable = (output / "checkpoint.pt").exists()
+    way_out = "continue from its last checkpoint with --resume" if is_resumable else "nothing was saved yet"
+    error = Interrupted(f"stopped at once; {way_out}")
+    error.exit_code = exit_code
+    return error

@@ -1,0 +1,96 @@
+"""The results of train, evaluate, export and inspect, as text."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from dpm_cli.cli import numbers
+from dpm_cli.cli.tables import (
+    KINDS,
+    LABEL,
+    RUNTIMES,
+    describe_export,
+    describe_kept,
+    make_console,
+    make_table,
+    print_detail,
+    wrap_words,
+)
+from dpm_cli.report import ExportedFile, KeptLayer
+
+NAME_WIDTH = 16
+
+
+def print_trained(result: dict[str, Any]) -> None:
+    _print_pairs(
+        [
+            ("model", str(result["arch"])),
+            ("test accuracy", numbers.percent(result["accuracy"])),
+            ("validation", numbers.percent(result["validation_accuracy"])),
+            ("parameters", numbers.count(result["params"])),
+            ("epochs", f"{result['epochs']} in {numbers.duration(result['seconds'])}"),
+            ("weights", f"{result['path']}  {numbers.size(result['bytes'])}"),
+        ]
+    )
+
+
+def print_evaluated(result: dict[str, Any]) -> None:
+    latencies = [
+        (
+            f"latency, {RUNTIMES.get(runtime, runtime)}",
+            f"{numbers.milliseconds(read['median'])}  (quartiles {numbers.milliseconds(read['low'])} to "
+            f"{numbers.milliseconds(read['high'])}; single images)",
+        )
+        for runtime, read in result["latency"].items()
+    ]
+    _print_pairs(
+        [
+            ("file", f"{result['file']}  ({result['kind']})"),
+            ("MACs", numbers.count(result["macs"])),
+            ("parameters", numbers.count(result["params"])),
+            ("test accuracy", numbers.percent(result["accuracy"])),
+            ("test loss", f"{result['loss']:.4f}"),
+            ("size", numbers.size(result["bytes"])),
+            *latencies,
+        ]
+    )
+
+
+def print_exported(exported: Sequence[ExportedFile]) -> None:
+    console = make_console()
+    for made in exported:
+        console.print(describe_export(made), soft_wrap=True)
+
+
+def print_plan(plan: dict[str, Any]) -> None:
+    """What can be pruned, what cannot, and how far."""
+    console = make_console()
+    groups = make_table("group", "layers", "units", "at least", title=None)
+    for group in plan["groups"]:
+        groups.add_row(group["name"], str(len(group["layers"])), str(group["units"]), str(group["lowest"]))
+    console.print(f"{plan['arch'] or 'model'}: {len(plan['groups'])} groups of tied layers", style="bold")
+    console.print(groups)
+
+    costs = make_table("", "dense", "smallest", "", title=None)
+    for kind, (low, high) in plan["achievable"].items():
+        share = numbers.percent(100 * low / high, 1)
+        costs.add_row(KINDS[kind], numbers.cost(kind, high), numbers.cost(kind, low), share)
+    console.print(costs)
+
+    target = plan["target"]
+    kind = target["kind"]
+    asked = f"{target['asked']:g}" if target["asked"] < 1 else numbers.cost(kind, target["asked"])
+    verdict = "can be met" if target["achievable"] else "cannot be met"
+    width = console.width - LABEL
+    print_detail(
+        console,
+        "target",
+        wrap_words(f"{kind} {asked}: at most {numbers.cost(kind, target['limit'])}, {verdict}", width),
+    )
+    print_detail(console, "kept", describe_kept([KeptLayer(**kept) for kept in plan["kept"]], width))
+
+
+def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
+    console = make_console()
+    width = max(NAME_WIDTH, *(len(name) + 2 for name, _ in pairs))
+    for name, value in pairs:
+        console.print(f"{name:<{width}}{value}", soft_wrap=True)

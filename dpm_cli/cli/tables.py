@@ -1,0 +1,175 @@
+"""The result of a run as a table, and what belongs below it."""
+
+import os
+import sys
+import textwrap
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+from dpm_cli.cli import numbers
+from dpm_cli.report import ExportedFile, KeptLayer, Report, Width
+
+RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "torchscript": "TorchScript"}
+KINDS = {"macs": "MACs", "params": "parameters", "channels": "units"}
+MOST_LAYERS = 60  # that are listed one by one
+LABEL = 10  # columns
+DISAPPOINTING = 0.5  # a gain in speed below so much of the gain in MACs deserves a word
+
+
+def print_report(report: Report) -> None:
+    console = make_console()
+    console.print(title(report), style="bold", soft_wrap=True)
+    table = make_table("", "dense", "slim", "change", title=None)
+    for row in rows(report):
+        table.add_row(*row)
+    console.print(table)
+    for label, lines in details(report, console.width - LABEL):
+        print_detail(console, label, lines)
+
+
+def title(report: Report) -> str:
+    target = report.target
+    asked = f"{target.asked:g}" if target.asked < 1 else numbers.cost(target.kind, target.asked)
+    share = f"{100 * target.reached / target.dense:.1f} %" if target.dense else numbers.NOTHING
+    reached, limit = (numbers.cost(target.kind, cost) for cost in (target.reached, target.limit))
+    name = report.arch or "model"
+    return f"{name}, {report.base} + DPM, target {target.kind} {asked}: {share} left ({reached} of at most {limit})"
+
+
+def rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """Label, dense, slim, change."""
+    dense, slim = report.dense, report.slim
+    table = [
+        ("MACs", numbers.count(dense.macs), numbers.count(slim.macs), numbers.cost_change(dense.macs, slim.macs)),
+        (
+            "parameters",
+            numbers.count(dense.params),
+            numbers.count(slim.params),
+            numbers.cost_change(dense.params, slim.params),
+        ),
+        (
+            "test accuracy",
+            numbers.percent(dense.accuracy),
+            numbers.percent(slim.accuracy),
+            numbers.points_change(dense.accuracy, slim.accuracy),
+        ),
+        ("weights", numbers.size(dense.bytes), numbers.size(slim.bytes), numbers.cost_change(dense.bytes, slim.bytes)),
+    ]
+    for runtime, latency in dense.latency.items():
+        before, after = latency.median, slim.latency.get(runtime)
+        if after is not None:
+            table.append(
+                (
+                    f"latency, {RUNTIMES.get(runtime, runtime)}",
+                    numbers.milliseconds(before),
+                    numbers.milliseconds(after.median),
+                    numbers.speed_change(before, after.median),
+                )
+            )
+    return table
+
+
+def details(report: Report, width: int) -> Iterable[tuple[str, Sequence[str]]]:
+    """Label and lines of everything below the table. width: columns for the lines."""
+    units = report.units
+    yield (
+        "units",
+        [f"{units.total} in all: {units.chosen} chosen, {units.released} released, {units.removed} removed"],
+    )
+    yield "widths", describe_widths(report.widths, width)
+    yield "checked", [f"outputs before and after removing units agree {numbers.agreement(report.compact_difference)}"]
+    yield "kept", describe_kept(report.kept, width)
+    yield "latency", ["median over single images, warm, dense and slim in turns"] if report.dense.latency else []
+    yield "files", [*(path for name, path in report.files.items() if name in ("slim", "report"))]
+    yield "exports", [describe_export(made) for made in report.exports]
+    seconds = [f"{name} {numbers.duration(spent)}" for name, spent in report.seconds.items()]
+    yield "time", wrap([*seconds, f"on {report.device} in {report.precision}", f"seed {report.seed}"], width)
+    for note in [*disappointments(report), *report.notes]:
+        yield "note", wrap_words(note, width)
+
+
+def describe_widths(widths: Sequence[Width], width: int) -> list[str]:
+    """Output channels before → after of every layer that changed."""
+    changed = [f"{each.layer} {each.before}→{each.after}" for each in widths if each.before != each.after]
+    unchanged = len(widths) - len(changed)
+    more = [f"{len(changed) - MOST_LAYERS} more in report.json"] if len(changed) > MOST_LAYERS else []
+    same = [f"{unchanged} unchanged"] if unchanged else []
+    return wrap([*changed[:MOST_LAYERS], *more, *same], width)
+
+
+def describe_kept(kept: Sequence[KeptLayer], width: int) -> list[str]:
+    """Layers whose outputs stayed whole: a line per layer or, when one reason covers several, per reason."""
+    lines: list[str] = []
+    by_reason = sorted(kept, key=lambda each: each.reason)
+    for reason, group in groupby(by_reason, key=lambda each: each.reason):
+        layers = [each.layer for each in group]
+        shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+        lines += wrap_words(f"{shown}: {reason}", width)
+    return lines
+
+
+def describe_export(made: ExportedFile) -> str:
+    return (
+        f"{made.path}  {numbers.size(made.bytes)}, agrees with the slim model {numbers.agreement(made.max_difference)}"
+    )
+
+
+def disappointments(report: Report) -> list[str]:
+    """A sentence if the model did not become as fast as its MACs promise."""
+    if not report.slim.macs:
+        return []
+    promised = report.dense.macs / report.slim.macs
+    slow = []
+    for runtime, latency in report.dense.latency.items():
+        after = report.slim.latency.get(runtime)
+        if after is not None and after.median > 0:
+            gained = latency.median / after.median
+            if gained - 1 < DISAPPOINTING * (promised - 1):
+                slow.append(f"{RUNTIMES.get(runtime, runtime)} {gained:.2f}×")
+    if not slow:
+        return []
+    return [
+        f"faster by less than the {promised:.2f}× of the MACs: {', '.join(slow)}. Single images through small "
+        "layers wait for overhead and memory, not for arithmetic; a larger prune.round_to or larger batches can help."
+    ]
+
+
+def make_console() -> Console:
+    """80 columns in a pipe, unless COLUMNS says otherwise."""
+    wanted = os.environ.get("COLUMNS", "")
+    width = None if sys.stdout.isatty() else max(80, int(wanted) if wanted.isdecimal() else 0)
+    return Console(width=width, highlight=False, markup=False, emoji=False)
+
+
+def make_table(*columns: str, title: str | None) -> Table:
+    """The first column is text, the others are numbers; nothing is ever cut off."""
+    table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, header_style="bold")
+    for place, column in enumerate(columns):
+        table.add_column(column, justify="right" if place else "left", overflow="fold")
+    return table
+
+
+def print_detail(console: Console, label: str, lines: Sequence[str]) -> None:
+    """Label once, lines beside it. Long paths are not broken, so that they can be copied."""
+    for number, line in enumerate(lines):
+        console.print(f"{'' if number else label:<{LABEL}}{line}", soft_wrap=True)
+
+
+def wrap(items: Sequence[str], width: int) -> list[str]:
+    """Items separated by commas in as few lines as fit; an item is never broken."""
+    lines: list[str] = []
+    for number, item in enumerate(items):
+        text = item + ("," if number < len(items) - 1 else "")
+        if lines and len(lines[-1]) + 1 + len(text) <= width:
+            lines[-1] += " " + text
+        else:
+            lines.append(text)
+    return lines
+
+
+def wrap_words(text: str, width: int) -> list[str]:
+    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)

@@ -1,0 +1,205 @@
+"""Every command hands its options to the public function of its name and shows what comes back."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dpm_cli
+from dpm_cli.report import ExportedFile, Report
+
+
+class Recorder:
+    """Stands in for a public function: remembers the call, tells an event, returns a result."""
+
+    def __init__(self, result: object) -> None:
+        self.result = result
+        self.given: tuple[object, ...] = ()
+        self.options: dict[str, Any] = {}
+
+    def __call__(self, *given: object, **options: Any) -> object:
+        self.given, self.options = given, options
+        if tell := options.get("on_event"):
+            tell({"event": "note", "text": "working"})
+        print("a library's chatter")
+        return self.result
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
+    def put(name: str, result: object) -> Recorder:
+        recorder = Recorder(result)
+        monkeypatch.setattr(dpm_cli, name, recorder)
+        return recorder
+
+    return put
+
+
+TRAINED = {
+    "path": "model.pt",
+    "arch": "digits",
+    "accuracy": 98.87,
+    "loss": 0.05,
+    "validation_accuracy": None,
+    "epochs": 20,
+    "params": 77_300,
+    "bytes": 322_545,
+    "seconds": 4.2,
+    "seed": 0,
+    "device": "cpu",
+    "precision": "fp32",
+}
+EVALUATED = {
+    "file": "model.onnx",
+    "kind": "onnx",
+    "macs": None,
+    "params": None,
+    "bytes": 142_229,
+    "accuracy": 98.87,
+    "loss": 0.0355,
+    "images": 355,
+    "latency": {"onnxruntime": {"median": 0.025, "low": 0.024, "high": 0.055}},
+}
+PLAN: dict[str, Any] = {
+    "arch": "digits",
+    "dense": {"macs": 2_116_224, "params": 77_300, "channels": 192},
+    "achievable": {"macs": [50_000, 2_116_224], "params": [3000, 77_300], "channels": [24, 192]},
+    "target": {"kind": "macs", "asked": 0.45, "limit": 952_300, "achievable": True},
+    "groups": [{"name": "conv1", "layers": ["conv1", "block1.conv2"], "units": 32, "lowest": 4}],
+    "kept": [{"layer": "linear", "reason": "output of the model"}],
+}
+
+
+def test_prune_hands_over_every_option(dpm: Any, stand_in: Any, report: Report) -> None:
+    recorder = stand_in("prune", report)
+    ended = dpm(
+        *("prune", "model.pt", "-r", "digits", "-o", "there", "--set", "prune.rounds=2", "--set", "seed=5"),
+        *("--device", "cpu", "--seed", 3, "--resume", "--overwrite", "--trust-pickle"),
+    )
+    assert ended.code == 0
+    model, recipe = recorder.given
+    assert model == Path("model.pt")
+    assert (recipe.prune.rounds, recipe.seed) == (2, 3)  # type: ignore[attr-defined]
+    options = {key: recorder.options[key] for key in ("device", "resume", "overwrite", "trust_pickle", "output")}
+    assert options == {
+        "device": "cpu",
+        "resume": True,
+        "overwrite": True,
+        "trust_pickle": True,
+        "output": Path("there"),
+    }
+    assert recorder.options["should_stop"]() is False
+
+
+def test_prune_is_careful_by_default(dpm: Any, stand_in: Any, report: Report) -> None:
+    recorder = stand_in("prune", report)
+    dpm("prune", "model.pt", "--recipe", "digits")
+    assert recorder.options["output"] == Path("out")
+    assert not any(recorder.options[key] for key in ("resume", "overwrite", "trust_pickle"))
+
+
+def test_results_go_to_stdout_and_all_else_to_stderr(dpm: Any, stand_in: Any, report: Report) -> None:
+    stand_in("prune", report)
+    ended = dpm("prune", "model.pt", "-r", "digits")
+    assert "125.7 M" in ended.out
+    assert "chatter" not in ended.out
+    assert ended.err.splitlines() == ["note: working", "a library's chatter"]
+
+
+def test_with_json_stdout_is_the_report_alone(dpm: Any, stand_in: Any, report: Report) -> None:
+    stand_in("prune", report)
+    ended = dpm("prune", "model.pt", "-r", "digits", "--json", "--quiet")
+    assert json.loads(ended.out) == json.loads(report.to_json())
+    assert "working" not in ended.err
+    assert "note: working" in dpm("prune", "model.pt", "-r", "digits", "--json").err
+
+
+def test_quiet_keeps_the_table(dpm: Any, stand_in: Any, report: Report) -> None:
+    stand_in("prune", report)
+    ended = dpm("prune", "model.pt", "-r", "digits", "-q")
+    assert "125.7 M" in ended.out
+    assert "working" not in ended.err
+
+
+def test_train_starts_from_scratch_or_from_a_file(dpm: Any, stand_in: Any) -> None:
+    recorder = stand_in("train", TRAINED)
+    ended = dpm("train", "--recipe", "digits", "--seed", 4)
+    assert ended.code == 0
+    assert recorder.given[0].seed == 4  # type: ignore[attr-defined]
+    assert (recorder.options["model"], recorder.options["output"]) == (None, Path("model.pt"))
+    assert "98.87 %" in ended.out
+    dpm("train", "earlier.pt", "-r", "digits", "-o", "next.pt")
+    assert (recorder.options["model"], recorder.options["output"]) == (Path("earlier.pt"), Path("next.pt"))
+    assert json.loads(dpm("train", "-r", "digits", "--json").out) == TRAINED
+
+
+def test_evaluate_shows_what_is_known_of_a_file(dpm: Any, stand_in: Any) -> None:
+    stand_in("evaluate", EVALUATED)
+    ended = dpm("evaluate", "model.onnx", "-r", "digits")
+    assert "98.87 %" in ended.out
+    assert "latency, ONNX Runtime" in ended.out
+    assert json.loads(dpm("evaluate", "model.onnx", "-r", "digits", "--json").out) == EVALUATED
+
+
+def test_export_makes_both_formats_unless_told(dpm: Any, stand_in: Any) -> None:
+    made = ExportedFile("onnx", "there/model.onnx", 142_229, 2.4e-7)
+    recorder = stand_in("export", [made])
+    ended = dpm("export", "slim.pt")
+    assert recorder.options["formats"] == ["torchscript", "onnx"]
+    assert ended.out == "there/model.onnx  142.2 KB, agrees with the slim model to 2e-07\n"
+    ended = dpm("export", "slim.pt", "--format", "onnx", "--format", "onnx", "-o", "there", "--json")
+    assert (recorder.options["formats"], recorder.options["output"]) == (["onnx"], Path("there"))
+    assert json.loads(ended.out)["exports"][0]["bytes"] == 142_229
+
+
+def test_inspect_shows_the_plan(dpm: Any, stand_in: Any) -> None:
+    stand_in("inspect", PLAN)
+    ended = dpm("inspect", "model.pt", "-r", "digits")
+    assert ended.code == 0
+    for part in ("conv1", "952.3 K, can be met", "linear: output of the model", "2.12 M", "2.4 %"):
+        assert part in ended.out, part
+    assert json.loads(dpm("inspect", "model.pt", "-r", "digits", "--json").out) == PLAN
+
+
+def test_inspect_of_an_impossible_target_shows_the_plan_and_fails(dpm: Any, stand_in: Any) -> None:
+    stand_in("inspect", PLAN | {"target": PLAN["target"] | {"asked": 0.01, "limit": 21_162, "achievable": False}})
+    ended = dpm("inspect", "model.pt", "-r", "digits")
+    assert ended.code == 3
+    assert "cannot be met" in ended.out
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert "from 50.0 K to just below 2.12 M" in line
+    ended = dpm("inspect", "model.pt", "-r", "digits", "--json")
+    assert (ended.code, json.loads(ended.out)["target"]["achievable"]) == (3, False)
+
+
+@pytest.fixture
+def trained_demo(stand_in: Any, report: Report) -> tuple[Recorder, Recorder]:
+    return stand_in("train", TRAINED), stand_in("prune", report)
+
+
+def test_the_demo_trains_and_prunes_into_its_own_folder(dpm: Any, trained_demo: tuple[Recorder, Recorder]) -> None:
+    train, prune = trained_demo
+    ended = dpm("demo", "-o", "shown")
+    assert ended.code == 0
+    assert train.options["output"] == prune.given[0] == Path("shown/dense.pt")
+    assert prune.options["output"] == Path("shown")
+    assert "125.7 M" in ended.out
+    assert dpm("demo", "-o", "shown").code == 0  # a demo's folder may be written again
+    assert set(json.loads(dpm("demo", "-o", "shown", "--json").out)) >= {"dense", "slim"}
+
+
+def test_the_demo_leaves_foreign_folders_and_files_alone(
+    dpm: Any, trained_demo: tuple[Recorder, Recorder], tmp_path: Path
+) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.tex").touch()
+    (tmp_path / "file").touch()
+    for place in ("mine", "file", "file/below"):
+        ended = dpm("demo", "-o", place)
+        assert ended.code == 2, place
+        (line,) = ended.err.splitlines()
+        assert place in line
+        assert "--output" in line
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    assert trained_demo[0].given == ()

@@ -1,0 +1,155 @@
+"""Progress: one plain line per epoch, round and removal in a pipe; bars on a terminal; all of it on stderr."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+
+from dpm_cli.cli.progress import Bars, describe, follow
+from dpm_cli.report import Event
+
+START: Event = {
+    "event": "start",
+    "arch": "resnet56",
+    "device": "cpu",
+    "precision": "bf16",
+    "stages": [{"name": "train", "epochs": 2, "steps": 8}],
+    "target": {"kind": "macs", "limit": 59_101_484, "dense": 125_747_840},
+    "dense": {"macs": 125_747_840, "params": 855_770, "channels": 1120},
+}
+EPOCH: Event = {
+    "event": "epoch",
+    "stage": "train",
+    "epoch": 3,
+    "epochs": 10,
+    "step": 12,
+    "loss": 0.4123,
+    "validation_accuracy": 91.22,
+    "lr": 0.0461,
+    "images_per_second": 512.4,
+    "seconds": 1.0,
+}
+ROUND: Event = {
+    "event": "round",
+    "stage": "train",
+    "step": 0,
+    "round": 1,
+    "rounds": 4,
+    "chosen": 32,
+    "limit": 1,
+    "predicted_macs": 90_000_000,
+    "predicted_params": 600_000,
+}
+COMPACT: Event = {
+    "event": "compact",
+    "stage": "train",
+    "round": 1,
+    "step": 4,
+    "removed": 30,
+    "released": 2,
+    "macs": 91_000_000,
+    "params": 610_000,
+    "units": 1090,
+    "difference": 1e-7,
+}
+STEP: Event = {"event": "step", "stage": "train", "step": 4, "steps": 8, "epoch": 1, "epochs": 2}
+EVENTS: list[Event] = [
+    START,
+    {"event": "resumed", "stage": "train", "step": 4, "path": "out/checkpoint.pt"},
+    {"event": "stage", "name": "train"},
+    ROUND,
+    STEP,
+    COMPACT,
+    EPOCH,
+    {"event": "checkpoint", "step": 4, "path": "out/checkpoint.pt"},
+    {"event": "note", "text": "[odd] text"},
+    {"event": "export", "format": "onnx", "path": "out/model.onnx", "max_difference": 3e-7},
+    {"event": "measure", "what": "latency"},
+    {"event": "done"},
+]
+
+
+@pytest.mark.parametrize(
+    ("event", "line"),
+    [
+        (START, "resnet56  125.7 M MACs  855.8 K parameters  1120 units  target macs ≤ 59.1 M  cpu bf16"),
+        (EPOCH, "train 3/10  loss 0.412  validation 91.2 %  lr 0.046  512 images/s"),
+        (EPOCH | {"validation_accuracy": None}, "train 3/10  loss 0.412  lr 0.046  512 images/s"),
+        (ROUND, "round 1/4  32 units start to decay  leads to 90.0 M MACs, 600.0 K parameters"),
+        (COMPACT, "round 1  30 units removed, 2 released  now 91.0 M MACs, 610.0 K parameters"),
+        (STEP, None),
+        ({"event": "of a later version"}, None),
+    ],
+)
+def test_an_event_is_one_line(event: Event, line: str | None) -> None:
+    assert describe(event) == line
+
+
+def test_a_round_that_replaces_released_units_says_so() -> None:
+    line = describe(ROUND | {"round": 5})
+    assert line is not None
+    assert "released" in line
+
+
+def test_lines_in_a_pipe_are_plain_and_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    with follow(quiet=False, as_json=False) as tell:
+        for event in EVENTS:
+            tell(event)
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert "\x1b" not in err
+    assert len(err.splitlines()) == 8  # no line for stage, step, checkpoint and done
+    assert "[odd] text" in err
+
+
+def test_quiet_says_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    with follow(quiet=True, as_json=False) as tell:
+        for event in EVENTS:
+            tell(event)
+    assert capsys.readouterr() == ("", "")
+
+
+def test_what_libraries_print_does_not_reach_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    with follow(quiet=True, as_json=True):
+        print("chatter")
+    assert capsys.readouterr() == ("", "chatter\n")
+
+
+class ClosedPipe(io.StringIO):
+    def write(self, text: str) -> int:
+        raise BrokenPipeError
+
+
+def test_a_reader_that_has_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = ClosedPipe()
+    monkeypatch.setattr("sys.stderr", stream)
+    with follow(quiet=False, as_json=False) as tell:
+        tell(EPOCH)
+    assert stream.getvalue() == ""
+
+
+def make_bars() -> tuple[Bars, Any, io.StringIO]:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=True, width=100, color_system=None)
+    progress = Progress(TextColumn("{task.description} {task.fields[state]}"), console=console, auto_refresh=False)
+    return Bars(progress), progress, stream
+
+
+def test_bars_follow_the_steps_of_a_stage() -> None:
+    bars, progress, _ = make_bars()
+    for event in EVENTS[:7]:
+        bars.show(event)
+    (task,) = progress.tasks
+    assert (task.description, task.completed, task.total) == ("train", 4, 8)
+    assert task.fields["state"] == "epoch 3/10  loss 0.412  validation 91.2 %  512 images/s"
+
+
+def test_bars_take_every_event_and_end_full() -> None:
+    bars, progress, stream = make_bars()
+    for event in EVENTS:
+        bars.show(event)
+    (task,) = progress.tasks
+    assert task.finished
+    assert "[odd] text" in stream.getvalue()

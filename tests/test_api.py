@@ -1,0 +1,432 @@
+import copy
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from functools import partial
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpm_cli import api
+from dpm_cli.errors import Interrupted, ModelFileError, OutputError, RecipeError, RunError, TargetError, UsageError
+from dpm_cli.export import open_exported
+from dpm_cli.measure import count_parameters, measure_in_turns
+from dpm_cli.models import build, load, load_slim
+
+
+@pytest.fixture(autouse=True)
+def _short_latencies(monkeypatch):
+    monkeypatch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+    monkeypatch.setattr("dpm_cli.api.measure_latency", partial(api.measure_latency, seconds=0.002))
+
+
+def recipe(**changes):
+    values = {
+        "model": {"arch": "digits", "classes": 10, "input": [1, 8, 8]},
+        "data": {"name": "digits", "batch": 32, "limit": 128, "augment": {"crop": 1, "flip": False}},
+        "prune": {"target": {"macs": 0.5}, "rounds": 1, "round_to": 4},
+        "decay": {"steps": 2, "rectify": False},
+        "train": {"epochs": 2},
+        "finetune": {"epochs": 0},
+        "export": [],
+        "precision": "fp32",
+    }
+    for key, change in changes.items():
+        values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
+    return values
+
+
+@pytest.fixture(scope="module")
+def dense():
+    torch.manual_seed(0)
+    module = build("digits", classes=10, shape=(1, 8, 8))
+    module(torch.randn(64, 1, 8, 8))  # moves the running statistics
+    return module.eval()
+
+
+@pytest.fixture(scope="module")
+def dense_file(dense, tmp_path_factory):
+    path = tmp_path_factory.mktemp("dense") / "model.pt"
+    torch.save(dense.state_dict(), path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(dense_file, tmp_path_factory):
+    """The folder of a finished run, and its report."""
+    folder = tmp_path_factory.mktemp("finished") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        report = api.prune(dense_file, recipe(export=["torchscript"]), output=folder)
+    return folder, report
+
+
+IMAGES = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+
+
+def assert_same_bits(left, right):
+    assert left.keys() == right.keys()
+    for name, tensor in left.items():
+        assert torch.equal(tensor, right[name]), name
+
+
+# ------------------------------------------------------------------------------------------------------------- prune
+
+
+def test_report_and_files_of_a_run_agree(finished, dense):
+    folder, report = finished
+    slim = load(folder / "slim.pt")
+    assert report.arch == "digits"
+    assert report.target.is_met
+    assert report.slim.params == sum(parameter.numel() for parameter in slim.parameters())
+    assert report.dense.params == count_parameters(dense)
+    assert report.widths
+    for width in report.widths:
+        assert (dense.get_submodule(width.layer).weight.shape[0], slim.get_submodule(width.layer).weight.shape[0]) == (
+            width.before,
+            width.after,
+        )
+        assert width.after % 4 == 0
+    assert api.Report.from_json((folder / "report.json").read_text()) == report
+    assert {name: str(folder / file) for name, file in FILES.items()} == report.files
+    (made,) = report.exports
+    assert made.path == str(folder / "model.ts")
+    with torch.no_grad():
+        torch.testing.assert_close(open_exported(made.path)(IMAGES), slim(IMAGES))
+    assert api.load_recipe(folder / "recipe.yaml") == api.parse_recipe(recipe(export=["torchscript"]))
+
+
+FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "metrics": "metrics.jsonl"}
+
+
+def test_events_are_told_in_order(dense_file, tmp_path):
+    told = []
+    api.prune(dense_file, recipe(), output=tmp_path, on_event=lambda event: told.append(event["event"]))
+    assert told[0] == "start"
+    assert told[-1] == "done"
+    assert told.count("step") == 6
+    assert told.count("epoch") == 2
+
+
+def test_slim_file_gives_the_same_bits_in_a_fresh_process(finished, tmp_path):
+    folder, _ = finished
+    code = """
+        import sys, torch, dpm_cli.models
+        torch.set_num_threads(1)
+        module = dpm_cli.models.load(sys.argv[1])
+        images = torch.randn(5, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+        with torch.no_grad():
+            torch.save((module.state_dict(), module(images)), sys.argv[2])
+    """
+    subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(code), folder / "slim.pt", tmp_path / "seen.pt"], check=True, timeout=60
+    )
+    weights, outputs = torch.load(tmp_path / "seen.pt", weights_only=True)
+    slim = load(folder / "slim.pt")
+    assert_same_bits(slim.state_dict(), weights)
+    with torch.no_grad():
+        assert torch.equal(slim(IMAGES), outputs)
+
+
+@pytest.mark.slow
+def test_onnx_export_of_a_run_is_measured_beside_the_dense_model(dense_file, tmp_path):
+    report = api.prune(dense_file, recipe(export=["onnx"], train={"epochs": 1}), output=tmp_path)
+    assert set(report.slim.latency) == set(report.dense.latency) == {"torch", "onnxruntime"}
+    assert report.exports[0].max_difference <= 1e-4
+    assert (tmp_path / "model.onnx").stat().st_size == report.exports[0].bytes
+    with torch.no_grad():
+        expected = load(tmp_path / "slim.pt")(IMAGES)
+    torch.testing.assert_close(open_exported(tmp_path / "model.onnx")(IMAGES), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_slim_model_can_be_pruned_again(finished, tmp_path):
+    folder, first = finished
+    again = api.prune(folder / "slim.pt", recipe(prune={"target": {"macs": 0.6}}), output=tmp_path / "file")
+    assert again.dense.params == first.slim.params
+    assert again.slim.macs <= 0.6 * first.slim.macs
+    assert again.arch == "digits"
+    assert count_parameters(load(tmp_path / "file" / "slim.pt")) == again.slim.params
+
+    module = load(folder / "slim.pt")
+    from_object = api.prune(module, recipe(prune={"target": {"macs": 0.6}}), output=tmp_path / "object")
+    assert from_object.arch == "digits"
+    assert_same_bits(
+        load(tmp_path / "file" / "slim.pt").state_dict(), load(tmp_path / "object" / "slim.pt").state_dict()
+    )
+
+
+class OwnNet(nn.Module):
+    """A class that no recipe can name."""
+
+    def __init__(self, width=12):
+        super().__init__()
+        self.first, self.norm = nn.Conv2d(1, width, 3), nn.BatchNorm2d(width)
+        self.second = nn.Conv2d(width, width, 3)
+        self.head = nn.Linear(width, 10)
+
+    def forward(self, x):
+        return self.head(F.relu(self.second(F.relu(self.norm(self.first(x))))).mean((2, 3)))
+
+
+@pytest.mark.parametrize("arch", ["digits", "my own"])
+def test_module_of_an_own_class_is_pruned_and_loads_into_a_fresh_one(tmp_path, arch):
+    torch.manual_seed(0)
+    model = OwnNet()
+    before = copy.deepcopy(model.state_dict())
+    settings = recipe(model={"arch": arch}, prune={"round_to": 1})
+    report = api.prune(model, settings, output=tmp_path)
+    assert_same_bits(model.state_dict(), before)
+    assert model.training
+    assert report.arch is None
+    assert any("dpm_cli.load(path, model=...)" in note for note in report.notes)
+    with pytest.raises(ModelFileError, match="pass model="):
+        load(tmp_path / "slim.pt")
+    slim = load(tmp_path / "slim.pt", model=OwnNet())
+    assert count_parameters(slim) == report.slim.params < count_parameters(model)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (lambda: nn.Sequential(nn.Flatten(), nn.Linear(64, 5)), "gives 5 logits, model.classes is 10"),
+        (lambda: nn.Sequential(nn.Conv2d(3, 10, 8), nn.Flatten()), r"does not run on images of \[1, 8, 8\]"),
+        (lambda: nn.Conv2d(1, 10, 3), "logits of shape"),
+        (lambda: poisoned(OwnNet()), "NaN or infinite"),
+    ],
+)
+def test_module_that_does_not_fit_the_recipe_is_refused_in_one_line(tmp_path, model, message):
+    with pytest.raises(UsageError, match=message) as refusal:
+        api.prune(model(), recipe(), output=tmp_path / "out")
+    assert "\n" not in str(refusal.value)
+    assert not (tmp_path / "out").exists()
+
+
+def poisoned(model):
+    model.head.weight.data[3, 2] = float("nan")
+    return model
+
+
+def test_denormals_are_flushed_during_a_run_only(dense_file, tmp_path):
+    tiny, during = torch.tensor([1e-39]), []
+    api.prune(dense_file, recipe(), output=tmp_path, on_event=lambda event: during.append((tiny * 1).item()))
+    assert set(during) == {0.0}
+    assert (tiny * 1).item() > 0
+
+
+def test_two_runs_give_the_same_bits(finished, dense_file, tmp_path):
+    torch.manual_seed(12345)  # whatever the caller's dice say
+    api.prune(dense_file, recipe(export=["torchscript"]), output=tmp_path)
+    assert_same_bits(load(tmp_path / "slim.pt").state_dict(), load(finished[0] / "slim.pt").state_dict())
+
+
+# ----------------------------------------------------------------------------------------------- folders, resumption
+
+
+def test_finished_run_resumed_returns_its_report(finished, dense_file):
+    folder, report = finished
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    assert api.prune(dense_file, recipe(export=["torchscript"]), output=folder, resume=True) == report
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    with pytest.raises(OutputError, match="finished run of another recipe"):
+        api.prune(dense_file, recipe(), output=folder, resume=True)
+    with pytest.raises(OutputError, match="finished run"):
+        api.prune(dense_file, recipe(export=["torchscript"]), output=folder)
+
+
+def test_report_that_is_none_is_refused(dense_file, tmp_path):
+    (tmp_path / "report.json").write_text('{"target": 3}')
+    with pytest.raises(OutputError, match="is not a report"):
+        api.prune(dense_file, recipe(), output=tmp_path, resume=True)
+
+
+def interrupt(dense_file, folder, after, **settings):
+    steps = iter(range(1, 100))
+    with pytest.raises(Interrupted):
+        api.prune(dense_file, recipe(), output=folder, should_stop=lambda: next(steps) == after, **settings)
+
+
+def test_unfinished_run_is_resumed_or_replaced_but_never_by_accident(dense_file, tmp_path):
+    whole, folder = tmp_path / "whole", tmp_path / "out"
+    api.prune(dense_file, recipe(), output=whole)
+    interrupt(dense_file, folder, 3)
+    with pytest.raises(OutputError, match="--resume continues it, --overwrite starts anew"):
+        api.prune(dense_file, recipe(), output=folder)
+    events = []
+    api.prune(dense_file, recipe(), output=folder, resume=True, on_event=events.append)
+    assert [event["step"] for event in events if event["event"] == "resumed"] == [3]
+    assert_same_bits(load(folder / "slim.pt").state_dict(), load(whole / "slim.pt").state_dict())
+
+
+def test_run_killed_between_the_two_renames_of_a_checkpoint_is_unfinished(dense_file, tmp_path):
+    interrupt(dense_file, tmp_path, 2)
+    (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint.previous.pt")
+    with pytest.raises(OutputError, match="unfinished run"):
+        api.prune(dense_file, recipe(), output=tmp_path)
+    (tmp_path / "report.json").write_text("{}")  # of a run before, which --overwrite began to replace
+    events = []
+    api.prune(dense_file, recipe(), output=tmp_path, resume=True, on_event=events.append)
+    assert [event["step"] for event in events if event["event"] == "resumed"] == [2]
+    assert not list(tmp_path.glob("checkpoint*"))
+
+
+def test_overwriting_removes_both_checkpoints_and_what_a_kill_left_behind(dense_file, tmp_path):
+    interrupt(dense_file, tmp_path, 2)
+    interrupt(dense_file, tmp_path, 1, resume=True)
+    assert len(list(tmp_path.glob("checkpoint*"))) == 2
+    leftovers = [".checkpoint-0123abcd.pt", ".model-00000000.onnx", ".report-ffffffff.json"]
+    foreign = [".checkpoint-mine.pt", ".other-0123abcd.pt"]
+    for name in leftovers + foreign:
+        (tmp_path / name).touch()
+    seen = []
+    api.prune(
+        dense_file,
+        recipe(),
+        output=tmp_path,
+        overwrite=True,
+        on_event=lambda event: seen or seen.append(sorted(path.name for path in tmp_path.iterdir())),
+    )
+    assert seen[0] == sorted([*foreign, "metrics.jsonl"])
+
+
+def test_target_that_cannot_be_met_leaves_no_trace_and_takes_no_time(dense_file, tmp_path):
+    with pytest.raises(TargetError, match="cannot be met: between"):
+        api.prune(dense_file, recipe(prune={"target": {"macs": 0.0001}}), output=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_runs_killed_at_random_moments_end_with_the_same_bits(finished, dense_file, tmp_path):
+    whole = tmp_path / "whole"
+    settings = recipe(
+        train={"epochs": 30}, finetune={"epochs": 20}, decay={"steps": 15, "rectify": {"rate": 0.0, "length": 0.8}},
+        prune={"rounds": 3}, checkpoint={"every": 3}, export=["torchscript"],
+    )  # fmt: skip
+    code = """
+        import sys, json, torch
+        torch.set_num_threads(1)
+        from dpm_cli import api
+        api.prune(sys.argv[1], json.loads(sys.argv[3]), output=sys.argv[2], resume=True,
+                  on_event=lambda event: print(event["event"], flush=True))
+    """
+
+    def start(folder):
+        command = [sys.executable, "-c", textwrap.dedent(code), dense_file, folder, json.dumps(settings)]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+
+    process = start(whole)
+    assert process.wait(120) == 0 if process.communicate()[0] else False
+    folder, kills = tmp_path / "killed", 0
+    for events in (7, 40, 31, 60, 45, 80):
+        process = start(folder)
+        for _ in range(events):
+            process.stdout.readline()
+        os.kill(process.pid, signal.SIGKILL)
+        kills += process.wait() == -signal.SIGKILL
+        process.stdout.close()
+    assert kills >= 5
+    process = start(folder)
+    process.communicate(timeout=120)
+    assert process.returncode == 0
+    assert_same_bits(load(folder / "slim.pt").state_dict(), load(whole / "slim.pt").state_dict())
+    assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint"))]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    epochs = [(line["stage"], line["epoch"]) for line in lines if line["event"] == "epoch"]
+    wanted = [("train", 30), ("finetune", 20)]
+    assert epochs == [(stage, epoch) for stage, last in wanted for epoch in range(1, last + 1)]
+
+
+# ------------------------------------------------------------------------------------- train, evaluate, export, plan
+
+
+def test_training_writes_a_model_that_can_be_pruned(tmp_path):
+    path, told = tmp_path / "model.pt", []
+    result = api.train(recipe(dense={"epochs": 2}), output=path, on_event=told.append)
+    assert result["path"] == str(path)
+    assert result["bytes"] == path.stat().st_size
+    assert [event["epoch"] for event in told if event["event"] == "epoch"] == [1, 2]
+    evaluated = api.evaluate(path, recipe())
+    assert evaluated["kind"] == "dense"
+    assert evaluated["accuracy"] == result["accuracy"]
+    assert evaluated["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    with pytest.raises(OutputError, match="exists"):
+        api.train(recipe(), output=path)
+    before = path.read_bytes()
+    api.train(recipe(train={"epochs": 1}), output=path, model=path, overwrite=True)
+    assert path.read_bytes() != before
+    with pytest.raises(OutputError, match="not a folder"):
+        api.train(recipe(), output=tmp_path / "absent" / "model.pt")
+
+
+def test_training_twice_gives_the_same_bits(tmp_path):
+    for name in "ab":
+        torch.manual_seed(ord(name))
+        api.train(recipe(train={"epochs": 1, "mixup": 0.2}), output=tmp_path / f"{name}.pt")
+    assert_same_bits(*(torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in "ab"))
+
+
+def test_diverging_training_writes_nothing(tmp_path):
+    settings = recipe(train={"epochs": 30, "lr": 100, "momentum": 0.99, "weight_decay": 50})
+    with pytest.raises(RunError, match=r"not finite (at step|in epoch) \d+: lower train.lr"):
+        api.train(settings, output=tmp_path / "model.pt")
+    assert not any(tmp_path.iterdir())
+
+
+def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished):
+    folder, report = finished
+    slim = api.evaluate(folder / "slim.pt", recipe())
+    assert (slim["kind"], slim["macs"], slim["params"]) == ("slim", report.slim.macs, report.slim.params)
+    assert slim["accuracy"] == report.slim.accuracy
+    assert slim["latency"].keys() == {"torch"}
+    exported = api.evaluate(folder / "model.ts", recipe(), latency=False)
+    assert (exported["kind"], exported["macs"], exported["latency"]) == ("torchscript", None, {})
+    assert exported["accuracy"] == report.slim.accuracy
+    with pytest.raises(ModelFileError):
+        api.evaluate(folder / "report.json", recipe())
+
+
+def test_slim_file_is_exported_again(finished, tmp_path):
+    folder, report = finished
+    (made,) = api.export(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
+    assert made.max_difference <= 1e-4
+    opened = open_exported(made.path)
+    assert opened.metadata["dpm_recipe"] == report.recipe_hash
+    with torch.no_grad():
+        torch.testing.assert_close(opened(IMAGES), load(folder / "slim.pt")(IMAGES))
+    with pytest.raises(OutputError, match="exists"):
+        api.export(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
+    with pytest.raises(OutputError, match="is a file"):
+        api.export(folder / "slim.pt", formats=["torchscript"], output=folder / "slim.pt")
+    with pytest.raises(UsageError, match="'coreml' is not known; known: torchscript, onnx"):
+        api.export(folder / "slim.pt", formats=["coreml"], output=tmp_path)
+
+
+def test_plan_says_what_can_be_reached(dense):
+    plan = api.inspect(dense, recipe())
+    assert plan["arch"] == "digits"
+    assert plan["dense"]["params"] == count_parameters(dense)
+    assert plan["dense"]["channels"] == sum(group["units"] for group in plan["groups"])
+    assert plan["target"]["achievable"]
+    assert plan["target"]["limit"] == plan["dense"]["macs"] // 2
+    assert all(low < high for low, high in plan["achievable"].values())
+    assert [kept["layer"] for kept in plan["kept"]] == ["linear"]
+    impossible = api.inspect(dense, recipe(prune={"target": {"params": 10}}))
+    assert not impossible["target"]["achievable"]
+
+
+def test_a_broken_recipe_is_refused_whatever_it_comes_as(dense_file, tmp_path):
+    with pytest.raises(RecipeError, match=r"unknown key 'prune\.targt'"):
+        api.prune(dense_file, recipe(prune={"targt": 1}), output=tmp_path)
+    with pytest.raises(RecipeError, match=r"train\.epochs is 0"):
+        api.prune(dense_file, recipe(train={"epochs": 0}), output=tmp_path)
+    assert not any(tmp_path.iterdir())
+
+
+def test_slim_file_knows_its_recipe_and_report(finished):
+    slim = load_slim(finished[0] / "slim.pt")
+    assert slim.recipe == (finished[0] / "recipe.yaml").read_text()
+    assert slim.report == finished[1].to_dict()
