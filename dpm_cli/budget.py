@@ -21,6 +21,7 @@ class Floors:
 
     units: Ids  # (groups,) the fewest units a group may keep
     step: Ids  # (groups,) survivors are a multiple of this, or all
+    sizes: Ids  # (groups,) of the dense model
 
     def lowest(self, groups: Groups) -> Flags:
         """(units,) the smallest set of survivors (any units: the cost only depends on how many)."""
@@ -29,13 +30,17 @@ class Floors:
             alive[group.start : group.start + min(units, group.size)] = True
         return alive
 
+    def are_widths_allowed(self, present: Ids) -> Flags:
+        """(groups,) whether a group of so many units is whole or a multiple of its step. present: (groups,)"""
+        return (present == self.sizes) | (present % self.step == 0)
+
 
 def find_floors(groups: Groups, *, round_to: int, min_keep: float) -> Floors:
     """round_to: surviving channels are a multiple of it. min_keep: fraction of each group that always stays."""
     sizes = np.array([group.size for group in groups], np.int64)
     step = np.array([round_to // math.gcd(round_to, group.channels_per_unit) for group in groups], np.int64)
     fewest = np.maximum(1, np.ceil(sizes * min_keep - 1e-9).astype(np.int64))
-    return Floors(np.minimum(sizes, -(-fewest // step) * step), step)
+    return Floors(np.minimum(sizes, -(-fewest // step) * step), step, sizes)
 
 
 def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
@@ -87,7 +92,8 @@ def choose_victims(
     """(units,) the lowest-scored units whose removal brings the cost to the limit or just below it.
 
     Ranks globally and stops at the first set that meets the limit, so one unit (or one step of `round_to`) fewer
-    would miss it. When the eligible units do not suffice, all that may go are chosen.
+    would miss it. When the eligible units do not suffice, all that may go are chosen. A group whose width releases have
+    left between two allowed ones loses what is over whatever the limit.
 
     scores: (units,) low is redundant. alive: (units,) units that are still there. eligible: (units,) may be chosen.
     """
@@ -100,6 +106,7 @@ def choose_victims(
     # A unit goes when its group has lost enough others to land on an allowed width: find the rank at which that
     # happens.
     turn = np.full(len(candidates), len(candidates))
+    width_allowed = floors.are_widths_allowed(present)
     for number in np.unique(group).tolist():
         ranks = np.flatnonzero(group == number)  # in order of score
         left = present[number] - np.arange(1, len(ranks) + 1)  # survivors after each removal
@@ -108,15 +115,15 @@ def choose_victims(
             done_at = np.searchsorted(allowed, np.arange(len(ranks)))
             goes = done_at < len(allowed)
             turn[ranks[goes]] = ranks[allowed[done_at[goes]]]
+            if not width_allowed[number]:
+                turn[ranks[: allowed[0] + 1]] = -1
 
     def survivors(turns: int) -> Flags:
         left = alive.copy()
         left[candidates[turn <= turns]] = False
         return left
 
-    if cost_of(groups.cost, kind, alive) <= limit:
-        return np.zeros(groups.units, bool)
-    turns = np.unique(turn[turn < len(candidates)])
+    turns = np.append(-1, np.unique(turn[(turn >= 0) & (turn < len(candidates))]))
     low, high = 0, len(turns) - 1
     while low < high:
         middle = (low + high) // 2
@@ -124,4 +131,4 @@ def choose_victims(
             high = middle
         else:
             low = middle + 1
-    return alive & ~survivors(int(turns[low]) if len(turns) else -1)
+    return alive & ~survivors(int(turns[low]))

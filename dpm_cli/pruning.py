@@ -107,8 +107,10 @@ class Pruning:
 
     @property
     def is_done(self) -> bool:
-        """All rounds are over and the target is met."""
-        return self.round >= len(self.starts) and not self.in_round and self.cost() <= self.limit
+        """All rounds are over, the target is met, and releases have left no width between two allowed ones."""
+        present = np.array([group.size for group in self.groups], np.int64)
+        planned = self.round >= len(self.starts) and not self.in_round
+        return planned and self.cost() <= self.limit and bool(self.floors.are_widths_allowed(present).all())
 
     def is_due(self, step: int) -> bool:
         """Whether a round starts before this step of the stage: a planned one, or one more to replace released

@@ -42,20 +42,24 @@ ALL = np.ones(UNITS, bool)
 
 
 def slow_choice(floors, scores, kind, limit, alive, eligible):
-    """Walk down the ranking one unit at a time; stop at the first set that meets the limit."""
+    """Walk down the ranking one unit at a time; stop at the first set that meets the limit. Groups that releases have
+    left between two widths lose what is over first."""
     ranking = sorted(np.flatnonzero(alive & eligible), key=lambda unit: scores[unit])
     victims = np.zeros(UNITS, bool)
     for length in range(len(ranking) + 1):
         victims[:] = False
         for number, group in enumerate(GROUPS):
-            members = [unit for unit in ranking[:length] if group.start <= unit < group.start + group.size]
+            members = [unit for unit in ranking if group.start <= unit < group.start + group.size]
+            reached = sum(unit in ranking[:length] for unit in members)
             present = int(alive[group.range].sum())
             allowed = [
                 gone
-                for gone in range(len(members) + 1)
-                if gone == 0 or ((present - gone) % floors.step[number] == 0 and present - gone >= floors.units[number])
+                for gone in range(1, len(members) + 1)
+                if (present - gone) % floors.step[number] == 0 and present - gone >= floors.units[number]
             ]
-            victims[members[: max(allowed)]] = True
+            is_between = present != group.size and present % floors.step[number] != 0
+            least = allowed[0] if is_between and allowed else 0
+            victims[members[: max([least, *(gone for gone in allowed if gone <= reached)])]] = True
         if cost_of(GROUPS.cost, kind, alive & ~victims) <= limit:
             break
     return victims
@@ -210,3 +214,15 @@ def test_net_in_which_nothing_can_go_is_refused():
     assert groups.units == 0
     with pytest.raises(TargetError, match="cannot be met"):
         resolve_limit(groups, find_floors(groups, round_to=8, min_keep=0.1), kind="macs", amount=0.5)
+
+
+def test_a_width_that_releases_left_between_two_steps_is_rounded_down_whatever_the_limit():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 3))
+    groups = find_groups(model, torch.zeros(2, 3, 8, 8))
+    floors = find_floors(groups, round_to=4, min_keep=0.1)
+    alive = np.ones(groups.units, bool)
+    alive[:2] = False  # 14 of the first group are left, 16 of the second
+    scores = np.arange(groups.units, dtype=float)
+    dense = groups.cost.macs(np.ones(groups.units, bool))
+    victims = choose_victims(groups, floors, scores, kind="macs", limit=dense, alive=alive)
+    assert np.flatnonzero(victims).tolist() == [2, 3]
