@@ -11,7 +11,10 @@ from torch import Tensor, nn
 from dpm_cli.errors import RecipeError
 from dpm_cli.graph.cost import Cost, build_cost, parameter_term
 from dpm_cli.graph.labels import Flags, Ids, Owner, Role, Ties, Value
+from dpm_cli.graph.rules import NO_RULE
 from dpm_cli.graph.trace import Example, export, label, split_example
+
+UNUSED = "not used by the model's forward pass"
 
 
 @dataclass(frozen=True)
@@ -125,7 +128,8 @@ def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -
     """
     aliases = _aliases(model)
     first = {name: names[0] for names in aliases.values() for name in names}
-    ties, parameters = Ties(), dict[str, Value]()
+    tensor = next(value for value in _tensors_in(example))
+    ties, parameters = Ties(batch=int(tensor.shape[0])), dict[str, Value]()
     used = label(export(model, example), ties, parameters, first)
     unused = [name for name, _ in model.named_parameters() if first.get(name, name) not in used]
     if unused:
@@ -133,12 +137,13 @@ def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -
         inference_costs = list(ties.costs)
         used |= label(export(model, example, training=True), ties, parameters, first)
         ties.costs[:] = inference_costs
-    for name in parameters.keys() - used:
-        ties.keep_all(parameters[name], f"{name} is not used by the model's forward pass")
+    unused = [name for name in parameters if name not in used]
+    for name in unused:
+        ties.keep_all(parameters[name], UNUSED)
     _keep_named(model, ties, keep)
+    _keep_buffers(model, ties)
     _keep_shared_axes(ties)
-    tensor = next(value for value in _tensors_in(example))
-    return _build(model, ties, parameters, aliases, batch=int(tensor.shape[0]))
+    return _build(model, ties, parameters, aliases, unused)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -169,6 +174,15 @@ def _keep_named(model: nn.Module, ties: Ties, patterns: Sequence[str]) -> None:
                 ties.keep(owner.ids, f"kept by the recipe ({pattern})")
 
 
+def _keep_buffers(model: nn.Module, ties: Ties) -> None:
+    """A buffer that is not a norm's statistics can neither shrink nor be known to follow its unit."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    roles = ties.roles()
+    for owner in ties.owners:
+        if owner.tensor in buffers and owner.size and roles[owner.start] != Role.BUFFER:
+            ties.keep(owner.ids, f"{owner.tensor}: a buffer of fixed size")
+
+
 def _keep_shared_axes(ties: Ties) -> None:
     """A parameter with two axes of producing labels would be scaled twice, once for each of its units."""
     roles, axes = ties.roles(), dict[str, list[Owner]]()
@@ -183,7 +197,11 @@ def _keep_shared_axes(ties: Ties) -> None:
 
 
 def _build(
-    model: nn.Module, ties: Ties, parameters: Mapping[str, Value], aliases: dict[str, tuple[str, ...]], batch: int
+    model: nn.Module,
+    ties: Ties,
+    parameters: Mapping[str, Value],
+    aliases: dict[str, tuple[str, ...]],
+    unused: Sequence[str],
 ) -> Groups:
     components, made, roles = ties.components(), ties.made(), ties.roles()
     reasons = ties.kept(components)
@@ -229,8 +247,8 @@ def _build(
         ),
         slices=tuple(slices),
         units=units,
-        kept=_explain_kept(ties, components, made, reasons),
-        cost=build_cost(ties.costs, terms, unit_of_label, units, batch),
+        kept=_explain_kept(ties, components, made, reasons, parameters, unused),
+        cost=build_cost(ties.costs, terms, unit_of_label, units, ties.batch),
         aliases=aliases,
     )
 
@@ -265,12 +283,22 @@ def _name_groups(group_of: Ids, slices: Sequence[Slice], made_tensors: set[str])
         yield Group(layers[number][0], tuple(layers[number]), start, end - start, per_unit[number])
 
 
-def _explain_kept(ties: Ties, components: Ids, made: Flags, reasons: Mapping[int, str]) -> tuple[Kept, ...]:
+def _explain_kept(
+    ties: Ties,
+    components: Ids,
+    made: Flags,
+    reasons: Mapping[int, str],
+    parameters: Mapping[str, Value],
+    unused: Sequence[str],
+) -> tuple[Kept, ...]:
     found: dict[str, str] = {}
     for owner in ties.owners:
-        if owner.size and made[owner.start]:
+        if owner.size and (made[owner.start] or parameters[owner.tensor].rank > 1):
             for component in components[owner.start : owner.start + owner.size].tolist():
-                if component in reasons:
+                if component in reasons and (made[owner.start] or reasons[component].endswith(NO_RULE)):
                     found.setdefault(owner.tensor.rpartition(".")[0] or owner.tensor, reasons[component])
                     break
+    for name in unused:
+        if parameters[name].shape:
+            found.setdefault(name.rpartition(".")[0] or name, UNUSED)
     return tuple(Kept(layer, reason) for layer, reason in found.items())

@@ -5,7 +5,7 @@ units. A label can be *kept*: its whole component then stays, with the reason.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
 import numpy as np
@@ -127,7 +127,8 @@ class Owner:
 class Ties:
     """Collects labels, ties, kept labels and costs while the graph is walked; solved once at the end."""
 
-    def __init__(self) -> None:
+    def __init__(self, batch: int) -> None:
+        self.batch = batch  # of the example
         self.size = 0
         self.owners: list[Owner] = []
         self.costs: list[CostTerm] = []
@@ -136,6 +137,7 @@ class Ties:
         self._right: list[Ids] = []
         self._kept: list[tuple[Ids, str]] = []
         self._roles: list[tuple[Ids, Role]] = []
+        self._relied: list[Ids] = []
 
     def new(self, size: int) -> Ids:
         ids = np.arange(self.size, self.size + size)
@@ -172,6 +174,21 @@ class Ties:
         if labels is not None:
             self._roles.append((_ids(labels).ravel(), role))
 
+    def rely(self, labels: Labels | Ids) -> None:
+        """These weights act channel by channel: they must be zero once their unit is dead."""
+        self._relied.append(_ids(labels).ravel())
+
+    def fix_axis(self, value: Value, axis: int, reason: str) -> None:
+        """This axis must not lose an index: kept, or within a block, tied along itself so that only others can."""
+        axes = value.axes_of(axis)
+        if axes is None:
+            return
+        block = value.labels[axes]
+        if len(axes) == 1:
+            self.keep(block, reason)
+        else:
+            self.tie(block.ids.take([0], axes.index(axis % value.rank)), block)
+
     def consume(self, labels: Labels | None) -> None:
         """These values are contracted with weights: whatever is not zero when its unit is dead must stay."""
         if labels is not None and not labels.zero.all():
@@ -186,6 +203,11 @@ class Ties:
             else:
                 arrays.append(_ids(factor).ravel())
         self.costs.append(CostTerm(coefficient, tuple(arrays)))
+
+    def cost_without_batch(self, first: int) -> None:
+        """The costs from number `first` on arise once, however many inputs are in the batch."""
+        for i in range(first, len(self.costs)):
+            self.costs[i] = replace(self.costs[i], coefficient=self.costs[i].coefficient * self.batch)
 
     def made(self) -> Flags:
         """(labels,) whether a layer makes values with these weights: only such labels can be units."""
@@ -216,6 +238,8 @@ class Ties:
         makes, reads = np.zeros(self.size, bool), np.zeros(self.size, bool)
         for ids, role in self._roles:
             (reads if role is Role.CONSUMER else makes)[ids] = True
+        for ids in self._relied:
+            makes[ids] = True
         both = (np.flatnonzero(makes & reads), "the same weights make and read it")
         for ids, reason in [*self._kept, both]:
             for component in np.unique(components[ids]).tolist():

@@ -8,8 +8,8 @@ that are not (after a sigmoid, say) keeps them, because removing them would chan
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence, Set
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -24,11 +24,14 @@ class Call:
     name: str  # without namespace, overload and trailing underscore: "conv2d", "add"
     args: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]  # of the outputs
+    macs: Callable[[], int]  # at the sizes that it has; slow
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.shapes[0]
 
+
+NO_RULE = "has no pruning rule"
 
 Rule = Callable[[Ties, Call], "Value | list[Value]"]
 RULES: dict[str, Rule] = {}
@@ -49,7 +52,13 @@ def apply_rule(ties: Ties, call: Call) -> Value | list[Value]:
     known = RULES.get(call.name)
     if known is not None:
         return known(ties, call)
-    ties.keep_all(call.args, f"operator {call.name} has no pruning rule")
+    return _keep_whole(ties, call, f"operator {call.name} {NO_RULE}")
+
+
+def _keep_whole(ties: Ties, call: Call, reason: str) -> Value | list[Value]:
+    """Nothing that this call touches can be removed."""
+    ties.keep_all(call.args, reason)
+    ties.cost(call.macs())
     return [Value(shape) for shape in call.shapes] if len(call.shapes) > 1 else Value(call.shape)
 
 
@@ -57,30 +66,59 @@ def apply_rule(ties: Ties, call: Call) -> Value | list[Value]:
 
 
 @rule("conv1d", "conv2d", "conv3d")
-def convolution(ties: Ties, call: Call) -> Value:
+def convolution(ties: Ties, call: Call) -> Value | list[Value]:
     x, weight, bias, _stride, _padding, _dilation, groups = call.args[:7]
     return _convolve(ties, call, x, weight, bias, groups)
 
 
 @rule("conv_transpose1d", "conv_transpose2d", "conv_transpose3d")
-def transposed_convolution(ties: Ties, call: Call) -> Value:
+def transposed_convolution(ties: Ties, call: Call) -> Value | list[Value]:
     x, weight, bias, _stride, _padding, _output_padding, groups = call.args[:7]
     if groups == 1:
         swapped = weight.reordered([1, 0, *range(2, weight.rank)])
         return _convolve(ties, call, x, swapped, bias, 1, positions=math.prod(x.shape[2:]))
     if weight.shape[1] == 1:  # depthwise: row c makes output channel c
         return _convolve(ties, call, x, weight, bias, groups, positions=math.prod(x.shape[2:]))
-    ties.keep_all(call.args, "grouped transposed convolution")
-    ties.cost(call.shape[0] * math.prod(x.shape[2:]), *weight.shape)
-    return Value(call.shape)
+    return _convolve_transposed_in_groups(ties, call, x, weight, bias, groups)
+
+
+def _convolve_transposed_in_groups(
+    ties: Ties, call: Call, x: Value, weight: Value, bias: Value | None, groups: int
+) -> Value | list[Value]:
+    """Row r of the weight reads input channel r; its columns make the outputs of r's conv group."""
+    channels, rows, columns = x.along(1), weight.along(0), weight.along(1)
+    if x.rank != weight.rank or rows is None or columns is None:
+        return _keep_whole(ties, call, "grouped transposed convolution")
+    for axis in range(2, weight.rank):
+        ties.keep_axis(weight, axis, "kernel size")
+        ties.keep_axis(x, axis, "convolved along this axis")
+    ties.keep_axis(x, 0, "a set of channels serves as the batch")
+    if channels is None:
+        ties.keep_axis(x, 1, "convolution over a block of axes")
+    if groups == weight.shape[0]:  # depthwise with several outputs per channel, which stay or go together
+        ties.keep(columns, "depthwise")
+        if channels:
+            ties.tie(channels, rows)
+        else:
+            ties.keep(rows, "depthwise convolution over a fixed number of channels")
+        ties.mark(rows, Role.NORM)
+        made = Labels(rows.ids.repeat(weight.shape[1]), rows.zero.repeat(weight.shape[1]))
+    else:  # every conv group must lose the same index, of its inputs and of its outputs
+        _contract(ties, channels, rows)
+        by_group = rows.ids.reshape(groups, -1)
+        ties.tie(by_group[:1], by_group)
+        ties.mark(columns, Role.PRODUCER)
+        made = Labels(np.tile(columns.ids, groups), np.tile(columns.zero, groups))
+    ties.cost(call.shape[0] * math.prod(x.shape[2:]) * math.prod(weight.shape[2:]), rows, columns)
+    return _with_bias(ties, Value(call.shape, {(1,): made}), bias, 1)
 
 
 def _convolve(
     ties: Ties, call: Call, x: Value, weight: Value, bias: Value | None, groups: int, positions: int | None = None
-) -> Value:
+) -> Value | list[Value]:
     if x.rank != weight.rank:
-        ties.keep_all(call.args, "convolution of an input without a batch axis")
-        return Value(call.shape)
+        return _keep_whole(ties, call, "convolution of an input without a batch axis")
+    ties.keep_axis(x, 0, "a set of channels serves as the batch")
     for axis in range(2, weight.rank):
         ties.keep_axis(weight, axis, "kernel size")
         ties.keep_axis(x, axis, "convolved along this axis")
@@ -116,11 +154,10 @@ def _convolve(
 
 
 @rule("linear")
-def linear(ties: Ties, call: Call) -> Value:
+def linear(ties: Ties, call: Call) -> Value | list[Value]:
     x, weight, bias = call.args[:3]
     if weight.rank != 2:
-        ties.keep_all(call.args, "linear layer without output axis")
-        return Value(call.shape)
+        return _keep_whole(ties, call, "linear layer without output axis")
     channels, rows, columns = x.along(-1), weight.along(0), weight.along(1)
     if channels is None:
         ties.keep_axis(x, -1, "linear layer over a block of axes")
@@ -139,11 +176,10 @@ def addmm(ties: Ties, call: Call) -> Value:
 
 
 @rule("matmul", "mm", "bmm")
-def matmul(ties: Ties, call: Call) -> Value:
+def matmul(ties: Ties, call: Call) -> Value | list[Value]:
     left, right = call.args[:2]
     if min(left.rank, right.rank) < 2:
-        ties.keep_all(call.args, "product with a vector")
-        return Value(call.shape)
+        return _keep_whole(ties, call, "product with a vector")
     return _matmul(ties, call.shape, left, right)
 
 
@@ -159,7 +195,8 @@ def _matmul(ties: Ties, shape: tuple[int, ...], left: Value, right: Value) -> Va
     if inner_left == (left.rank - 1,) and inner_right == (right.rank - 2,):
         a, b = left.labels[inner_left], right.labels[inner_right]
         ties.tie(a, b)
-        ties.consume(a.with_zero(a.zero | b.zero))
+        # The columns of a weight do not die with what they read, so only activations count as zero.
+        ties.consume(a.with_zero((a.zero & (not left.constant)) | (b.zero & (not right.constant))))
         for value, block in ((left, a), (right, b)):
             if value.constant:
                 ties.mark(block, Role.CONSUMER)
@@ -176,11 +213,10 @@ def _matmul(ties: Ties, shape: tuple[int, ...], left: Value, right: Value) -> Va
 
 
 @rule("einsum")
-def einsum(ties: Ties, call: Call) -> Value:
+def einsum(ties: Ties, call: Call) -> Value | list[Value]:
     equation, operands = call.args[:2]
     if "." in equation or "->" not in equation:
-        ties.keep_all(call.args, "einsum with implicit axes")
-        return Value(call.shape)
+        return _keep_whole(ties, call, "einsum with implicit axes")
     inputs, output = equation.replace(" ", "").split("->")
     terms = inputs.split(",")
     letters: dict[str, Labels] = {}
@@ -189,6 +225,11 @@ def einsum(ties: Ties, call: Call) -> Value:
         sizes.update(zip(term, value.shape, strict=True))
         for axes, labels in value.labels.items():
             letter = term[axes[0]]
+            if value.constant and letter not in output:
+                ties.mark(labels, Role.CONSUMER)
+                labels = labels.with_zero(False)  # the columns of a weight do not die with what they read
+            elif value.constant:
+                ties.rely(labels)
             if len(axes) > 1 or term.count(letter) > 1:
                 ties.keep(labels, "einsum over a block of axes")
             elif letter in letters:
@@ -196,15 +237,26 @@ def einsum(ties: Ties, call: Call) -> Value:
                 letters[letter] = letters[letter].with_zero(letters[letter].zero | labels.zero)
             else:
                 letters[letter] = labels
-            if value.constant and letter not in output:
-                ties.mark(labels, Role.CONSUMER)
     for letter, labels in letters.items():
         if any(letter in term and value.along(term.index(letter)) is None for term, value in zip(terms, operands)):
             ties.keep(labels, "meets an axis of fixed size")
         if letter not in output:
             ties.consume(labels)
-    ties.cost(1, *(letters.get(letter, size) for letter, size in sizes.items()))
+    for letters_met in _products(terms, output):
+        ties.cost(1, *(letters.get(letter, sizes[letter]) for letter in letters_met))
     return Value(call.shape, {(i,): letters[letter] for i, letter in enumerate(output) if letter in letters})
+
+
+def _products(terms: Sequence[str], output: str) -> Iterator[str]:
+    """The letters of every matrix product of an einsum, which contracts from left to right."""
+    left = set(terms[0])
+    for i, term in enumerate(terms[1:], 1):
+        needed = set(output).union(*terms[i + 1 :])
+        right = set(term)
+        left, right = left & (needed | right), right & (needed | left)  # letters of one alone are summed before
+        if (left & right) - needed:
+            yield "".join(sorted(left | right))
+        left = (left | right) & needed
 
 
 @rule("scaled_dot_product_attention")
@@ -260,7 +312,8 @@ def _sizes(value: Value, axes: Sequence[int]) -> list[Labels | int]:
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_native_batch_norm_legit")
 def batch_norm(ties: Ties, call: Call) -> Value | list[Value]:
     x, weight, bias, mean, variance = call.args[:5]
-    out = _normalise_channels(ties, call, x, weight, bias, stays_zero=False)
+    uses_batch_statistics = call.name == "batch_norm" and bool(call.args[5])
+    out = _normalise_channels(ties, call, x, weight, bias, stays_zero=uses_batch_statistics)
     _follow_channels(ties, x, mean, variance)
     return _first_of(call, out)
 
@@ -330,7 +383,7 @@ def _follow_channels(ties: Ties, x: Value, *buffers: Value | None) -> None:
 def softmax(ties: Ties, call: Call) -> Value:
     x: Value = call.args[0]
     axis = call.args[1]
-    ties.keep_axis(x, axis, "softmax over this axis")
+    ties.fix_axis(x, axis, "softmax over this axis")
     return x.without_zeros()
 
 
@@ -343,8 +396,7 @@ contiguous to _to_copy alias detach lift_fresh_copy lift_fresh type_as positive 
 rrelu_with_noise
 """.split()
 ZERO_CHANGES = """
-sigmoid hardsigmoid exp softplus log_sigmoid cos cosh rsqrt reciprocal log logical_not isnan isinf bernoulli erfc
-isfinite
+sigmoid hardsigmoid exp softplus log_sigmoid cos cosh logical_not isnan isinf bernoulli erfc isfinite
 """.split()
 
 
@@ -358,6 +410,18 @@ def keeps_zero(ties: Ties, call: Call) -> Value:
 def loses_zero(ties: Ties, call: Call) -> Value:
     x: Value = call.args[0]
     return x.without_zeros()
+
+
+@rule("rsqrt", "reciprocal", "log", "log2", "log10")
+def blows_up_at_zero(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    _keep_zeros(ties, x, f"{call.name} of values that would become zero")
+    return x.without_zeros()
+
+
+def _keep_zeros(ties: Ties, x: Value, reason: str) -> None:
+    for labels in x.labels.values():
+        ties.keep(labels.ids[labels.zero], reason)
 
 
 @rule("clamp", "hardtanh", "clamp_min", "clamp_max")
@@ -378,6 +442,8 @@ def power(ties: Ties, call: Call) -> Value:
     x, exponent = call.args[:2]
     if isinstance(x, Value) and isinstance(exponent, int | float) and exponent > 0:
         return Value(x.shape, x.labels)
+    for base in walk_values(x):
+        _keep_zeros(ties, base, "a power of values that would become zero")
     return _elementwise(ties, call.shape, list(walk_values(call.args)), zero="never")
 
 
@@ -440,6 +506,12 @@ def _elementwise(
     """
     judged = values if judged is None else judged
     aligned = [_broadcast(ties, value, shape) for value in values]
+    if not all(value.constant for value in values):
+        for value in values:
+            for labels in value.labels.values() if value.constant else ():
+                ties.rely(labels)
+    narrow = {axes for value in aligned for axes in value.labels}
+    aligned = [_narrowed(ties, value, narrow) for value in aligned]
     ids: dict[Axes, Labels] = {}
     for value in aligned:
         for axes, labels in value.labels.items():
@@ -470,6 +542,19 @@ def _elementwise(
             case _:
                 out[axes] = labels.with_zero(False)
     return Value(shape, out)
+
+
+def _narrowed(ties: Ties, value: Value, known: Set[Axes]) -> Value:
+    """Blocks of axes of which another operand has labels along some: only those can lose an index."""
+    labels: dict[Axes, Labels] = {}
+    for axes, block in value.labels.items():
+        part = next((other for other in known if set(other) < set(axes)), axes)
+        rest = tuple(i for i, axis in enumerate(axes) if axis not in part)
+        for i in rest:
+            ties.fix_axis(value, axes[i], "")
+        ids = block.ids[tuple(0 if i in rest else slice(None) for i in range(len(axes)))]
+        labels[part] = Labels(ids, np.logical_and.reduce(block.zero, rest)) if rest else block
+    return replace(value, labels=labels)
 
 
 def _broadcast(ties: Ties, value: Value, shape: tuple[int, ...]) -> Value:
@@ -522,6 +607,16 @@ def reduce(ties: Ties, call: Call) -> Value:
     return _reduce(ties, call, lambda labels: ties.keep(labels, f"{call.name} over this axis"))
 
 
+@rule("max", "min")
+def extreme(ties: Ties, call: Call) -> Value | list[Value]:
+    x, other = call.args[0], call.args[1] if len(call.args) > 1 else None
+    if isinstance(other, Value):
+        return needs_all_zero(ties, call)
+    dims = [other] if isinstance(other, int) else list(range(x.rank))
+    along = replace(call, args=(x, dims))
+    return _first_of(call, _reduce(ties, along, lambda labels: ties.keep(labels, f"{call.name} over this axis")))
+
+
 @rule("sum")
 def reduce_sum(ties: Ties, call: Call) -> Value:
     return _reduce(ties, call, ties.consume)
@@ -537,9 +632,16 @@ def _reduce(ties: Ties, call: Call, lose: Callable[[Labels], None]) -> Value:
     labels: dict[Axes, Labels] = {}
     for axes, block in x.labels.items():
         if set(axes) & gone:
-            lose(block)
-            if len(axes) > 1:
-                ties.keep(block, "reduces part of a block of axes")
+            if len(axes) == 1:
+                lose(block)
+                continue
+            for axis in set(axes) & gone:
+                ties.fix_axis(x, axis, "")
+            lost = tuple(i for i, axis in enumerate(axes) if axis in gone)
+            if len(lost) < len(axes):
+                ids = block.ids[tuple(0 if i in lost else slice(None) for i in range(len(axes)))]
+                zero = np.logical_and.reduce(block.zero, lost) & stays
+                labels[tuple(axis for axis in axes if axis not in gone)] = Labels(ids, zero)
         else:
             labels[axes] = block if stays else block.with_zero(False)
     if len(call.shape) == x.rank:
@@ -656,15 +758,28 @@ def squeeze(ties: Ties, call: Call) -> Value:
     return x.renamed(call.shape, {old: new for new, old in enumerate(left)})
 
 
-@rule("expand", "expand_as", "broadcast_to")
+@rule("expand", "broadcast_to")
 def expand(ties: Ties, call: Call) -> Value:
     value = _broadcast(ties, call.args[0], call.shape)
     return Value(call.shape, value.labels)
 
 
+@rule("expand_as")
+def expand_as(ties: Ties, call: Call) -> Value:
+    x, other = call.args[:2]
+    value = _broadcast(ties, x, call.shape)
+    followed = {
+        axes: labels.with_zero(False)
+        for axes, labels in other.labels.items()
+        if all(value.shape[axis] == 1 and value.axes_of(axis) is None for axis in axes)
+    }
+    return Value(call.shape, {**value.labels, **followed})
+
+
 @rule("cat", "concat", "concatenate")
 def concatenate(ties: Ties, call: Call) -> Value:
-    parts, axis = call.args[0], (call.args[1] if len(call.args) > 1 else 0) % len(call.shape)
+    axis = (call.args[1] if len(call.args) > 1 else 0) % len(call.shape)
+    parts = [part for part in call.args[0] if part.shape != (0,)]  # torch lets such a one be concatenated to anything
     ids, zero, labelled = [], [], False
     for part in parts:
         labels = part.along(axis)
@@ -735,6 +850,7 @@ def _take(ties: Ties, x: Value, shape: tuple[int, ...], axis: int, index: int) -
     if block == (axis,):
         ties.keep(x.labels[block], "one channel is picked by its number")
     elif block is not None:
+        ties.fix_axis(x, axis, "")
         taken.labels[tuple(position[k] for k in block if k != axis)] = x.labels[block].taken(index, block.index(axis))
     return taken
 
@@ -762,9 +878,10 @@ def pad(ties: Ties, call: Call) -> Value:
     x: Value = call.args[0]
     value = call.args[3] if call.name == "pad" and len(call.args) > 3 else call.args[2] if len(call.args) > 2 else 0
     constant = call.name != "pad" or call.args[2] == "constant"
+    padded = {x.rank - 1 - i // 2 for i, amount in enumerate(call.args[1]) if amount}
     labels: dict[Axes, Labels] = {}
     for axes, block in x.labels.items():
-        if any(x.shape[axis] != call.shape[axis] for axis in axes):
+        if set(axes) & padded:
             ties.keep(block, "its axis is padded")
         else:
             # The padded border of a dead channel is not zero, and removing the channel removes the border.
@@ -845,9 +962,8 @@ def index_select(ties: Ties, call: Call) -> Value:
 
 
 MAKERS = """
-zeros ones full empty arange linspace eye rand randn scalar_tensor zeros_like ones_like full_like empty_like
-rand_like randn_like new_zeros new_ones new_full new_empty tril triu tril_indices triu_indices meshgrid sym_size
-sym_numel argmax argmin
+zeros ones full empty arange linspace eye rand randn scalar_tensor rand_like randn_like new_zeros new_ones new_full
+new_empty tril triu tril_indices triu_indices meshgrid sym_size sym_numel argmax argmin
 """.split()
 
 
@@ -857,6 +973,12 @@ def makes_fixed(ties: Ties, call: Call) -> Value | list[Value]:
         ties.keep_all(call.args, f"{call.name} over this axis")
     fixed = [Value(shape) for shape in call.shapes]
     return fixed if len(fixed) != 1 else fixed[0]
+
+
+@rule("zeros_like", "ones_like", "full_like", "empty_like")
+def makes_alike(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    return Value(x.shape, {axes: labels.with_zero(call.name == "zeros_like") for axes, labels in x.labels.items()})
 
 
 def _first_of(call: Call, value: Value) -> Value | list[Value]:

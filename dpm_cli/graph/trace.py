@@ -3,25 +3,27 @@
 import operator
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
+from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_cli.errors import UnsupportedModelError
 from dpm_cli.graph.labels import Axes, Labels, Ties, Value, walk_values
-from dpm_cli.graph.rules import Call, apply_rule
+from dpm_cli.graph.rules import NO_RULE, Call, apply_rule
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
-VIEWS = frozenset(
-    "view reshape select slice permute transpose t unsqueeze squeeze expand chunk split "
-    "unbind alias narrow getitem".split()
-)
+RETURNS_ITS_INPUT = frozenset(("dropout", "feature_dropout", "alpha_dropout"))  # in eval mode; not in their schemas
+INLINED = frozenset(("wrap_with_set_grad_enabled", "wrap_with_autocast"))  # blocks of code under a context manager
 
 
 def split_example(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -45,7 +47,7 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
     modes = {module: module.training for module in model.modules()}
     model.train(training)
     try:
-        with _slow_attention(), warnings.catch_warnings():
+        with _slow_attention(), _set_momentum(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises dozens of types for what a model's code may do
@@ -66,26 +68,41 @@ def label(program: ExportedProgram, ties: Ties, parameters: dict[str, Value], al
     are used.
     """
     state = _state_names(program, aliases)
-    buffers = {aliases.get(name, name) for name in program.graph_signature.inputs_to_buffers.values()}
-    values: dict[torch.fx.Node, Any] = {}
+    signature = program.graph_signature
+    buffers = {aliases.get(name, name) for name in signature.inputs_to_buffers.values()}
+    constants = set(signature.inputs_to_lifted_tensor_constants)
+    inputs: list[Value | None] = []
     used: set[str] = set()
-    for node in program.graph.nodes:
+    for node in program.graph.find_nodes(op="placeholder"):
+        inputs.append(_placeholder(node, state.get(node.name), buffers, node.name in constants, ties, parameters))
+        if node.name in state and node.users:
+            used.add(state[node.name])
+    outputs = _walk(program.graph_module, inputs, ties)
+    for spec, value in zip(signature.output_specs, outputs):
+        if spec.kind == OutputKind.USER_OUTPUT:
+            ties.keep_all(value, "output of the model")
+    return used
+
+
+def _walk(module: torch.fx.GraphModule, inputs: Sequence[Any], ties: Ties) -> list[Any]:
+    """Collect from every operator of a graph with these input values. Returns the values of its outputs."""
+    values: dict[torch.fx.Node, Any] = {}
+    position = {node: i for i, node in enumerate(module.graph.nodes)}
+    left = iter(inputs)
+    for node in module.graph.nodes:
         match node.op:
             case "placeholder":
-                values[node] = _placeholder(node, state.get(node.name), buffers, ties, parameters)
-                if node.name in state and node.users:
-                    used.add(state[node.name])
+                values[node] = next(left)
             case "get_attr":
-                values[node] = _unlabelled(node)
+                body = getattr(module, str(node.target), None)
+                values[node] = body if isinstance(body, torch.fx.GraphModule) else _unlabelled(node)
             case "call_function":
                 ties.layer = _layer_of(node)
-                values[node] = _call(node, ties, values)
+                values[node] = _call(node, ties, values, position)
                 ties.layer = ""
             case "output":
-                for spec, argument in zip(program.graph_signature.output_specs, node.args[0]):
-                    if spec.kind == OutputKind.USER_OUTPUT and isinstance(argument, torch.fx.Node):
-                        ties.keep_all(values[argument], "output of the model")
-    return used
+                return [values.get(out) if isinstance(out, torch.fx.Node) else out for out in node.args[0]]
+    return []
 
 
 def _state_names(program: ExportedProgram, aliases: Mapping[str, str]) -> dict[str, str]:
@@ -99,36 +116,44 @@ def _state_names(program: ExportedProgram, aliases: Mapping[str, str]) -> dict[s
 
 
 def _placeholder(
-    node: torch.fx.Node, name: str | None, buffers: Set[str], ties: Ties, parameters: dict[str, Value]
+    node: torch.fx.Node,
+    name: str | None,
+    buffers: Set[str],
+    constant: bool,
+    ties: Ties,
+    parameters: dict[str, Value],
 ) -> Value | None:
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
     shape = tuple(int(size) for size in value.shape)
     if name is None:
-        return Value(shape)  # an input of the model: every axis has a fixed size
+        return Value(shape, constant=constant)  # an input of the model: every axis has a fixed size
     if name not in parameters:
         labels: dict[Axes, Labels] = {}
         for axis, size in enumerate(shape):
             ids = ties.new_owner(name, axis, size)
-            labels[(axis,)] = Labels(ids, ids >= 0)
+            labels[(axis,)] = Labels(ids, np.full(size, name not in buffers))  # buffers are never scaled to zero
         parameters[name] = Value(shape, labels, constant=True)
-        if name in buffers and not name.endswith(("running_mean", "running_var")):
-            ties.keep_all(parameters[name], f"{name}: a buffer of fixed size")
     return parameters[name]
 
 
-def _call(node: torch.fx.Node, ties: Ties, values: Mapping[torch.fx.Node, Any]) -> Any:
-    args = torch.fx.node.map_arg(node.args, lambda n: values[n])
+def _call(
+    node: torch.fx.Node, ties: Ties, values: dict[torch.fx.Node, Any], position: Mapping[torch.fx.Node, int]
+) -> Any:
+    args: Any = torch.fx.node.map_arg(node.args, lambda n: values[n])
     if node.target is operator.getitem:
-        sequence, position = args[0], node.args[1]
-        assert isinstance(position, int)
-        return sequence[position] if isinstance(sequence, list | tuple) else sequence
+        sequence, item = args[0], node.args[1]
+        assert isinstance(item, int)
+        return sequence[item] if isinstance(sequence, list | tuple) else sequence
     meta = node.meta.get("val")
-    shapes = tuple(tuple(int(size) for size in tensor.shape) for tensor in _tensors(meta))
+    shapes = tuple(_static_shape(tensor, node, ties) for tensor in _tensors(meta))
     if not isinstance(node.target, torch._ops.OpOverload):
         kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
-        ties.keep_all([args, list(kwargs.values())], f"operator {node.target} has no pruning rule")
+        if str(node.target) in INLINED:
+            at, body = next((i, arg) for i, arg in enumerate(args) if isinstance(arg, torch.fx.GraphModule))
+            return _walk(body, args[at + 1 :], ties)
+        ties.keep_all([args, list(kwargs.values())], f"operator {node.target} {NO_RULE}")
         return [Value(shape) for shape in shapes]
     kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
     name = node.target._schema.name.split("::")[1]
@@ -137,13 +162,23 @@ def _call(node: torch.fx.Node, ties: Ties, values: Mapping[torch.fx.Node, Any]) 
             ties.keep_all(args, f"{name} turns it into a number")
         return None
     in_place = re.fullmatch(r"[^_].*[^_]_", name) is not None
-    if in_place and _is_view(node.args[0]):
-        ties.keep_all(args, "written in place through a view")
-    call = Call(name.removesuffix("_") if in_place else name, _in_schema_order(node.target, args, kwargs), shapes)
-    out = apply_rule(ties, call)
     constant = all(value.constant for value in walk_values([args, list(kwargs.values())]))
-    if isinstance(out, Value):
-        out = Value(out.shape, out.labels, constant)
+    if in_place:
+        same = _sharing_memory(node)
+        if any(position[user] > position[node] for member in same for user in member.users if user.op != "output"):
+            # Readers of the result of the write see its labels; these others have labels from before it.
+            ties.keep_all(args, "written in place and read through a view")
+        for member in same:
+            if isinstance(values.get(member), Value):
+                values[member] = replace(values[member], constant=values[member].constant and constant)
+    first_cost = len(ties.costs)
+    arguments = _in_schema_order(node.target, args, kwargs)
+    out = apply_rule(
+        ties, Call(name.removesuffix("_") if in_place else name, arguments, shapes, partial(_macs_of, node))
+    )
+    if constant:
+        ties.cost_without_batch(first_cost)
+        out = replace(out, constant=True) if isinstance(out, Value) else [replace(o, constant=True) for o in out]
     return out if isinstance(meta, Tensor) or not isinstance(out, Value) else [out]
 
 
@@ -156,11 +191,37 @@ def _in_schema_order(
     return tuple(filled)
 
 
-def _is_view(node: Any) -> bool:
-    if not isinstance(node, torch.fx.Node) or node.op != "call_function":
+def _sharing_memory(write: torch.fx.Node) -> set[torch.fx.Node]:
+    """What is written in place, what it is a view of, and all views of those."""
+    family, waiting = set[torch.fx.Node](), [write.args[0]]
+    while waiting:
+        node = waiting.pop()
+        if not isinstance(node, torch.fx.Node) or node in family or node is write:
+            continue
+        family.add(node)
+        if _may_share_memory(node):
+            waiting.append(node.args[0])
+        waiting += [user for user in node.users if _may_share_memory(user) and user.args[0] is node]
+    return family
+
+
+def _may_share_memory(node: torch.fx.Node) -> bool:
+    """Whether the result may be, or be a view of, the first argument."""
+    if node.target is operator.getitem:
+        return True
+    if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:
         return False
-    name = node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else "getitem"
-    return name in VIEWS
+    schema = node.target._schema
+    return schema.arguments[0].alias_info is not None or schema.name.split("::")[1] in RETURNS_ITS_INPUT
+
+
+def _macs_of(node: torch.fx.Node) -> int:
+    """Multiply-accumulates of one operator with the sizes it has, for operators that no rule describes."""
+    args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
+    assert callable(node.target)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        node.target(*args, **kwargs)
+    return int(counter.get_total_flops()) // 2
 
 
 def _tensors(meta: Any) -> Iterator[Tensor]:
@@ -169,6 +230,14 @@ def _tensors(meta: Any) -> Iterator[Tensor]:
     elif isinstance(meta, list | tuple):
         for item in meta:
             yield from _tensors(item)
+
+
+def _static_shape(tensor: Tensor, node: torch.fx.Node, ties: Ties) -> tuple[int, ...]:
+    if all(isinstance(size, int) for size in tensor.shape):
+        return tuple(tensor.shape)
+    raise UnsupportedModelError(
+        f"{ties.layer or 'the model'} uses {node.target}, which gives a tensor whose size depends on the data"
+    )
 
 
 def _unlabelled(node: torch.fx.Node) -> Value | None:
@@ -189,6 +258,19 @@ def _layer_of(node: torch.fx.Node) -> str:
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__
+
+
+@contextmanager
+def _set_momentum(model: nn.Module) -> Iterator[None]:
+    """Norms that average over all batches (no momentum) read a counter in train mode, which cannot be exported."""
+    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None]
+    for norm in norms:
+        norm.momentum = 0.1
+    try:
+        yield
+    finally:
+        for norm in norms:
+            norm.momentum = None
 
 
 @contextmanager

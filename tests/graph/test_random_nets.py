@@ -1,0 +1,180 @@
+"""Any composition of blocks, any survivors: exact removal, exact costs, the same answer twice."""
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from exactness import assert_removable, assert_same_structure, randomise_
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from topologies import conv_bn
+from torch import Tensor, nn
+
+from dpm_cli.graph import compact_, find_groups
+
+EXAMPLE = torch.randn(2, 3, 6, 6, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+
+
+class Residual(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.body = nn.Sequential(conv_bn(channels, width), nn.Conv2d(width, channels, 1), nn.BatchNorm2d(channels))
+        self.channels = channels
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x + self.body(x), inplace=True)
+
+
+class Dense(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.body, self.channels = conv_bn(channels, width), channels + width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([x, self.body(x)], 1)
+
+
+class Depthwise(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.deep, self.mix, self.channels = (
+            conv_bn(channels, channels, groups=channels),
+            conv_bn(channels, width),
+            width,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.mix(self.deep(x))
+
+
+class Grouped(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.enter, self.body, self.channels = conv_bn(channels, 8, 1), conv_bn(8, 2 * width, groups=2), 2 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(self.enter(x))
+
+
+class Gated(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.squeeze, self.excite, self.channels = (
+            nn.Conv2d(channels, width, 1),
+            nn.Conv2d(width, channels, 1),
+            channels,
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.sigmoid(self.excite(F.silu(self.squeeze(x.mean((2, 3), keepdim=True)))))
+
+
+class Split(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.enter, self.left, self.right = conv_bn(channels, 2 * width, 1), conv_bn(width, 3), conv_bn(width, width)
+        self.channels = 3 + width
+
+    def forward(self, x: Tensor) -> Tensor:
+        left, right = self.enter(x).chunk(2, 1)
+        return torch.cat([self.right(right), self.left(left)], 1)
+
+
+class Shuffle(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        self.enter, self.channels = conv_bn(channels, 2 * width), 2 * width
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.enter(x)
+        return x.unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)
+
+
+BLOCKS = (Residual, Dense, Depthwise, Grouped, Gated, Split, Shuffle)
+
+
+class RandomNet(nn.Module):
+    def __init__(self, blocks: list[tuple[Any, int]], side: int) -> None:
+        super().__init__()
+        self.stem = conv_bn(3, 4)
+        layers, channels = [], 4
+        for block, width in blocks:
+            layers.append(block(channels, width))
+            channels = layers[-1].channels
+        self.blocks = nn.ModuleList(layers)
+        at = side % (len(blocks) + 1)
+        self.side, self.at = nn.Conv2d([4, *(layer.channels for layer in layers)][at], channels, 1), at
+        self.head = nn.Linear(channels, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs = [self.stem(x)]
+        for block in self.blocks:
+            outputs.append(block(outputs[-1].clone()))
+        return self.head((outputs[-1] + self.side(outputs[self.at])).mean((2, 3)))
+
+
+nets = st.builds(
+    RandomNet,
+    st.lists(st.tuples(st.sampled_from(BLOCKS), st.integers(4, 6)), min_size=1, max_size=4),
+    st.integers(0, 4),
+)
+few = settings(
+    max_examples=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+    phases=[Phase.generate],  # shrinking would export hundreds of nets
+)
+
+
+def draw_survivors(data: st.DataObject, groups: Any) -> np.ndarray:
+    """(units,) Anything, but a few of every group stay: a grouped conv with one column looks depthwise."""
+    alive = np.array(data.draw(st.lists(st.booleans(), min_size=groups.units, max_size=groups.units)), bool)
+    for group in groups:
+        alive[group.start : group.start + 3] = True
+    return alive
+
+
+@few
+@given(net=nets, data=st.data())
+def test_any_survivors_of_any_net_are_exact_in_outputs_and_cost(net, data):
+    net = net.double()
+    randomise_(net, EXAMPLE)
+    groups = find_groups(net, EXAMPLE)
+    assert groups.units > 0
+    assert [kept.layer for kept in groups.kept] == ["head"]
+    assert_removable(net, EXAMPLE, groups, draw_survivors(data, groups))
+
+
+@few
+@given(net=nets)
+def test_groups_come_in_the_same_order_twice(net):
+    first, second = find_groups(net.double(), EXAMPLE), find_groups(net, EXAMPLE)
+    assert_same_structure(first, second)
+    assert first.kept == second.kept
+    assert [group.start for group in first] == np.cumsum([0, *(group.size for group in first)]).tolist()[:-1]
+    positions = {name: i for i, (name, _) in enumerate(net.named_modules())}
+    starts = [positions[group.name] for group in first]
+    assert len(set(starts)) == len(starts)
+
+
+@few
+@given(net=nets, data=st.data())
+def test_removing_in_two_steps_is_removing_at_once(net, data):
+    groups = find_groups(net.double(), EXAMPLE)
+    first = draw_survivors(data, groups)
+    left = groups.survivors(first)
+    second = draw_survivors(data, left)
+    both = first.copy()
+    both[np.flatnonzero(first)[~second]] = False
+    weights = net.state_dict()
+    compact_(net, groups.kept_positions(first))
+    compact_(net, left.kept_positions(second))
+    for name, value in net.state_dict().items():
+        expected = weights[name]
+        for axis, positions in groups.kept_positions(both).get(name, {}).items():
+            expected = expected.index_select(axis, torch.from_numpy(positions))
+        assert torch.equal(value, expected), name
+    assert left.cost.macs(second) == groups.cost.macs(both)
+    assert left.cost.parameters(second) == groups.cost.parameters(both)

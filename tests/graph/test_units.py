@@ -1,0 +1,92 @@
+"""The vectorised reductions against one unit at a time."""
+
+import numpy as np
+import pytest
+import torch
+from exactness import cast, randomise_
+from topologies import TOPOLOGIES
+
+from dpm_cli.graph import Role, Units, find_groups
+
+NAMES = ("ResidualChain", "GroupedConv", "ConvTranspose", "FlattenToLinear", "BareScaleAndBias", "ThreeDimensions")
+
+
+@pytest.fixture(params=NAMES, scope="module")
+def bound(request):
+    case = TOPOLOGIES[request.param]
+    torch.manual_seed(0)
+    model = case.build().double()
+    randomise_(model, cast(case.example, torch.float64))
+    return find_groups(model, cast(case.example, torch.float64)), model
+
+
+def entries_of(groups, model, unit, tensors=None):
+    """All producer-side entries of one unit, parameter by parameter, index by index."""
+    entries = []
+    for part in groups.slices:
+        if part.role in (Role.PRODUCER, Role.NORM, Role.BIAS):
+            tensor = model.get_parameter(part.tensor).detach() if tensors is None else tensors[part.tensor]
+            entries += [tensor.select(part.axis, i).flatten() for i in np.flatnonzero(part.units == unit).tolist()]
+    return torch.cat(entries)
+
+
+def test_norms_are_those_of_each_units_entries(bound):
+    groups, model = bound
+    norms = Units(groups, model).norm()
+    assert norms.tolist() == pytest.approx([entries_of(groups, model, u).norm().item() for u in range(groups.units)])
+
+
+def test_norms_of_other_tensors_of_the_same_shapes(bound):
+    groups, model = bound
+    units = Units(groups, model)
+    twice = units.norm([2 * weight for weight in units.weights()])
+    torch.testing.assert_close(twice, 2 * units.norm())
+
+
+def test_inner_products_are_those_of_each_units_entries(bound):
+    groups, model = bound
+    units = Units(groups, model)
+    other = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    products = units.dot(units.weights(), [other[name] for name in units.names])
+    expected = [
+        torch.dot(entries_of(groups, model, u), entries_of(groups, model, u, other)).item() for u in range(groups.units)
+    ]
+    assert products.tolist() == pytest.approx(expected)
+
+
+def test_entries_are_counted(bound):
+    groups, model = bound
+    expected = [entries_of(groups, model, u).numel() for u in range(groups.units)]
+    assert Units(groups, model).entries().tolist() == expected
+
+
+def test_scaling_reaches_every_entry_of_a_unit_once_and_nothing_else(bound):
+    groups, model = bound
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    factor = torch.linspace(0.25, 4, groups.units, dtype=torch.float64)
+    units = Units(groups, model)
+    units.scale_(factor)
+    for unit in range(groups.units):
+        torch.testing.assert_close(
+            entries_of(groups, model, unit), factor[unit] * entries_of(groups, model, unit, before)
+        )
+    for name, parameter in model.named_parameters():
+        if name not in units.names:
+            assert torch.equal(parameter, before[name])
+    units.scale_(1 / factor)
+
+
+def test_scaling_by_one_leaves_every_bit_alone(bound):
+    groups, model = bound
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    Units(groups, model).scale_(torch.ones(groups.units))
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter.view(torch.int64), before[name].view(torch.int64))
+
+
+def test_a_gradient_that_is_missing_counts_as_zero(bound):
+    groups, model = bound
+    units = Units(groups, model)
+    for parameter in model.parameters():
+        parameter.grad = None
+    assert not units.dot(units.gradients(), units.weights()).any()
