@@ -93,8 +93,8 @@ def compact_(model: nn.Module, kept: KeptPositions) -> None:
             replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         setattr(module, attribute, replaced[id(old)])
         touched[path] = module
-    for module in touched.values():
-        fit_layer_(module)
+    for path, module in touched.items():
+        fit_layer_(module, kept.get(f"{path}.weight".lstrip("."), {}).get(0))
 
 
 def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:
@@ -105,18 +105,22 @@ def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:
     return tensor.contiguous(memory_format=layout)
 
 
-def fit_layer_(module: nn.Module) -> None:
-    """Make a layer's own numbers agree with the shapes of its weights."""
+def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
+    """Make a layer's own numbers agree with the shapes of its weights.
+
+    rows_kept: which rows of the weight stayed, if any left. A depthwise layer loses conv groups, any other grouped
+    layer rows of every group; when one input channel per group is left, the shapes alone do not tell which it is.
+    """
     match module:
         case nn.modules.conv._ConvTransposeNd():
             rows, columns = module.weight.shape[:2]
-            if module.groups > 1:  # depthwise: one group per channel
+            if module.groups == module.in_channels:  # depthwise: one group per channel
                 module.groups = rows
             module.in_channels, module.out_channels = rows, columns * module.groups
         case nn.modules.conv._ConvNd():
             rows, columns = module.weight.shape[:2]
-            if module.groups > 1 and columns == 1:
-                module.groups = rows * module.groups // module.out_channels
+            if module.groups > 1 and rows_kept is not None:
+                module.groups = len(np.unique(rows_kept // (module.out_channels // module.groups)))
             module.in_channels, module.out_channels = columns * module.groups, rows
         case nn.Linear():
             module.out_features, module.in_features = module.weight.shape

@@ -63,7 +63,8 @@ class Units:
             f.view([-1 if axis == k else 1 for k in range(p.dim())]).to(p.dtype)
             for f, p, axis in zip(factors, self.parameters, self._axes)
         ]
-        torch._foreach_mul_(self.weights(), shaped)
+        if shaped:
+            torch._foreach_mul_(self.weights(), shaped)
 
     def entries(self) -> Tensor:
         """(units,) how many scalars each unit owns on its producer side."""

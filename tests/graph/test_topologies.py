@@ -11,13 +11,6 @@ from dpm_cli.graph import find_groups
 # An instance norm without weights has no tensor from which its own number of channels could be set.
 pytestmark = pytest.mark.filterwarnings("ignore:input's size at dim=1:UserWarning")
 
-PENDING = {
-    "GroupedConv": "compact_ takes a grouped conv with one column left for a depthwise one",
-    "GroupedConvBecomesOneChannelWide": "compact_ takes a grouped conv with one column left for a depthwise one",
-    "GroupedConvTranspose": "compact_ takes every grouped transposed conv for a depthwise one",
-    "TiedAutoencoder": "Units.scale_ fails where there is no unit",
-}
-
 
 def prune_half(name: str, dtype: torch.dtype) -> None:
     case = TOPOLOGIES[name]
@@ -33,11 +26,7 @@ def prune_half(name: str, dtype: torch.dtype) -> None:
     assert_removable(model, example, groups, random_survivors(groups), retrace=case.retrace)
 
 
-def pending(name: str) -> tuple[pytest.MarkDecorator, ...]:
-    return (pytest.mark.xfail(strict=True, reason=PENDING[name]),) if name in PENDING else ()
-
-
-@pytest.mark.parametrize("name", [pytest.param(name, marks=pending(name)) for name in TOPOLOGIES])
+@pytest.mark.parametrize("name", TOPOLOGIES)
 def test_half_of_every_group_is_removed_exactly(name):
     prune_half(name, torch.float64)
 
