@@ -14,7 +14,9 @@ from dpm_cli.measure import hardware
 FOLDER = Path(__file__).parent / "results"
 
 
-def time_in_turns(contenders: Mapping[str, Callable[[], object]], *, turns: int, warm_up: int = 2) -> dict[str, list[float]]:
+def time_in_turns(
+    contenders: Mapping[str, Callable[[], object]], *, turns: int, warm_up: int = 2
+) -> dict[str, list[float]]:
     """Seconds of every call, contender by contender in each turn, so that a busy moment hits them all."""
     times: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(-warm_up, turns):

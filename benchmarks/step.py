@@ -1,7 +1,7 @@
 """What DPM adds to a training step: plain against every unit decaying with rectifying on, in turns in one process.
 
-    python benchmarks/step.py            ResNet-56 at batch 128 and ResNet-50 at 224, batch 16
-    python benchmarks/step.py --penalty  also DepGraph's penalty against Torch-Pruning's GroupNormPruner.regularize
+python benchmarks/step.py            ResNet-56 at batch 128 and ResNet-50 at 224, batch 16
+python benchmarks/step.py --penalty  also DepGraph's penalty against Torch-Pruning's GroupNormPruner.regularize
 """
 
 import argparse
@@ -109,9 +109,7 @@ def compare_penalties(turns: int) -> dict[str, object]:
     ours = GroupNorm(find_groups(model, example), model)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    times = time_in_turns(
-        {"peer": lambda: peer.regularize(model), "ours": lambda: ours.penalise_(5e-4)}, turns=turns
-    )
+    times = time_in_turns({"peer": lambda: peer.regularize(model), "ours": lambda: ours.penalise_(5e-4)}, turns=turns)
     return {
         "penalty": "group norm, resnet56",
         "torch-pruning ms": 1e3 * statistics.median(times["peer"]),

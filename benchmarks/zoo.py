@@ -136,7 +136,7 @@ def measure(name: str) -> dict[str, Any]:
         with torch.no_grad():
             before = model(images)
         started = time.perf_counter()
-        compact_(model, groups.kept_positions(~victims), groups.new_sizes(~victims))
+        compact_(model, groups, ~victims)
         row["compact s"] = time.perf_counter() - started
         with torch.no_grad():
             after = model(images)
@@ -218,7 +218,14 @@ def make_lively_(model: Any, images: Any) -> None:
                     if hasattr(module, attribute):
                         setattr(module, attribute, 0.0)
         for name, parameter in model.named_parameters():
-            if parameter.dim() <= 3 and name.rpartition(".")[2] in ("layer_scale", "gamma", "gamma_1", "gamma_2", "ls1", "ls2"):
+            if parameter.dim() <= 3 and name.rpartition(".")[2] in (
+                "layer_scale",
+                "gamma",
+                "gamma_1",
+                "gamma_2",
+                "ls1",
+                "ls2",
+            ):
                 parameter.fill_(0.5)
         model.train()
         model(images)

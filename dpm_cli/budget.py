@@ -32,7 +32,8 @@ class Floors:
 
     def are_widths_allowed(self, present: Ids) -> Flags:
         """(groups,) whether a group of so many units is whole or a multiple of its step. present: (groups,)"""
-        return (present == self.sizes) | (present % self.step == 0)
+        allowed: Flags = (present == self.sizes) | (present % self.step == 0)
+        return allowed
 
 
 def find_floors(groups: Groups, *, round_to: int, min_keep: float) -> Floors:

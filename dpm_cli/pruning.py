@@ -162,8 +162,7 @@ class Pruning:
         if not dead.any():
             return Removal(0, released, 0.0, {})
         before = _outputs(self.model, images)
-        kept = self.groups.kept_positions(~dead)
-        compact_(self.model, kept)
+        kept = compact_(self.model, self.groups, ~dead)
         difference = _relative_difference(before, _outputs(self.model, images))
         if not difference <= COMPACT_TOLERANCE:
             raise RunError(
@@ -198,7 +197,7 @@ class Pruning:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. The model is still dense: it loses what was removed, then takes the weights."""
         alive = state["survivors"].numpy()
-        compact_(self.model, self.groups.kept_positions(alive))
+        compact_(self.model, self.groups, alive)
         self._rebind(alive)
         self.round, self.in_round = state["round"], state["in_round"]
         self.chosen, self.released = state["chosen"], state["released"]

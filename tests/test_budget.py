@@ -169,7 +169,7 @@ def test_predicted_cost_is_the_measured_cost_of_the_slim_model(kind, seed):
     limit = resolve_limit(GROUPS, floors, kind=kind, amount=0.6)
     victims = choose_victims(GROUPS, floors, np.random.default_rng(seed).random(UNITS), kind=kind, limit=limit)
     slim = copy.deepcopy(NET)
-    compact_(slim, GROUPS.kept_positions(~victims))
+    compact_(slim, GROUPS, ~victims)
     assert GROUPS.cost.macs(~victims) == count_macs(slim, torch.zeros(1, 1, 8, 8))
     assert GROUPS.cost.parameters(~victims) == count_parameters(slim)
     assert cost_of(GROUPS.cost, "channels", ~victims) == find_groups(slim, torch.zeros(2, 1, 8, 8)).units

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from dpm_cli.attention import fit_attention_
 from dpm_cli.graph.groups import Groups, trace_groups
-from dpm_cli.graph.labels import Ids
+from dpm_cli.graph.labels import Flags, Ids
 from dpm_cli.graph.trace import Example, run_example, split_example
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
@@ -59,7 +60,7 @@ def _survives(model: nn.Module, example: Example, groups: Groups, chosen: Sequen
             else {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
         )
         wanted = _shapes(run_example(fake, inputs))
-        compact_(fake, groups.kept_positions(alive))
+        compact_(fake, groups, alive)
         try:
             return _shapes(run_example(fake, inputs)) == wanted
         except Exception:  # whatever the model's own code raises about a size it does not expect
@@ -77,11 +78,13 @@ def copy_without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
 
 
 @torch.no_grad()
-def compact_(model: nn.Module, kept: KeptPositions) -> None:
-    """Remove every position that is not kept from parameters and buffers, and set the layers' own numbers.
+def compact_(model: nn.Module, groups: Groups, alive: Flags) -> KeptPositions:
+    """Remove every dead unit from parameters and buffers, and set the layers' own numbers.
 
-    kept: from `Groups.kept_positions`. Parameters are replaced: make the optimizer anew and bind `Units` anew.
+    alive: (units,). Parameters are replaced: make the optimizer and the `Units` of `groups.survivors(alive)` anew.
+    Returns which positions stay along every axis that lost some, for what is kept beside the parameters.
     """
+    kept = groups.kept_positions(alive)
     replaced: dict[int, Tensor] = {}
     touched: dict[str, nn.Module] = {}
     for name, axes in kept.items():
@@ -95,6 +98,21 @@ def compact_(model: nn.Module, kept: KeptPositions) -> None:
         touched[path] = module
     for path, module in touched.items():
         fit_layer_(module, kept.get(f"{path}.weight".lstrip("."), {}).get(0))
+    for name, sizes in groups.new_sizes(alive).items():
+        layer = model.get_submodule(name)
+        if not fit_attention_(layer):
+            _resize_numbers_(layer, sizes)
+    return kept
+
+
+def _resize_numbers_(layer: nn.Module, sizes: Mapping[int, int]) -> None:
+    """Numbers of heads and inner widths that hand-written attention keeps. Whether the guess holds, a forward pass
+    tells.
+    """
+    for name, value in vars(layer).items():
+        counts_heads = "head" in name.lower() and "dim" not in name.lower()
+        if type(value) is int and value in sizes and (counts_heads or value == max(sizes)):
+            setattr(layer, name, sizes[value])
 
 
 def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:
@@ -111,6 +129,8 @@ def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
     rows_kept: which rows of the weight stayed, if any left. A depthwise layer loses conv groups, any other grouped
     layer rows of every group; when one input channel per group is left, the shapes alone do not tell which it is.
     """
+    if fit_attention_(module):
+        return
     match module:
         case nn.modules.conv._ConvTransposeNd():
             rows, columns = module.weight.shape[:2]

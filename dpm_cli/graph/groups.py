@@ -43,6 +43,15 @@ class Group:
 
 
 @dataclass(frozen=True)
+class HeadSplit:
+    """A layer that splits an axis into heads by a number of its own, which must follow when heads are removed."""
+
+    layer: str
+    units: Ids  # (heads,) the unit of each head; `Groups.units` for those that always stay
+    width: int  # heads · head dimensions
+
+
+@dataclass(frozen=True)
 class Kept:
     """A layer whose outputs stay whole, and why."""
 
@@ -60,6 +69,7 @@ class Groups:
     kept: tuple[Kept, ...]
     cost: Cost
     aliases: Mapping[str, tuple[str, ...]]  # a parameter's name -> all its names, where it is shared
+    splits: tuple[HeadSplit, ...] = ()
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -83,20 +93,41 @@ class Groups:
                     positions.setdefault(name, {})[part.axis] = np.flatnonzero(mask)
         return positions
 
+    def new_sizes(self, alive: Flags) -> dict[str, dict[int, int]]:
+        """Layer -> {a number of heads or a width of its own: what is left of it}. alive: (units,)"""
+        stays = np.append(alive, True)
+        sizes: dict[str, dict[int, int]] = {}
+        for split in self.splits:
+            heads, left = len(split.units), int(stays[split.units].sum())
+            if left < heads:
+                sizes.setdefault(split.layer, {}).update({split.width: split.width // heads * left, heads: left})
+        return sizes
+
     def survivors(self, alive: Flags) -> "Groups":
         """The groups of the compacted model: the dead units are gone and the rest is numbered anew. alive: (units,)"""
         left = int(alive.sum())
         number = np.append(np.where(alive, np.cumsum(alive) - 1, -1), left)
-        slices = []
+        slices, splits = [], []
         for part in self.slices:
             units = number[part.units]
             slices.append(replace(part, units=units[units >= 0]))
+        for split in self.splits:
+            units = number[split.units]
+            heads, units = len(units), units[units >= 0]
+            splits.append(replace(split, units=units, width=split.width // heads * len(units)))
         groups, start = [], 0
         for group in self.groups:
             size = int(alive[group.range].sum())
             groups.append(replace(group, start=start, size=size))
             start += size
-        return replace(self, groups=tuple(groups), slices=tuple(slices), units=left, cost=self.cost.survivors(alive))
+        return replace(
+            self,
+            groups=tuple(groups),
+            slices=tuple(slices),
+            splits=tuple(splits),
+            units=left,
+            cost=self.cost.survivors(alive),
+        )
 
     def without(self, unwanted: Mapping[int, str]) -> "Groups":
         """The same model with some groups (numbers -> reasons) kept whole."""
@@ -116,7 +147,16 @@ class Groups:
             Kept(layer, unwanted[i]) for i, group in enumerate(self.groups) if i in unwanted for layer in group.layers
         ]
         slices = tuple(replace(part, units=number[part.units]) for part in self.slices)
-        return replace(self, groups=tuple(groups), slices=slices, units=left, cost=cost, kept=self.kept + tuple(kept))
+        splits = tuple(replace(split, units=number[split.units]) for split in self.splits)
+        return replace(
+            self,
+            groups=tuple(groups),
+            slices=slices,
+            splits=splits,
+            units=left,
+            cost=cost,
+            kept=self.kept + tuple(kept),
+        )
 
 
 def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -> Groups:
@@ -250,6 +290,12 @@ def _build(
         kept=_explain_kept(ties, components, made, reasons, parameters, unused),
         cost=build_cost(ties.costs, terms, unit_of_label, units, ties.batch),
         aliases=aliases,
+        splits=tuple(
+            HeadSplit(
+                split.layer, np.where(unit_of_label[split.heads] >= 0, unit_of_label[split.heads], units), split.width
+            )
+            for split in ties.splits
+        ),
     )
 
 

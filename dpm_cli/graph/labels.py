@@ -34,20 +34,38 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Labels:
-    """The labels along one axis of a tensor, or along a block of axes that must stay rectangular."""
+    """The labels along one axis of a tensor, or along a block of axes that must stay rectangular.
+
+    Within a block only one axis tells units apart; along the others all labels are tied. An axis of heads · head
+    dimensions split in two has units along the first (heads), other splits along the last.
+    """
 
     ids: Ids  # one axis: (size,); a block: (size, size, ...)
     zero: Flags  # same shape: the value here is exactly zero once the unit is dead
+    unit_axis: int = 0  # of `ids`
 
     def reordered(self, order: Sequence[int]) -> "Labels":
-        return Labels(self.ids.transpose(order), self.zero.transpose(order))
+        return Labels(self.ids.transpose(order), self.zero.transpose(order), list(order).index(self.unit_axis))
 
     def taken(self, index: int, axis: int) -> "Labels":
+        """At one index of an axis that does not tell units apart."""
+        assert axis != self.unit_axis
         where = (slice(None),) * axis + (index,)
-        return Labels(self.ids[where], self.zero[where])
+        return Labels(self.ids[where], self.zero[where], self.unit_axis - (axis < self.unit_axis))
+
+    def reduced(self, axis: int) -> "Labels":
+        """Without an axis that does not tell units apart: zero where all of it was."""
+        taken = self.taken(0, axis)
+        return Labels(taken.ids, np.asarray(self.zero.all(axis)), taken.unit_axis)
+
+    def spread(self, axes: "Axes", block: "Labels", block_axes: "Axes") -> "Labels":
+        """As long as a block that contains these axes, along the others repeated."""
+        shape = [size if axis in axes else 1 for axis, size in zip(block_axes, block.ids.shape)]
+        ids, zero = (np.broadcast_to(array.reshape(shape), block.ids.shape) for array in (self.ids, self.zero))
+        return Labels(ids, zero, block.unit_axis)
 
     def with_zero(self, zero: Flags | bool) -> "Labels":
-        return Labels(self.ids, np.broadcast_to(np.asarray(zero), self.ids.shape))
+        return Labels(self.ids, np.broadcast_to(np.asarray(zero), self.ids.shape), self.unit_axis)
 
 
 Axes = tuple[int, ...]
@@ -68,6 +86,11 @@ class Value:
     def axes_of(self, axis: int) -> Axes | None:
         """The block of axes that `axis` belongs to, or none if it is fixed."""
         return next((axes for axes in self.labels if axis % self.rank in axes), None)
+
+    def tells_units_along(self, axis: int) -> bool:
+        """Whether losing indices of this axis would lose units."""
+        axes = self.axes_of(axis)
+        return axes is not None and axes[self.labels[axes].unit_axis] == axis % self.rank
 
     def along(self, axis: int) -> Labels | None:
         """The labels of one axis alone; none if it is fixed or part of a larger block."""
@@ -111,6 +134,15 @@ class CostTerm:
 
 
 @dataclass(frozen=True)
+class Split:
+    """An axis of heads · head dimensions that a layer's code splits in two by a number of its own."""
+
+    layer: str
+    heads: Ids  # (heads,) a label of each head
+    width: int  # heads · head dimensions
+
+
+@dataclass(frozen=True)
 class Owner:
     """Which parameter (or buffer) axis a run of labels stands for: labels start … start + size - 1."""
 
@@ -132,6 +164,7 @@ class Ties:
         self.size = 0
         self.owners: list[Owner] = []
         self.costs: list[CostTerm] = []
+        self.splits: list[Split] = []
         self.layer = ""  # the module whose operators are being read, for reasons
         self._left: list[Ids] = []
         self._right: list[Ids] = []
@@ -179,15 +212,9 @@ class Ties:
         self._relied.append(_ids(labels).ravel())
 
     def fix_axis(self, value: Value, axis: int, reason: str) -> None:
-        """This axis must not lose an index: kept, or within a block, tied along itself so that only others can."""
-        axes = value.axes_of(axis)
-        if axes is None:
-            return
-        block = value.labels[axes]
-        if len(axes) == 1:
-            self.keep(block, reason)
-        else:
-            self.tie(block.ids.take([0], axes.index(axis % value.rank)), block)
+        """This axis must not lose an index: kept, unless units are told apart along another axis of its block."""
+        if value.tells_units_along(axis):
+            self.keep_axis(value, axis, reason)
 
     def consume(self, labels: Labels | None) -> None:
         """These values are contracted with weights: whatever is not zero when its unit is dead must stay."""

@@ -8,13 +8,13 @@ that are not (after a sigmoid, say) keeps them, because removing them would chan
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from dpm_cli.graph.labels import Axes, Labels, Role, Ties, Value, walk_values
+from dpm_cli.graph.labels import Axes, Ids, Labels, Role, Split, Ties, Value, walk_values
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,7 @@ class Call:
     args: tuple[Any, ...]
     shapes: tuple[tuple[int, ...], ...]  # of the outputs
     macs: Callable[[], int]  # at the sizes that it has; slow
+    head_dims: frozenset[int] = frozenset()  # of a view: sizes that attention contracts further on
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -191,23 +192,23 @@ def baddbmm(ties: Ties, call: Call) -> Value:
 
 def _matmul(ties: Ties, shape: tuple[int, ...], left: Value, right: Value) -> Value:
     """(…, m, k) @ (…, k, n): k is contracted; the rest broadcasts like an element-wise product."""
-    inner_left, inner_right = left.axes_of(-1), right.axes_of(-2)
-    if inner_left == (left.rank - 1,) and inner_right == (right.rank - 2,):
-        a, b = left.labels[inner_left], right.labels[inner_right]
-        ties.tie(a, b)
+    inner_left, inner_right = left.along(-1), right.along(-2)
+    if inner_left and inner_right:
+        ties.tie(inner_left, inner_right)
         # The columns of a weight do not die with what they read, so only activations count as zero.
-        ties.consume(a.with_zero((a.zero & (not left.constant)) | (b.zero & (not right.constant))))
-        for value, block in ((left, a), (right, b)):
+        dies = (inner_left.zero & (not left.constant)) | (inner_right.zero & (not right.constant))
+        ties.consume(inner_left.with_zero(dies))
+        for value, labels in ((left, inner_left), (right, inner_right)):
             if value.constant:
-                ties.mark(block, Role.CONSUMER)
+                ties.mark(labels, Role.CONSUMER)
         if right.constant:
             ties.mark(right.along(-1), Role.PRODUCER)
         if left.constant:
             ties.mark(left.along(-2), Role.PRODUCER)
     else:
-        ties.keep_axis(left, -1, "contracted with a fixed axis")
-        ties.keep_axis(right, -2, "contracted with a fixed axis")
-    outer = _elementwise(ties, shape, [left.collapsed(left.rank - 1), right.collapsed(right.rank - 2)], zero="any")
+        for value, axis in ((left, left.rank - 1), (right, right.rank - 2)):
+            ties.fix_axis(value, axis, "contracted with a fixed axis")
+    outer = _elementwise(ties, shape, [_summed(left, left.rank - 1), _summed(right, right.rank - 2)], zero="any")
     ties.cost(1, *_sizes(outer, range(outer.rank)), *_sizes(left, [left.rank - 1]))
     return outer
 
@@ -219,32 +220,55 @@ def einsum(ties: Ties, call: Call) -> Value | list[Value]:
         return _keep_whole(ties, call, "einsum with implicit axes")
     inputs, output = equation.replace(" ", "").split("->")
     terms = inputs.split(",")
-    letters: dict[str, Labels] = {}
+    units: dict[str, Labels] = {}  # letter -> labels along it, (size,)
+    blocks: dict[str, tuple[str, Labels]] = {}  # letter of the units -> the output's letters of their block, its labels
     sizes: dict[str, int] = {}
     for term, value in zip(terms, operands, strict=True):
         sizes.update(zip(term, value.shape, strict=True))
         for axes, labels in value.labels.items():
-            letter = term[axes[0]]
+            letter, block = term[axes[labels.unit_axis]], "".join(term[axis] for axis in axes)
+            if len(set(term)) < len(term):
+                ties.keep(labels, "einsum over a diagonal")
+                continue
+            for k in reversed(range(len(block))):
+                if block[k] not in output and k != labels.unit_axis:  # a sum within units
+                    labels, block = labels.reduced(k), block[:k] + block[k + 1 :]
+            along = labels
+            for k in reversed(range(len(block))):
+                if k != along.unit_axis:
+                    along = along.reduced(k)
             if value.constant and letter not in output:
                 ties.mark(labels, Role.CONSUMER)
-                labels = labels.with_zero(False)  # the columns of a weight do not die with what they read
+                along = along.with_zero(False)  # the columns of a weight do not die with what they read
             elif value.constant:
                 ties.rely(labels)
-            if len(axes) > 1 or term.count(letter) > 1:
-                ties.keep(labels, "einsum over a block of axes")
-            elif letter in letters:
-                ties.tie(letters[letter], labels)
-                letters[letter] = letters[letter].with_zero(letters[letter].zero | labels.zero)
+            if letter in units:
+                ties.tie(units[letter], along)
+                units[letter] = units[letter].with_zero(units[letter].zero | along.zero)
             else:
-                letters[letter] = labels
-    for letter, labels in letters.items():
-        if any(letter in term and value.along(term.index(letter)) is None for term, value in zip(terms, operands)):
+                units[letter] = along
+            if len(block) > 1:
+                blocks[letter] = (block, labels)
+    for letter, labels in units.items():
+        if any(
+            letter in term and not value.tells_units_along(term.index(letter)) for term, value in zip(terms, operands)
+        ):
             ties.keep(labels, "meets an axis of fixed size")
         if letter not in output:
             ties.consume(labels)
-    for letters_met in _products(terms, output):
-        ties.cost(1, *(letters.get(letter, sizes[letter]) for letter in letters_met))
-    return Value(call.shape, {(i,): letters[letter] for i, letter in enumerate(output) if letter in letters})
+    for met in _products(terms, output):
+        ties.cost(1, *(units.get(letter, sizes[letter]) for letter in met))
+    out: dict[Axes, Labels] = {}
+    for letter, labels in units.items():
+        if letter in blocks and letter in output:
+            block, whole = blocks[letter]
+            order = sorted(range(len(block)), key=lambda k: output.index(block[k]))
+            axes = tuple(output.index(block[k]) for k in order)
+            whole = whole.reordered(order)
+            out[axes] = whole.with_zero(labels.spread((axes[whole.unit_axis],), whole, axes).zero)
+        elif letter in output:
+            out[(output.index(letter),)] = labels
+    return Value(call.shape, out)
 
 
 def _products(terms: Sequence[str], output: str) -> Iterator[str]:
@@ -262,10 +286,40 @@ def _products(terms: Sequence[str], output: str) -> Iterator[str]:
 @rule("scaled_dot_product_attention")
 def attention(ties: Ties, call: Call) -> Value:
     query, key, value = call.args[:3]
-    ties.keep_all(call.args, "layout of the attention heads")
-    batch, length = math.prod(query.shape[:-2]), query.shape[-2] * key.shape[-2]
-    ties.cost(batch * length, query.shape[-1] + value.shape[-1])
-    return Value(call.shape)
+    length, width = query.shape[-2] * key.shape[-2], query.shape[-1] + value.shape[-1]
+    per_head = [heads for operand in (query, key, value) if (heads := _heads_of(operand)) is not None]
+    if len(per_head) < 3 or len({operand.shape[:-2] for operand in (query, key, value)}) > 1:
+        ties.keep_all(call.args, "layout of the attention heads")
+        ties.cost(math.prod(query.shape[:-2]) * length, width)
+        return Value(call.shape)
+    ties.keep_all(call.args[3:], "attention mask")
+    for operand, heads in zip((query, key, value), per_head):
+        ties.tie(per_head[0], heads)
+        for axes, labels in operand.labels.items():
+            if operand.rank - 3 not in axes:
+                ties.keep(labels, "positions attend to one another")
+    ties.cost(math.prod(query.shape[:-3]) * length * width, per_head[0])
+    axes = value.axes_of(-3)
+    assert axes is not None
+    return Value(call.shape, {axes: value.labels[axes]})
+
+
+def _heads_of(operand: Value) -> Ids | None:
+    """(heads,) labels of (…, heads, length, dimensions), if its heads can go."""
+    axes = operand.axes_of(-3) if operand.rank > 2 else None
+    if axes is None or not operand.tells_units_along(-3):
+        return None
+    labels = operand.labels[axes]
+    return np.moveaxis(labels.ids, labels.unit_axis, 0).reshape(operand.shape[-3], -1)[:, 0]
+
+
+def _summed(value: Value, axis: int) -> Value:
+    """With this axis summed to size 1. A sum within units (over head dimensions) leaves their labels on the rest."""
+    out = value.collapsed(axis)
+    axes = value.axes_of(axis)
+    if axes is not None and not value.tells_units_along(axis):
+        out.labels[tuple(other for other in axes if other != axis)] = value.labels[axes].reduced(axes.index(axis))
+    return out
 
 
 def _contract(ties: Ties, channels: Labels | None, columns: Labels | None) -> None:
@@ -339,7 +393,7 @@ def layer_norm(ties: Ties, call: Call) -> Value:
     normalised = call.args[1]
     first = x.rank - len(normalised)
     for axis in range(first, x.rank):
-        ties.keep_axis(x, axis, "layer norm: losing a channel changes the statistics of the others")
+        ties.fix_axis(x, axis, "layer norm: losing a channel changes the statistics of the others")
     ties.keep_all(call.args[2:4], "layer norm: losing a channel changes the statistics of the others")
     return x.without_zeros()
 
@@ -505,13 +559,11 @@ def _elementwise(
     zero: the output is zero where "all" of the judged operands are, where "any" is, or "never".
     """
     judged = values if judged is None else judged
-    aligned = [_broadcast(ties, value, shape) for value in values]
     if not all(value.constant for value in values):
         for value in values:
             for labels in value.labels.values() if value.constant else ():
                 ties.rely(labels)
-    narrow = {axes for value in aligned for axes in value.labels}
-    aligned = [_narrowed(ties, value, narrow) for value in aligned]
+    aligned = _align_blocks([_broadcast(ties, value, shape) for value in values])
     ids: dict[Axes, Labels] = {}
     for value in aligned:
         for axes, labels in value.labels.items():
@@ -544,17 +596,20 @@ def _elementwise(
     return Value(shape, out)
 
 
-def _narrowed(ties: Ties, value: Value, known: Set[Axes]) -> Value:
-    """Blocks of axes of which another operand has labels along some: only those can lose an index."""
-    labels: dict[Axes, Labels] = {}
-    for axes, block in value.labels.items():
-        part = next((other for other in known if set(other) < set(axes)), axes)
-        rest = tuple(i for i, axis in enumerate(axes) if axis not in part)
-        for i in rest:
-            ties.fix_axis(value, axes[i], "")
-        ids = block.ids[tuple(0 if i in rest else slice(None) for i in range(len(axes)))]
-        labels[part] = Labels(ids, np.logical_and.reduce(block.zero, rest)) if rest else block
-    return replace(value, labels=labels)
+def _align_blocks(values: list[Value]) -> list[Value]:
+    """Labels of an axis that is part of another operand's block (heads against heads · dimensions) become as long."""
+    blocks = {axes: labels for value in values for axes, labels in value.labels.items() if len(axes) > 1}
+    aligned = []
+    for value in values:
+        labels: dict[Axes, Labels] = {}
+        for axes, own in value.labels.items():
+            block = next((other for other in blocks if set(axes) < set(other)), None)
+            if block is None or axes[own.unit_axis] != block[blocks[block].unit_axis]:
+                labels[axes] = own
+            else:
+                labels[block] = own.spread(axes, blocks[block], block)
+        aligned.append(replace(value, labels=labels))
+    return aligned
 
 
 def _broadcast(ties: Ties, value: Value, shape: tuple[int, ...]) -> Value:
@@ -632,16 +687,13 @@ def _reduce(ties: Ties, call: Call, lose: Callable[[Labels], None]) -> Value:
     labels: dict[Axes, Labels] = {}
     for axes, block in x.labels.items():
         if set(axes) & gone:
-            if len(axes) == 1:
+            if axes[block.unit_axis] in gone:
                 lose(block)
                 continue
-            for axis in set(axes) & gone:
-                ties.fix_axis(x, axis, "")
-            lost = tuple(i for i, axis in enumerate(axes) if axis in gone)
-            if len(lost) < len(axes):
-                ids = block.ids[tuple(0 if i in lost else slice(None) for i in range(len(axes)))]
-                zero = np.logical_and.reduce(block.zero, lost) & stays
-                labels[tuple(axis for axis in axes if axis not in gone)] = Labels(ids, zero)
+            for k in reversed(range(len(axes))):
+                if axes[k] in gone:  # within units
+                    block = block.reduced(k)
+            labels[tuple(axis for axis in axes if axis not in gone)] = block if stays else block.with_zero(False)
         else:
             labels[axes] = block if stays else block.with_zero(False)
     if len(call.shape) == x.rank:
@@ -656,16 +708,15 @@ def _reduce(ties: Ties, call: Call, lose: Callable[[Labels], None]) -> Value:
 @rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
 def reshape(ties: Ties, call: Call) -> Value:
     x: Value = call.args[0]
+    segments = _segments(x.shape, call.shape)
     out: dict[Axes, Labels] = {}
-    for before, after in _segments(x.shape, call.shape):
-        blocks = [axes for axes in x.labels if set(axes) & set(before)]
-        if not blocks:
-            continue
-        if len(blocks) > 1 or not set(blocks[0]) <= set(before):
-            for axes in blocks:
-                ties.keep(x.labels[axes], "a view merges two sets of channels")
-            continue
-        out.update(_reshape_block(ties, x, blocks[0], before, call.shape, after))
+    for axes in x.labels:
+        touched = [segment for segment in segments if set(segment[0]) & set(axes)]
+        before, after = (sorted(axis for segment in touched for axis in segment[i]) for i in (0, 1))
+        if any(set(other) & set(before) for other in x.labels if other != axes):
+            ties.keep(x.labels[axes], "a view merges two sets of channels")
+        else:
+            out.update(_reshape_block(ties, x, axes, before, call, after))
     return Value(call.shape, out)
 
 
@@ -688,9 +739,9 @@ def _segments(left: tuple[int, ...], right: tuple[int, ...]) -> list[tuple[list[
 
 
 def _reshape_block(
-    ties: Ties, x: Value, axes: Axes, before: list[int], shape: tuple[int, ...], after: list[int]
+    ties: Ties, x: Value, axes: Axes, before: list[int], call: Call, after: list[int]
 ) -> dict[Axes, Labels]:
-    labels = x.labels[axes]
+    labels, shape = x.labels[axes], call.shape
     spread = [x.shape[axis] if axis in axes else 1 for axis in before]
     sizes, target = [x.shape[axis] for axis in before], [shape[axis] for axis in after]
     ids = np.broadcast_to(labels.ids.reshape(spread), sizes).reshape(target)
@@ -708,12 +759,28 @@ def _reshape_block(
         zero = np.broadcast_to(
             zero.all(tuple(k for k, keep in enumerate(varies) if not keep), keepdims=True), ids.shape
         )
-    block = Labels(ids[index], zero[index])
-    if len(moved) > 1:
-        # An axis split in several must stay rectangular: the same trailing index goes everywhere.
-        flat = block.ids.reshape(-1, block.ids.shape[-1])
-        ties.tie(flat[:1], flat)
-    return {moved: block}
+    ids, zero = ids[index], zero[index]
+    if len(moved) == 1:
+        return {moved: Labels(ids, zero)}
+    if len(axes) == 1:
+        # An axis split in several must stay rectangular: whole heads go, or else the same trailing index everywhere.
+        makes_heads = shape[moved[-1]] in call.head_dims
+        unit_axis = len(moved) - (2 if makes_heads else 1)
+        by_unit = np.moveaxis(ids, unit_axis, 0).reshape(ids.shape[unit_axis], -1)
+        ties.tie(by_unit[:, :1], by_unit)
+        if makes_heads:
+            heads = np.unique(by_unit[:, 0])
+            ties.splits.append(Split(ties.layer, heads, len(heads) * shape[moved[-1]]))
+        return {moved: Labels(ids, zero, unit_axis)}
+    positions = np.arange(labels.ids.shape[labels.unit_axis])
+    positions = positions.reshape([-1 if k == labels.unit_axis else 1 for k in range(labels.ids.ndim)])
+    positions = np.broadcast_to(positions, labels.ids.shape).reshape(spread)
+    positions = np.broadcast_to(positions, sizes).reshape(target)[index]
+    along = [k for k in range(positions.ndim) if (positions != positions.take([0], k)).any()]
+    if len(along) != 1:
+        ties.keep(labels, "a view mixes the axes of a block")
+        return {}
+    return {moved: Labels(ids, zero, along[0])}
 
 
 @rule("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT", "adjoint", "movedim")
@@ -847,10 +914,9 @@ def _take(ties: Ties, x: Value, shape: tuple[int, ...], axis: int, index: int) -
     position = {old: old - (old > axis) for old in range(x.rank) if old != axis}
     taken = x.renamed(shape, position)
     block = x.axes_of(axis)
-    if block == (axis,):
+    if block is not None and x.tells_units_along(axis):
         ties.keep(x.labels[block], "one channel is picked by its number")
     elif block is not None:
-        ties.fix_axis(x, axis, "")
         taken.labels[tuple(position[k] for k in block if k != axis)] = x.labels[block].taken(index, block.index(axis))
     return taken
 

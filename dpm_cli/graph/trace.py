@@ -20,6 +20,13 @@ from dpm_cli.errors import UnsupportedModelError
 from dpm_cli.graph.labels import Axes, Labels, Ties, Value, walk_values
 from dpm_cli.graph.rules import NO_RULE, Call, apply_rule
 
+PRODUCTS = frozenset("scaled_dot_product_attention matmul bmm baddbmm".split())
+RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
+HEAD_LAYOUT = RESHAPES | frozenset(
+    "permute transpose select unbind getitem contiguous clone mul div squeeze unsqueeze expand alias "
+    "layer_norm rms_norm chunk split".split()
+)
+
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 RETURNS_ITS_INPUT = frozenset(("dropout", "feature_dropout", "alpha_dropout"))  # in eval mode; not in their schemas
@@ -88,6 +95,7 @@ def _walk(module: torch.fx.GraphModule, inputs: Sequence[Any], ties: Ties) -> li
     """Collect from every operator of a graph with these input values. Returns the values of its outputs."""
     values: dict[torch.fx.Node, Any] = {}
     position = {node: i for i, node in enumerate(module.graph.nodes)}
+    head_dims = _find_head_dims(module.graph)
     left = iter(inputs)
     for node in module.graph.nodes:
         match node.op:
@@ -98,7 +106,7 @@ def _walk(module: torch.fx.GraphModule, inputs: Sequence[Any], ties: Ties) -> li
                 values[node] = body if isinstance(body, torch.fx.GraphModule) else _unlabelled(node)
             case "call_function":
                 ties.layer = _layer_of(node)
-                values[node] = _call(node, ties, values, position)
+                values[node] = _call(node, ties, values, position, head_dims.get(node, frozenset()))
                 ties.layer = ""
             case "output":
                 return [values.get(out) if isinstance(out, torch.fx.Node) else out for out in node.args[0]]
@@ -138,8 +146,41 @@ def _placeholder(
     return parameters[name]
 
 
+def _find_head_dims(graph: torch.fx.Graph) -> dict[torch.fx.Node, frozenset[int]]:
+    """Views that lead to attention -> the sizes that its two products contract or carry: the head dimensions.
+
+    Walks backwards from every product through operators that only move or scale.
+    """
+    found: dict[torch.fx.Node, set[int]] = {}
+    for product in graph.nodes:
+        if product.op != "call_function" or _name_of(product) not in PRODUCTS:
+            continue
+        for operand in [argument for argument in product.args[:3] if isinstance(argument, torch.fx.Node)]:
+            shape = getattr(operand.meta.get("val"), "shape", ())
+            sizes = {int(size) for size in shape[-2:]}
+            queue, seen = [operand], {operand}
+            while queue:
+                node = queue.pop()
+                if node.op != "call_function" or _name_of(node) not in HEAD_LAYOUT:
+                    continue
+                if _name_of(node) in RESHAPES:
+                    found.setdefault(node, set()).update(sizes)
+                fresh = [source for source in node.all_input_nodes if source not in seen]
+                seen.update(fresh)
+                queue.extend(fresh)
+    return {node: frozenset(sizes) for node, sizes in found.items()}
+
+
+def _name_of(node: torch.fx.Node) -> str:
+    return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else "getitem"
+
+
 def _call(
-    node: torch.fx.Node, ties: Ties, values: dict[torch.fx.Node, Any], position: Mapping[torch.fx.Node, int]
+    node: torch.fx.Node,
+    ties: Ties,
+    values: dict[torch.fx.Node, Any],
+    position: Mapping[torch.fx.Node, int],
+    head_dims: frozenset[int],
 ) -> Any:
     args: Any = torch.fx.node.map_arg(node.args, lambda n: values[n])
     if node.target is operator.getitem:
@@ -156,7 +197,7 @@ def _call(
         ties.keep_all([args, list(kwargs.values())], f"operator {node.target} {NO_RULE}")
         return [Value(shape) for shape in shapes]
     kwargs = torch.fx.node.map_arg(node.kwargs, lambda n: values[n])
-    name = node.target._schema.name.split("::")[1]
+    name = _name_of(node)
     if not shapes:
         if any(walk_values(args)) and not name.startswith("_assert"):
             ties.keep_all(args, f"{name} turns it into a number")
@@ -173,9 +214,8 @@ def _call(
                 values[member] = replace(values[member], constant=values[member].constant and constant)
     first_cost = len(ties.costs)
     arguments = _in_schema_order(node.target, args, kwargs)
-    out = apply_rule(
-        ties, Call(name.removesuffix("_") if in_place else name, arguments, shapes, partial(_macs_of, node))
-    )
+    name = name.removesuffix("_") if in_place else name
+    out = apply_rule(ties, Call(name, arguments, shapes, partial(_macs_of, node), head_dims))
     if constant:
         ties.cost_without_batch(first_cost)
         out = replace(out, constant=True) if isinstance(out, Value) else [replace(o, constant=True) for o in out]

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
+from dpm_cli.attention import fit_attention_
 from dpm_cli.errors import ModelFileError, UnsupportedModelError
 
 Size = int | list[int]
@@ -48,6 +49,8 @@ def apply_edits_(module: nn.Module, edits: Edits, tensors: Mapping[str, Tensor])
             raise ModelFileError(f"there is no layer {name!r}")
         _resize_(layers[name], name, sizes)
     _replace_tensors_(module, tensors)
+    for name in edits:
+        fit_attention_(layers[name])
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -113,7 +113,7 @@ def assert_removable(
     dense = copy.deepcopy(model)
     Units(groups, model).scale_(torch.from_numpy(alive).to(dtype))
     before = outputs_of(model, example)
-    compact_(model, groups.kept_positions(alive))
+    compact_(model, groups, alive)
     after = outputs_of(model, example)
     assert len(before) == len(after)
     for old, new in zip(before, after):

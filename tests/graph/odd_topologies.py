@@ -456,7 +456,7 @@ class ColumnsActAsScale(Trunk):
         return self.read(x).sum(1, keepdim=True) * 0 + F.conv2d(torch.sigmoid(x) * scale, self.read.weight)
 
 
-@topology(groups={"stem.0": 1, "last.0": 6})
+@topology(groups={"last.0": 6}, kept={"stem.0": "picked by its number"})
 class PairPickedByNumber(Trunk):
     """Rotary-style pairs: of (channels / 2, 2), one half is picked by number."""
 

@@ -55,7 +55,7 @@ def test_a_prefix_must_end_at_a_dot():
 def test_a_shared_parameter_stays_one_parameter():
     model = TOPOLOGIES["SharedParameters"].build()
     groups = find_groups(model, EXAMPLE)
-    compact_(model, groups.kept_positions(random_survivors(groups)))
+    compact_(model, groups, random_survivors(groups))
     assert model.a.weight is model.b.weight
     assert model.a.weight.shape == (4, 4, 1, 1)
     assert (model.b.in_channels, model.b.out_channels) == (4, 4)
@@ -64,7 +64,7 @@ def test_a_shared_parameter_stays_one_parameter():
 def test_frozen_parameters_stay_frozen():
     model = TOPOLOGIES["Frozen"].build()
     groups = find_groups(model, EXAMPLE)
-    compact_(model, groups.kept_positions(random_survivors(groups)))
+    compact_(model, groups, random_survivors(groups))
     assert [parameter.requires_grad for parameter in model.stem.parameters()] == [False] * 3
     assert all(parameter.requires_grad for parameter in model.last.parameters())
 
@@ -150,7 +150,7 @@ def test_weights_that_do_not_depend_on_the_batch_cost_once():
 def test_channels_last_weights_stay_channels_last():
     model = TOPOLOGIES["ResidualChain"].build().to(memory_format=torch.channels_last)
     groups = find_groups(model, EXAMPLE)
-    compact_(model, groups.kept_positions(random_survivors(groups)))
+    compact_(model, groups, random_survivors(groups))
     assert model.blocks[0][0][0].weight.is_contiguous(memory_format=torch.channels_last)
 
 

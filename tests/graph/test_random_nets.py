@@ -169,8 +169,8 @@ def test_removing_in_two_steps_is_removing_at_once(net, data):
     both = first.copy()
     both[np.flatnonzero(first)[~second]] = False
     weights = net.state_dict()
-    compact_(net, groups.kept_positions(first))
-    compact_(net, left.kept_positions(second))
+    compact_(net, groups, first)
+    compact_(net, left, second)
     for name, value in net.state_dict().items():
         expected = weights[name]
         for axis, positions in groups.kept_positions(both).get(name, {}).items():

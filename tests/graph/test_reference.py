@@ -93,7 +93,7 @@ def test_removing_the_same_units_gives_the_same_network(arch, size, count, units
         alive[group.start] = True
     Units(groups, model).scale_(torch.from_numpy(alive).float())
     twin = copy.deepcopy(model)
-    compact_(model, groups.kept_positions(alive))
+    compact_(model, groups, alive)
 
     twin_classifier = [module for module in twin.modules() if isinstance(module, nn.Linear)][-1]
     graph, references = reference_groups(twin, example, twin_classifier)

@@ -716,12 +716,14 @@ class ViewWithNumbers(nn.Module):
         return self.head(F.relu(self.hidden(x.view(-1, 24))))
 
 
-@topology(groups={"widen": 12}, kept={"stem": "layer norm", "attention": ""})
+@topology(groups={"attention": 4, "widen": 12}, kept={"stem": "layer norm"})
 class FusedAttention(Net):
+    """Heads are units: a compacted nn.MultiheadAttention takes its sizes from its weights."""
+
     def __init__(self) -> None:
         super().__init__(8)
         self.stem, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8)
-        self.attention = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.attention = nn.MultiheadAttention(8, 4, batch_first=True)
         self.widen, self.narrow = nn.Linear(8, 12), nn.Linear(12, 8)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -730,6 +732,46 @@ class FusedAttention(Net):
         x = x + self.attention(y, y, y, need_weights=False)[0]
         x = x + self.narrow(F.gelu(self.widen(x)))
         return self.head(x.mean(1))
+
+
+@topology(groups={"qkv": 4, "widen": 12}, kept={"stem": "layer norm"})
+class AttentionThatCountsItsHeads(Net):
+    """Hand-written qkv whose numbers of heads and inner features are attributes: heads are units."""
+
+    def __init__(self) -> None:
+        super().__init__(8)
+        self.stem, self.norm = nn.Conv2d(3, 8, 4, stride=4), nn.LayerNorm(8)
+        self.num_heads, self.inner = 4, 12
+        self.qkv, self.project = nn.Linear(8, 36), nn.Linear(12, 8)
+        self.widen, self.narrow = nn.Linear(8, 12), nn.Linear(12, 8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).flatten(2).transpose(1, 2)
+        batch, length, _ = x.shape
+        q, k, v = self.qkv(self.norm(x)).reshape(batch, length, 3, self.num_heads, 3).permute(2, 0, 3, 1, 4).unbind(0)
+        weights = (q * 3**-0.5 @ k.transpose(-2, -1)).softmax(-1)
+        x = x + self.project((weights @ v).transpose(1, 2).reshape(batch, length, self.inner))
+        x = x + self.narrow(F.gelu(self.widen(x)))
+        return self.head(x.mean(1))
+
+
+@topology(groups={"attention.qkv": 3, "widen": 12}, kept={"stem": "layer norm"})
+class WindowAttention(Net):
+    """Swin's: the columns of the table of position biases are part of their head."""
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        from torchvision.models.swin_transformer import ShiftedWindowAttention
+
+        self.stem, self.norm = nn.Conv2d(3, 6, 2, stride=2), nn.LayerNorm(6)
+        self.attention = ShiftedWindowAttention(6, [2, 2], [1, 1], 3)
+        self.widen, self.narrow = nn.Linear(6, 12), nn.Linear(12, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.stem(x).permute(0, 2, 3, 1)
+        x = x + self.attention(self.norm(x))
+        x = x + self.narrow(F.gelu(self.widen(x)))
+        return self.head(x.mean((1, 2)))
 
 
 @topology(groups={"widen": 12}, kept={"qkv": ""})
