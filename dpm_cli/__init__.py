@@ -10,7 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpm_cli.api import evaluate, export, inspect, prune, train
+    from dpm_cli.api import evaluate, export_slim, inspect, prune, train
     from dpm_cli.errors import DpmError
     from dpm_cli.models import load
     from dpm_cli.recipe import Recipe, load_recipe
@@ -21,7 +21,7 @@ __all__ = [
     "Recipe",
     "Report",
     "evaluate",
-    "export",
+    "export_slim",
     "inspect",
     "load",
     "load_recipe",
@@ -30,7 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "dpm_cli.api": ("evaluate", "export", "inspect", "prune", "train"),
+    "dpm_cli.api": ("evaluate", "export_slim", "inspect", "prune", "train"),
     "dpm_cli.errors": ("DpmError",),
     "dpm_cli.models": ("load",),
     "dpm_cli.recipe": ("Recipe", "load_recipe"),
@@ -39,13 +39,10 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name's module. All names of that module are set at once: importing `dpm_cli.api` also imports the
-    folder `dpm_cli.export`, which Python then stores under the name of the public function."""
+    """Import a public name's module at the first use of the name."""
     for home, names in _HOMES.items():
         if name in names:
-            module = import_module(home)
-            globals().update({each: getattr(module, each) for each in names})
-            return globals()[name]
+            return getattr(import_module(home), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

@@ -231,7 +231,7 @@ def evaluate(
     return result
 
 
-def export(
+def export_slim(
     slim: str | Path,
     *,
     formats: Sequence[str] = ("torchscript", "onnx"),

@@ -391,18 +391,18 @@ def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished)
 
 def test_slim_file_is_exported_again(finished, tmp_path):
     folder, report = finished
-    (made,) = api.export(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
+    (made,) = api.export_slim(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
     assert made.max_difference <= 1e-4
     opened = open_exported(made.path)
     assert opened.metadata["dpm_recipe"] == report.recipe_hash
     with torch.no_grad():
         torch.testing.assert_close(opened(IMAGES), load(folder / "slim.pt")(IMAGES))
     with pytest.raises(OutputError, match="exists"):
-        api.export(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
+        api.export_slim(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
     with pytest.raises(OutputError, match="is a file"):
-        api.export(folder / "slim.pt", formats=["torchscript"], output=folder / "slim.pt")
+        api.export_slim(folder / "slim.pt", formats=["torchscript"], output=folder / "slim.pt")
     with pytest.raises(UsageError, match="'coreml' is not known; known: torchscript, onnx"):
-        api.export(folder / "slim.pt", formats=["coreml"], output=tmp_path)
+        api.export_slim(folder / "slim.pt", formats=["coreml"], output=tmp_path)
 
 
 def test_plan_says_what_can_be_reached(dense):

@@ -34,7 +34,7 @@ def export(
     """
     formats = list(dict.fromkeys(str(each) for each in format or Format))
     with libraries_on_stderr():
-        exported = dpm_cli.export(slim, formats=formats, output=output, overwrite=overwrite, arch=arch)
+        exported = dpm_cli.export_slim(slim, formats=formats, output=output, overwrite=overwrite, arch=arch)
     if as_json:
         print_json({"slim": str(slim), "exports": [asdict(each) for each in exported]})
     else:

@@ -63,11 +63,6 @@ def test_public_names_are_those_of_all_and_can_be_called() -> None:
         dpm_cli.prunes  # noqa: B018
 
 
-def test_the_function_export_is_not_hidden_by_the_folder_of_that_name() -> None:
-    code = "import dpm_cli; dpm_cli.prune; import dpm_cli.export; print(callable(dpm_cli.export))"
-    assert run_python(code).stdout == "True\n"
-
-
 def test_there_are_the_promised_commands_with_the_promised_options() -> None:
     group: Any = typer.main.get_command(app)
     assert tuple(group.commands) == COMMANDS

@@ -144,7 +144,7 @@ def test_evaluate_shows_what_is_known_of_a_file(dpm: Any, stand_in: Any) -> None
 
 def test_export_makes_both_formats_unless_told(dpm: Any, stand_in: Any) -> None:
     made = ExportedFile("onnx", "there/model.onnx", 142_229, 2.4e-7)
-    recorder = stand_in("export", [made])
+    recorder = stand_in("export_slim", [made])
     ended = dpm("export", "slim.pt")
     assert recorder.options["formats"] == ["torchscript", "onnx"]
     assert ended.out == "there/model.onnx  142.2 KB, agrees with the slim model to 2e-07\n"

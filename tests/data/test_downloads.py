@@ -110,7 +110,11 @@ def test_labels_that_do_not_match_the_images_are_refused(load: Load, tmp_path: P
         load("fashion-mnist", root=tmp_path, shape=(1, 28, 28), classes=10)
 
 
-@pytest.mark.parametrize("content", [b"", b"\x00\x00\x08\x03", b"not an idx file", gzip.compress(b"packed")])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\x00\x00\x08\x03", b"not an idx file", gzip.compress(b"packed", mtime=0)],
+    ids=["empty", "short", "text", "packed"],
+)
 def test_damaged_file_is_refused_in_one_line(load: Load, tmp_path: Path, content: bytes) -> None:
     write_fashion(tmp_path)
     (tmp_path / "FashionMNIST" / "raw" / "train-images-idx3-ubyte").write_bytes(content)
