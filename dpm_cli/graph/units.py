@@ -42,13 +42,13 @@ class Units:
     def norm(self, tensors: Sequence[Tensor] | None = None) -> Tensor:
         """(units,) L2 norm of each unit's producer entries, in `tensors` shaped like the parameters (or in them)."""
         tensors = self.weights() if tensors is None else tensors
-        norms = [torch.linalg.vector_norm(rows_of(t, axis), dim=1) for t, axis in self._matrices(tensors)]
+        norms = [torch.linalg.vector_norm(_rows(t, axis), dim=1) for t, axis in self._matrices(tensors)]
         return self._per_unit(self._joined(tensors, norms).square()).sqrt()
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """(units,) inner product of each unit's entries in two lists of tensors shaped like the parameters."""
         products = [
-            (rows_of(a, axis) * rows_of(b, axis)).sum(1)
+            (_rows(a, axis) * _rows(b, axis)).sum(1)
             for (a, axis), (b, _) in zip(self._matrices(left), self._matrices(right))
         ]
         vectors = self._joined_vectors(left) * self._joined_vectors(right)
@@ -86,7 +86,7 @@ class Units:
         return sums[: self.count]
 
 
-def rows_of(tensor: Tensor, axis: int) -> Tensor:
+def _rows(tensor: Tensor, axis: int) -> Tensor:
     """(size, rest) without a copy for the usual layouts. The order within a row does not matter here."""
     tensor = tensor.movedim(axis, 0)
     if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.permute(0, 2, 3, 1).is_contiguous():

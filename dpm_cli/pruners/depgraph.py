@@ -7,6 +7,8 @@ How this differs from the reference implementation: victims of a round are taken
 removes in up to 400 small steps and ranks anew after each; and equal importances within a group give a finite penalty.
 """
 
+from collections.abc import Sequence
+from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -14,8 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.budget import Scores
-from dpm_cli.graph import Groups, Role
-from dpm_cli.graph.units import rows_of
+from dpm_cli.graph import Groups, Role, Slice
 
 Normalizer = Literal["mean", "max"]
 
@@ -28,33 +29,39 @@ class GroupNorm:
 
     def __init__(self, groups: Groups, model: nn.Module) -> None:
         counted = (Role.PRODUCER, Role.NORM, Role.CONSUMER)
-        parts = [part for part in groups.slices if part.role in counted]
-        weights = [model.get_parameter(part.tensor) for part in parts]
-        # Depthwise rows are not counted, as in the reference; vectors count only as normalisation weights.
-        chosen = [
-            (part, weight) for part, weight in zip(parts, weights) if (part.role is Role.NORM) == (weight.dim() == 1)
-        ]
-        self.parameters = [weight for _, weight in chosen]
-        self._axes = [part.axis for part, _ in chosen]
+        axes: dict[str, list[Slice]] = {}
+        for part in groups.slices:
+            # Depthwise rows are not counted, as in the reference; vectors count only as normalisation weights.
+            is_vector = part.role in counted and model.get_parameter(part.tensor).dim() == 1
+            if part.role in counted and (part.role is Role.NORM) == is_vector:
+                axes.setdefault(part.tensor, []).append(part)
+        # Vectors first: they are joined into one tensor before any arithmetic.
+        names = sorted(axes, key=lambda name: model.get_parameter(name).dim() > 1)
+        parts = [part for name in names for part in axes[name]]
+        self.parameters = [model.get_parameter(name) for name in names]
+        self._axes = [[part.axis for part in axes[name]] for name in names]
+        self._vectors = sum(parameter.dim() == 1 for parameter in self.parameters)
+        self._sizes = [len(part.units) for part in parts]
         self.count, self.groups = groups.units, len(groups)
-        device = self.parameters[0].device if chosen else torch.device("cpu")
-        self._units = [torch.from_numpy(part.units).to(device) for part, _ in chosen]  # each (axis size,)
-        self._all_units = torch.cat(self._units) if chosen else torch.zeros(0, dtype=torch.int64)
+        device = self.parameters[0].device if names else torch.device("cpu")
+        units = [torch.from_numpy(part.units) for part in parts] or [torch.zeros(0, dtype=torch.int64)]
+        self._units = torch.cat(units).to(device)  # (entries,) every index along every axis -> its unit
         self._group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
         layers = np.zeros(len(groups), np.int64)
-        for part, _ in chosen:
+        for part in parts:
             layers[np.unique(groups.group_of_unit[part.units[part.units < groups.units]])] += 1
         self._layers = torch.from_numpy(layers).to(device)[self._group_of_unit].clamp_min(1)  # (units,)
 
     def importance(self) -> Tensor:
         """(units,) mean over the group's layers of the unit's sum of squares; not normalised."""
-        squares = [
-            torch.linalg.vector_norm(rows_of(p.detach(), axis), dim=1).square() if p.dim() > 1 else p.detach().square()
-            for p, axis in zip(self.parameters, self._axes)
-        ]
-        sums = torch.zeros(self.count + 1, device=self._all_units.device)
+        weights = [parameter.detach() for parameter in self.parameters]
+        vectors, matrices = weights[: self._vectors], weights[self._vectors :]
+        squares = [torch.cat(vectors).square()] if vectors else []
+        for weight, axes in zip(matrices, self._axes[self._vectors :]):
+            squares += _sums_along(weight.square(), axes)
+        sums = torch.zeros(self.count + 1, device=self._units.device)
         if squares:
-            sums = sums.index_add_(0, self._all_units, torch.cat(squares))
+            sums = sums.index_add_(0, self._units, torch.cat(squares))
         return sums[: self.count] / self._layers
 
     def scores(self, normalizer: Normalizer) -> Scores:
@@ -81,13 +88,20 @@ class GroupNorm:
         )
         gamma = torch.exp2(alpha * (top - root) / (top - bottom + 1e-8))  # (units,)
         gamma = torch.cat([strength * gamma, gamma.new_zeros(1)])
-        with_gradient = [
-            (p, p.grad, gamma[units].view([-1 if axis == k else 1 for k in range(p.dim())]))
-            for p, axis, units in zip(self.parameters, self._axes, self._units)
-            if p.grad is not None
-        ]
-        for parameter, gradient, factor in with_gradient:
-            gradient.addcmul_(parameter, factor.to(parameter.dtype))
+        factors = iter(torch.split(gamma[self._units], self._sizes))
+        for parameter, axes in zip(self.parameters, self._axes):
+            # A weight that makes one unit and reads another is pushed by both at once.
+            shapes = [[-1 if axis == k else 1 for k in range(parameter.dim())] for axis in axes]
+            factor = reduce(torch.add, [next(factors).view(shape) for shape in shapes])
+            if parameter.grad is not None:
+                parameter.grad.addcmul_(parameter, factor.to(parameter.dtype))
+
+
+def _sums_along(squares: Tensor, axes: Sequence[int]) -> list[Tensor]:
+    """Sums over all axes but one, for each of `axes`; the tensor is read once."""
+    if squares.dim() > 2 and max(axes) < 2:
+        squares = squares.sum(tuple(range(2, squares.dim())))
+    return [squares.sum([k for k in range(squares.dim()) if k != axis]) for axis in axes]
 
 
 class DepGraph:
