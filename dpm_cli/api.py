@@ -30,7 +30,7 @@ from dpm_cli.errors import (
     UsageError,
 )
 from dpm_cli.export import export_model, open_exported
-from dpm_cli.files import REPORT, is_unfinished, prepare_output, require_writable, write_atomic
+from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
 from dpm_cli.graph import find_groups
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
 from dpm_cli.models import apply_edits_, build, find_edits, load_model, load_slim
@@ -71,25 +71,27 @@ def prune(
     torch_device = choose_device(device)
     precision = choose_precision(recipe.precision, torch_device)
     module, arch = _load(model, recipe, trust_pickle)
-    prepare_output(folder, overwrite=overwrite, resume=resume)
-    run = Run(
-        module,
-        recipe,
-        load_splits(recipe, torch_device),
-        arch=arch,
-        output=folder,
-        device=torch_device,
-        precision=precision,
-        should_stop=should_stop or (lambda: False),
-    )
-    if arch is None:
-        run.notes.append(
-            f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
-            "dpm_cli.load(path, model=...) and a freshly built dense module"
+    require_writable(folder)
+    with locked(folder):
+        prepare_output(folder, overwrite=overwrite, resume=resume)
+        run = Run(
+            module,
+            recipe,
+            load_splits(recipe, torch_device),
+            arch=arch,
+            output=folder,
+            device=torch_device,
+            precision=precision,
+            should_stop=should_stop or (lambda: False),
         )
-    for event in run.events(resume=resume):
-        if on_event:
-            on_event(event)
+        if arch is None:
+            run.notes.append(
+                f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
+                "dpm_cli.load(path, model=...) and a freshly built dense module"
+            )
+        for event in run.events(resume=resume):
+            if on_event:
+                on_event(event)
     return run.report
 
 

@@ -290,7 +290,23 @@ def test_overwriting_removes_both_checkpoints_and_what_a_kill_left_behind(dense_
         overwrite=True,
         on_event=lambda event: seen or seen.append(sorted(path.name for path in tmp_path.iterdir())),
     )
-    assert seen[0] == sorted([*foreign, "metrics.jsonl"])
+    assert seen[0] == sorted([*foreign, ".dpm-lock", "metrics.jsonl"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_run_into_the_same_folder_is_refused_and_harms_nothing(finished, dense_file, tmp_path, settings):
+    refusals = []
+
+    def disturb(event):
+        if event["event"] == "step" and not refusals:
+            with pytest.raises(OutputError, match="in use by this process: wait until that run is over") as refusal:
+                api.prune(dense_file, recipe(), output=tmp_path, **settings)
+            refusals.append(refusal)
+
+    api.prune(dense_file, recipe(), output=tmp_path, on_event=disturb)
+    assert refusals
+    assert_same_bits(load(tmp_path / "slim.pt").state_dict(), load(finished[0] / "slim.pt").state_dict())
+    assert not (tmp_path / ".dpm-lock").exists()
 
 
 def test_target_that_cannot_be_met_leaves_no_trace_and_takes_no_time(dense_file, tmp_path):
