@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -380,6 +380,7 @@ class Run:
         state = {
             "recipe": self._settings,
             "weights": self._fingerprint,
+            "data": dict(self.splits.fingerprints),
             "stage": self.progress.stage,
             "step": self.progress.step,
             "difference": self.progress.difference,
@@ -423,6 +424,11 @@ class Run:
         if state["weights"] != self._fingerprint:
             raise OutputError(
                 f"{checkpoint.path} was made from another model file: resume with the same, or --overwrite"
+            )
+        if state["data"] != self.splits.fingerprints:
+            changed = _changed_data(state["data"], self.splits.fingerprints)
+            raise OutputError(
+                f"{checkpoint.path} was made with other data ({changed}): resume with the same, or --overwrite"
             )
         self.pruning.load_state_dict(state["pruning"])
         to_fast_layout_(self.model)
@@ -616,6 +622,16 @@ def _changed_lines(old: str, new: str) -> str:
         if left != right:
             return f"{left.strip()} there, {right.strip()} here"
     return "more settings in one of them"
+
+
+def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """The first set of images that differs, for a message."""
+    for name, here in new.items():
+        there = old.get(name, "none")
+        if there != here:
+            left, right = (text.partition(",")[0] for text in (there, here))
+            return f"{name}: {left} there, {right} here" if left != right else f"{name}: {left}, but not the same"
+    return "more of it there"
 
 
 def _write_text(path: Path, text: str) -> None:

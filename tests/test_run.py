@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpm_cli.data import load_data
+from dpm_cli.data.digits import read_digits
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.errors import Interrupted, OutputError, RecipeError, RunError, TargetError
@@ -481,6 +482,31 @@ def test_resume_with_other_weights_is_refused(tmp_path, splits):
     other.head.bias.data[0] += 1e-3
     with pytest.raises(OutputError, match="another model file"):
         go(tmp_path, make_recipe(), splits, resume=True, model=other)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"limit": 229}, r"training images: 230 images there, 229 images here"),
+        ({"label": 3}, r"training images: 230 images, but not the same"),
+        ({"pixel": 3}, r"training images: 230 images, but not the same"),
+    ],
+)
+def test_resume_with_other_data_is_refused(tmp_path, splits, monkeypatch, change, said):
+    with pytest.raises(Interrupted):
+        go(tmp_path, make_recipe(), splits, should_stop=stop_after(2))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    train, test = read_digits()
+    if "label" in change:
+        train.labels[:] = train.labels.roll(1)
+    if "pixel" in change:
+        train.pixels[:, 0, 0, 0] += 1
+    monkeypatch.setattr("dpm_cli.data.digits.read_digits", lambda: (train, test))
+    changed = load_digits(**{key: value for key, value in change.items() if key == "limit"})
+    with pytest.raises(OutputError, match=rf"made with other data \({said}\): resume with the same") as refusal:
+        go(tmp_path, make_recipe(), changed, resume=True)
+    assert "\n" not in str(refusal.value)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
 def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatch):
