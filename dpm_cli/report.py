@@ -1,8 +1,8 @@
 """What a run hands back: one `Report`, the same in Python, in report.json, in slim.pt and in the table."""
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 Event = dict[str, Any]  # one line of metrics.jsonl: {"event": "epoch" | "round" | "compact" | …, …}
 
@@ -113,11 +113,12 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """Read what `to_json` wrote. Raises ValueError if it is something else."""
-        values = json.loads(text)
         try:
-            return cls._from_dict(values)
-        except (AttributeError, KeyError, TypeError) as error:
+            report = cls._from_dict(json.loads(text))
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
+        _require_types(report, "report")
+        return report
 
     @classmethod
     def _from_dict(cls, values: Any) -> "Report":
@@ -134,6 +135,33 @@ class Report:
                 "exports": [ExportedFile(**made) for made in values["exports"]],
             }
         )
+
+
+def _require_types(value: Any, place: str) -> None:
+    """Every field holds what it is declared to hold. Raises ValueError that names the first that does not."""
+    for name, kind in get_type_hints(type(value)).items():
+        field_value, field_place = getattr(value, name), f"{place}.{name}"
+        if not _is(field_value, kind):
+            raise ValueError(f"{field_place} is {str(field_value)[:40]!r}")
+        entries = field_value.values() if isinstance(field_value, dict) else field_value
+        for entry in entries if isinstance(entries, list | type({}.values())) else [field_value]:
+            if is_dataclass(entry):
+                _require_types(entry, field_place)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a declared type: a class, a union of them, a list or a dict of one."""
+    arguments = get_args(kind)
+    match get_origin(kind):
+        case None:
+            numbers = (int, float) if kind is float else (kind,)
+            return kind is Any or (isinstance(value, numbers) and not (kind is not bool and isinstance(value, bool)))
+        case origin if origin is list:
+            return isinstance(value, list) and all(_is(entry, arguments[0]) for entry in value)
+        case origin if origin is dict:
+            return isinstance(value, dict) and all(_is(entry, arguments[1]) for entry in value.values())
+        case _:
+            return any(_is(value, argument) for argument in arguments)
 
 
 def _measured(values: dict[str, Any]) -> Measured:
