@@ -21,6 +21,7 @@ from dpm_cli.engine.loss import main_output
 from dpm_cli.engine.precision import choose_precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, all_finite
 from dpm_cli.errors import (
+    AccuracyError,
     DpmError,
     ModelFileError,
     OutputError,
@@ -63,7 +64,8 @@ def prune(
 
     model: a file, or a module of the recipe's architecture (any module, if its code can be given again to `load`).
     should_stop: asked after every step; when true the run writes a checkpoint and raises Interrupted.
-    Raises a DpmError whose message is one line and whose `exit_code` is the command line's.
+    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError comes
+    after everything was written, and brings the report.
     """
     recipe, folder = _resolve(recipe), Path(output)
     if resume and (folder / REPORT).exists() and not is_unfinished(folder):
@@ -379,4 +381,6 @@ def _earlier_report(folder: Path, recipe: Recipe) -> Report:
         raise OutputError(f"{folder / 'report.json'} is not a report: {error}; start anew with --overwrite") from None
     if report.recipe_hash != recipe.hash:
         raise OutputError(f"{folder} holds a finished run of another recipe: choose another folder, or --overwrite")
+    if report.floor and report.floor.is_broken:
+        raise AccuracyError(report.floor.text or "", report=report)
     return report

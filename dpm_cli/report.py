@@ -44,6 +44,17 @@ class TargetReport:
 
 
 @dataclass(frozen=True)
+class FloorReport:
+    """The accuracy floor, on the validation images."""
+
+    max_drop: float  # points
+    dense: float  # percent, of the dense model
+    limit: float  # percent
+    is_broken: bool  # it kept the run from its target
+    text: str | None  # what happened, if the run had to go back to an earlier state
+
+
+@dataclass(frozen=True)
 class UnitCounts:
     """What became of the units."""
 
@@ -103,6 +114,7 @@ class Report:
     versions: dict[str, Any]  # and hardware
     validation_accuracy: float | None = None  # percent, of the slim model
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
+    floor: FloorReport | None = None  # if the recipe sets prune.max_drop
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"target": asdict(self.target) | {"met": self.target.is_met}}
@@ -133,6 +145,7 @@ class Report:
                 "widths": [Width(**width) for width in values["widths"]],
                 "kept": [KeptLayer(**kept) for kept in values["kept"]],
                 "exports": [ExportedFile(**made) for made in values["exports"]],
+                "floor": FloorReport(**values["floor"]) if values.get("floor") else None,
             }
         )
 

@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpm_cli import api
-from dpm_cli.errors import Interrupted, ModelFileError, OutputError, RecipeError, RunError, TargetError, UsageError
+from dpm_cli.errors import (
+    AccuracyError,
+    Interrupted,
+    ModelFileError,
+    OutputError,
+    RecipeError,
+    RunError,
+    TargetError,
+    UsageError,
+)
 from dpm_cli.export import open_exported
 from dpm_cli.measure import count_parameters, measure_in_turns
 from dpm_cli.models import build, load, load_slim
@@ -236,6 +245,18 @@ def test_finished_run_resumed_returns_its_report(finished, dense_file):
         api.prune(dense_file, recipe(), output=folder, resume=True)
     with pytest.raises(OutputError, match="finished run"):
         api.prune(dense_file, recipe(export=["torchscript"]), output=folder)
+
+
+def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpm_cli.run.Run._validate", lambda run: 90.0 if run.floor is None else 0.0)
+    settings, said = recipe(prune={"max_drop": 1}), []
+    for attempt in range(2):
+        with pytest.raises(AccuracyError, match="round 1 broke the accuracy floor") as broken:
+            api.prune(dense_file, settings, output=tmp_path, resume=attempt == 1)
+        said.append((str(broken.value), broken.value.report))
+    assert said[0] == said[1]
+    assert broken.value.exit_code == 4
+    assert count_parameters(load(tmp_path / "slim.pt")) == said[0][1].dense.params
 
 
 def test_report_that_is_none_is_refused(dense_file, tmp_path):
