@@ -21,6 +21,7 @@ from dpm_cli.engine.loss import main_output
 from dpm_cli.engine.precision import choose_precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, all_finite
 from dpm_cli.errors import (
+    AccuracyError,
     DpmError,
     ModelFileError,
     OutputError,
@@ -30,7 +31,7 @@ from dpm_cli.errors import (
     UsageError,
 )
 from dpm_cli.export import export_model, open_exported
-from dpm_cli.files import REPORT, is_unfinished, prepare_output, require_writable, write_atomic
+from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
 from dpm_cli.graph import find_groups
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
 from dpm_cli.models import apply_edits_, build, find_edits, load_model, load_slim
@@ -63,7 +64,8 @@ def prune(
 
     model: a file, or a module of the recipe's architecture (any module, if its code can be given again to `load`).
     should_stop: asked after every step; when true the run writes a checkpoint and raises Interrupted.
-    Raises a DpmError whose message is one line and whose `exit_code` is the command line's.
+    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError comes
+    after everything was written, and brings the report.
     """
     recipe, folder = _resolve(recipe), Path(output)
     if resume and (folder / REPORT).exists() and not is_unfinished(folder):
@@ -71,25 +73,27 @@ def prune(
     torch_device = choose_device(device)
     precision = choose_precision(recipe.precision, torch_device)
     module, arch = _load(model, recipe, trust_pickle)
-    prepare_output(folder, overwrite=overwrite, resume=resume)
-    run = Run(
-        module,
-        recipe,
-        load_splits(recipe, torch_device),
-        arch=arch,
-        output=folder,
-        device=torch_device,
-        precision=precision,
-        should_stop=should_stop or (lambda: False),
-    )
-    if arch is None:
-        run.notes.append(
-            f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
-            "dpm_cli.load(path, model=...) and a freshly built dense module"
+    require_writable(folder)
+    with locked(folder):
+        prepare_output(folder, overwrite=overwrite, resume=resume)
+        run = Run(
+            module,
+            recipe,
+            load_splits(recipe, torch_device),
+            arch=arch,
+            output=folder,
+            device=torch_device,
+            precision=precision,
+            should_stop=should_stop or (lambda: False),
         )
-    for event in run.events(resume=resume):
-        if on_event:
-            on_event(event)
+        if arch is None:
+            run.notes.append(
+                f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
+                "dpm_cli.load(path, model=...) and a freshly built dense module"
+            )
+        for event in run.events(resume=resume):
+            if on_event:
+                on_event(event)
     return run.report
 
 
@@ -377,4 +381,6 @@ def _earlier_report(folder: Path, recipe: Recipe) -> Report:
         raise OutputError(f"{folder / 'report.json'} is not a report: {error}; start anew with --overwrite") from None
     if report.recipe_hash != recipe.hash:
         raise OutputError(f"{folder} holds a finished run of another recipe: choose another folder, or --overwrite")
+    if report.floor and report.floor.is_broken:
+        raise AccuracyError(report.floor.text or "", report=report)
     return report

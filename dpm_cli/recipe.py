@@ -119,6 +119,7 @@ class Prune(Section):
     sparse_epochs: NonNegative = 0  # sparse learning before the first round
     sparse_strength: float = Field(default=5e-4, ge=0, le=100)
     sparse_lr: LearningRate = 0.01
+    max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; none: no floor
 
     @model_validator(mode="after")
     def _starts_before_it_ends(self) -> "Prune":
@@ -202,6 +203,12 @@ class Recipe(Section):
     counter: Literal["flop_counter", "thop"] = "flop_counter"
     recalibrate_batches: NonNegative = 20  # BatchNorm statistics anew from so many batches, at the end
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _can_see_its_floor(self) -> "Recipe":
+        if self.prune.max_drop is not None and not self.data.validation:
+            raise ValueError("prune.max_drop is judged on validation images: raise data.validation above 0")
+        return self
 
     @property
     def hash(self) -> str:

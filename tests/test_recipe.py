@@ -128,6 +128,11 @@ def test_all_mistakes_are_reported_at_once() -> None:
         (SMALLEST | {"prune": {"target": {"macs": 0.5}, "start": 0.5, "end": 0.5}}, "must lie before end"),
         (SMALLEST | {"train": {"epochs": 2, "warmup_epochs": 2}}, "fewer than epochs"),
         (SMALLEST | {"seed": -1}, "seed is -1"),
+        (SMALLEST | {"prune": {"target": {"macs": 0.5}, "max_drop": -1}}, "prune.max_drop is -1"),
+        (
+            SMALLEST | {"prune": {"target": {"macs": 0.5}, "max_drop": 1}, "data": {"name": "digits", "validation": 0}},
+            "raise data.validation above 0",
+        ),
         (SMALLEST | {"export": ["tflite"]}, "known: 'torchscript', 'onnx'"),
     ],
 )

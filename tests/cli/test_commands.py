@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import dpm_cli
+from dpm_cli.errors import AccuracyError
 from dpm_cli.report import ExportedFile, Report
 
 
@@ -113,6 +114,19 @@ def test_with_json_stdout_is_the_report_alone(dpm: Any, stand_in: Any, report: R
     assert json.loads(ended.out) == json.loads(report.to_json())
     assert "working" not in ended.err
     assert "note: working" in dpm("prune", "model.pt", "-r", "digits", "--json").err
+
+
+def test_a_broken_floor_shows_the_report_and_fails(dpm: Any, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prune(*_: object, **__: object) -> None:
+        raise AccuracyError("round 2 broke the accuracy floor", report=report)
+
+    monkeypatch.setattr(dpm_cli, "prune", prune)
+    ended = dpm("prune", "model.pt", "-r", "digits")
+    assert ended.code == 4
+    assert "125.7 M" in ended.out
+    assert ended.err == "error: round 2 broke the accuracy floor\n"
+    ended = dpm("prune", "model.pt", "-r", "digits", "--json")
+    assert (ended.code, json.loads(ended.out)) == (4, json.loads(report.to_json()))
 
 
 def test_quiet_keeps_the_table(dpm: Any, stand_in: Any, report: Report) -> None:
