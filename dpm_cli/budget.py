@@ -40,7 +40,8 @@ def find_floors(groups: Groups, *, round_to: int, min_keep: float) -> Floors:
     """round_to: surviving channels are a multiple of it. min_keep: fraction of each group that always stays."""
     sizes = np.array([group.size for group in groups], np.int64)
     step = np.array([round_to // math.gcd(round_to, group.channels_per_unit) for group in groups], np.int64)
-    fewest = np.maximum(1, np.ceil(sizes * min_keep - 1e-9).astype(np.int64))
+    least = np.array([group.least for group in groups], np.int64)
+    fewest = np.maximum(least, np.ceil(sizes * min_keep - 1e-9).astype(np.int64))
     return Floors(np.minimum(sizes, -(-fewest // step) * step), step, sizes)
 
 
