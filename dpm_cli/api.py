@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpm_cli.budget import Kind, cost_of, find_floors, find_limit
+from dpm_cli.budget import Kind, choose_round_to, cost_of, find_floors, find_limit
 from dpm_cli.data import Splits, load_data
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.evaluate import Score, evaluate_module
@@ -242,14 +242,18 @@ def export_slim(
     output: str | Path = ".",
     overwrite: bool = False,
     arch: str | None = None,
+    opset: int = 18,
 ) -> list[ExportedFile]:
-    """Export a slim.pt again, without the run that made it. arch: needed for architectures of your own code."""
-    unknown = [format for format in formats if format not in EXPORT_NAMES]
-    if unknown:
-        raise UsageError(f"export format {unknown[0]!r} is not known; known: {', '.join(EXPORT_NAMES)}")
+    """Export a slim.pt again, without the run that made it.
+
+    formats: torchscript, onnx, onnx-fp16, pt2. arch: needed for architectures of your own code. opset: of ONNX.
+    """
+    for format in formats:
+        if format not in EXPORT_NAMES:
+            raise UsageError(f"export format {format!r} is not known; known: {', '.join(EXPORT_NAMES)}")
     loaded, folder = load_slim(Path(slim), arch), Path(output)
     require_writable(folder)
-    paths = {format: folder / EXPORT_NAMES[format] for format in formats}
+    paths = {known: folder / name for known, name in EXPORT_NAMES.items() if known in formats}
     for path in paths.values():
         if path.exists() and not overwrite:
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
@@ -265,7 +269,7 @@ def export_slim(
     image = torch.randn(1, *loaded.shape, generator=generator)
     exported = []
     for format, path in paths.items():
-        made = export_model(loaded.module, image, format=format, path=path, metadata=metadata)  # type: ignore[arg-type]
+        made = export_model(loaded.module, image, format=format, path=path, metadata=metadata, opset=opset)
         exported.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
     return exported
 
@@ -276,17 +280,19 @@ def inspect(model: nn.Module | str | Path, recipe: AnyRecipe, *, trust_pickle: b
     module, arch = _load(model, recipe, trust_pickle)
     prune = recipe.prune
     groups = find_groups(module, torch.zeros(2, *recipe.model.input), prune.keep)
-    floors = find_floors(groups, round_to=prune.round_to, min_keep=prune.min_keep)
+    kind, amount = prune.target.kind, prune.target.amount
+    round_to = choose_round_to(groups, prune.round_to, min_keep=prune.min_keep, kind=kind, amount=amount)
+    floors = find_floors(groups, round_to=round_to, min_keep=prune.min_keep)
     alive = np.ones(groups.units, bool)
     lowest = floors.lowest(groups)
     kinds: tuple[Kind, ...] = ("macs", "params", "channels")
     dense = {kind: cost_of(groups.cost, kind, alive) for kind in kinds}
     achievable = {kind: [cost_of(groups.cost, kind, lowest), dense[kind]] for kind in kinds}
-    kind, amount = prune.target.kind, prune.target.amount
     limit = find_limit(dense[kind], amount)
     return {
         "arch": arch,
         "dense": dense,
+        "round_to": round_to,
         "achievable": achievable,
         "target": {
             "kind": kind,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.budget import Floors, find_floors, resolve_limit
+from dpm_cli.budget import Floors, choose_round_to, find_floors, resolve_limit
 from dpm_cli.data import Augmentation, Splits
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
@@ -24,7 +24,7 @@ from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RunError, TargetError
-from dpm_cli.export import export_model, open_exported
+from dpm_cli.export import Format, export_model, open_exported
 from dpm_cli.files import CHECKPOINT, write_atomic
 from dpm_cli.floor import Floor
 from dpm_cli.graph import Groups, find_groups, take
@@ -48,7 +48,12 @@ from dpm_cli.report import (
 )
 
 Events = Generator[Event, None, None]
-EXPORT_NAMES = {"torchscript": "model.ts", "onnx": "model.onnx"}
+EXPORT_NAMES: dict[Format, str] = {
+    "torchscript": "model.ts",
+    "onnx": "model.onnx",
+    "onnx-fp16": "model.fp16.onnx",
+    "pt2": "model.pt2",
+}
 CHECK_IMAGES = 8  # real inputs on which outputs before and after compaction are compared
 
 
@@ -102,7 +107,17 @@ class Run:
 
         example = torch.zeros(2, *recipe.model.input)
         self.dense_groups = find_groups(model, example, recipe.prune.keep)
-        self.floors = find_floors(self.dense_groups, round_to=recipe.prune.round_to, min_keep=recipe.prune.min_keep)
+        prune = recipe.prune
+        self.round_to = choose_round_to(
+            self.dense_groups,
+            prune.round_to,
+            min_keep=prune.min_keep,
+            kind=prune.target.kind,
+            amount=prune.target.amount,
+        )
+        if prune.round_to == "auto":
+            self.notes.append(f"prune.round_to is auto: widths are multiples of {self.round_to}")
+        self.floors = find_floors(self.dense_groups, round_to=self.round_to, min_keep=prune.min_keep)
         self.floor: Floor | None = None  # of the accuracy, once the dense model was measured
         self._begin_dense()
         self.teacher = None
@@ -300,7 +315,14 @@ class Run:
         for format in recipe.export:
             path = self.output / EXPORT_NAMES[format]
             try:
-                made = export_model(slim, self._image(), format=format, path=path, metadata=self._metadata())
+                made = export_model(
+                    slim,
+                    self._image(),
+                    format=format,
+                    path=path,
+                    metadata=self._metadata(),
+                    opset=recipe.opset,
+                )
             except RunError as error:
                 raise RunError(
                     f"{error}; the training is kept: --resume with --set export=[] does without it"
@@ -393,6 +415,7 @@ class Run:
                 {"name": s.name, "epochs": s.training.epochs, "steps": s.training.epochs * self.steps_per_epoch}
                 for s in self.stages
             ],
+            "round_to": self.round_to,
             "target": {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
             "dense": {
                 "macs": self.dense_groups.cost.macs(alive),
@@ -493,8 +516,8 @@ class Run:
 
     @property
     def _settings(self) -> str:
-        """What a resumed run must agree on: all but the formats, so that an export that fails costs no training."""
-        return dump_recipe(self.recipe.model_copy(update={"export": ()}))
+        """What a resumed run must agree on: all but the exports, so that an export that fails costs no training."""
+        return dump_recipe(self.recipe.model_copy(update={"export": (), "opset": 18}))
 
     @cached_property
     def _fingerprint(self) -> str:

@@ -86,6 +86,7 @@ def print_plan(plan: dict[str, Any]) -> None:
         "target",
         wrap_words(f"{kind} {asked}: at most {numbers.cost(kind, target['limit'])}, {verdict}", width),
     )
+    print_detail(console, "widths", [f"multiples of {plan['round_to']}"])
     print_detail(console, "kept", describe_kept([KeptLayer(**kept) for kept in plan["kept"]], width))
 
 

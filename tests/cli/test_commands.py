@@ -65,6 +65,7 @@ EVALUATED = {
 PLAN: dict[str, Any] = {
     "arch": "digits",
     "dense": {"macs": 2_116_224, "params": 77_300, "channels": 192},
+    "round_to": 4,
     "achievable": {"macs": [50_000, 2_116_224], "params": [3000, 77_300], "channels": [24, 192]},
     "target": {"kind": "macs", "asked": 0.45, "limit": 952_300, "achievable": True},
     "groups": [{"name": "conv1", "layers": ["conv1", "block1.conv2"], "units": 32, "lowest": 4}],
@@ -164,6 +165,7 @@ def test_export_makes_both_formats_unless_told(dpm: Any, stand_in: Any) -> None:
     assert ended.out == "there/model.onnx  142.2 KB, agrees with the slim model to 2e-07\n"
     ended = dpm("export", "slim.pt", "--format", "onnx", "--format", "onnx", "-o", "there", "--json")
     assert (recorder.options["formats"], recorder.options["output"]) == (["onnx"], Path("there"))
+    assert recorder.options["opset"] == 18
     assert json.loads(ended.out)["exports"][0]["bytes"] == 142_229
 
 
