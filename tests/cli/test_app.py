@@ -23,7 +23,7 @@ OPTIONS = {
     "train": SHARED | {"--output", "--device", "--seed", "--overwrite", "--trust-pickle", "--quiet"},
     "inspect": SHARED | {"--trust-pickle"},
     "evaluate": SHARED | {"--device", "--trust-pickle"},
-    "export": {"--format", "--output", "--arch", "--overwrite", "--json"},
+    "export": {"--format", "--opset", "--output", "--arch", "--overwrite", "--json"},
     "compare": {"--csv", "--json"},
     "demo": {"--output", "--json", "--quiet"},
     "recipes": set(),
