@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpm_cli.budget import Kind, cost_of, find_floors, find_limit
+from dpm_cli.budget import Kind, choose_round_to, cost_of, find_floors, find_limit
 from dpm_cli.data import Splits, load_data
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.evaluate import Score, evaluate_module
@@ -21,6 +21,7 @@ from dpm_cli.engine.loss import main_output
 from dpm_cli.engine.precision import choose_precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, all_finite
 from dpm_cli.errors import (
+    AccuracyError,
     DpmError,
     ModelFileError,
     OutputError,
@@ -30,7 +31,7 @@ from dpm_cli.errors import (
     UsageError,
 )
 from dpm_cli.export import export_model, open_exported
-from dpm_cli.files import REPORT, is_unfinished, prepare_output, require_writable, write_atomic
+from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
 from dpm_cli.graph import find_groups
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
 from dpm_cli.models import apply_edits_, build, find_edits, load_model, load_slim
@@ -63,7 +64,8 @@ def prune(
 
     model: a file, or a module of the recipe's architecture (any module, if its code can be given again to `load`).
     should_stop: asked after every step; when true the run writes a checkpoint and raises Interrupted.
-    Raises a DpmError whose message is one line and whose `exit_code` is the command line's.
+    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError comes
+    after everything was written, and brings the report.
     """
     recipe, folder = _resolve(recipe), Path(output)
     if resume and (folder / REPORT).exists() and not is_unfinished(folder):
@@ -71,25 +73,27 @@ def prune(
     torch_device = choose_device(device)
     precision = choose_precision(recipe.precision, torch_device)
     module, arch = _load(model, recipe, trust_pickle)
-    prepare_output(folder, overwrite=overwrite, resume=resume)
-    run = Run(
-        module,
-        recipe,
-        load_splits(recipe, torch_device),
-        arch=arch,
-        output=folder,
-        device=torch_device,
-        precision=precision,
-        should_stop=should_stop or (lambda: False),
-    )
-    if arch is None:
-        run.notes.append(
-            f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
-            "dpm_cli.load(path, model=...) and a freshly built dense module"
+    require_writable(folder)
+    with locked(folder):
+        prepare_output(folder, overwrite=overwrite, resume=resume)
+        run = Run(
+            module,
+            recipe,
+            load_splits(recipe, torch_device),
+            arch=arch,
+            output=folder,
+            device=torch_device,
+            precision=precision,
+            should_stop=should_stop or (lambda: False),
         )
-    for event in run.events(resume=resume):
-        if on_event:
-            on_event(event)
+        if arch is None:
+            run.notes.append(
+                f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
+                "dpm_cli.load(path, model=...) and a freshly built dense module"
+            )
+        for event in run.events(resume=resume):
+            if on_event:
+                on_event(event)
     return run.report
 
 
@@ -238,14 +242,18 @@ def export_slim(
     output: str | Path = ".",
     overwrite: bool = False,
     arch: str | None = None,
+    opset: int = 18,
 ) -> list[ExportedFile]:
-    """Export a slim.pt again, without the run that made it. arch: needed for architectures of your own code."""
-    unknown = [format for format in formats if format not in EXPORT_NAMES]
-    if unknown:
-        raise UsageError(f"export format {unknown[0]!r} is not known; known: {', '.join(EXPORT_NAMES)}")
+    """Export a slim.pt again, without the run that made it.
+
+    formats: torchscript, onnx, onnx-fp16, pt2. arch: needed for architectures of your own code. opset: of ONNX.
+    """
+    for format in formats:
+        if format not in EXPORT_NAMES:
+            raise UsageError(f"export format {format!r} is not known; known: {', '.join(EXPORT_NAMES)}")
     loaded, folder = load_slim(Path(slim), arch), Path(output)
     require_writable(folder)
-    paths = {format: folder / EXPORT_NAMES[format] for format in formats}
+    paths = {known: folder / name for known, name in EXPORT_NAMES.items() if known in formats}
     for path in paths.values():
         if path.exists() and not overwrite:
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
@@ -261,7 +269,7 @@ def export_slim(
     image = torch.randn(1, *loaded.shape, generator=generator)
     exported = []
     for format, path in paths.items():
-        made = export_model(loaded.module, image, format=format, path=path, metadata=metadata)  # type: ignore[arg-type]
+        made = export_model(loaded.module, image, format=format, path=path, metadata=metadata, opset=opset)
         exported.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
     return exported
 
@@ -272,17 +280,19 @@ def inspect(model: nn.Module | str | Path, recipe: AnyRecipe, *, trust_pickle: b
     module, arch = _load(model, recipe, trust_pickle)
     prune = recipe.prune
     groups = find_groups(module, torch.zeros(2, *recipe.model.input), prune.keep)
-    floors = find_floors(groups, round_to=prune.round_to, min_keep=prune.min_keep)
+    kind, amount = prune.target.kind, prune.target.amount
+    round_to = choose_round_to(groups, prune.round_to, min_keep=prune.min_keep, kind=kind, amount=amount)
+    floors = find_floors(groups, round_to=round_to, min_keep=prune.min_keep)
     alive = np.ones(groups.units, bool)
     lowest = floors.lowest(groups)
     kinds: tuple[Kind, ...] = ("macs", "params", "channels")
     dense = {kind: cost_of(groups.cost, kind, alive) for kind in kinds}
     achievable = {kind: [cost_of(groups.cost, kind, lowest), dense[kind]] for kind in kinds}
-    kind, amount = prune.target.kind, prune.target.amount
     limit = find_limit(dense[kind], amount)
     return {
         "arch": arch,
         "dense": dense,
+        "round_to": round_to,
         "achievable": achievable,
         "target": {
             "kind": kind,
@@ -377,4 +387,6 @@ def _earlier_report(folder: Path, recipe: Recipe) -> Report:
         raise OutputError(f"{folder / 'report.json'} is not a report: {error}; start anew with --overwrite") from None
     if report.recipe_hash != recipe.hash:
         raise OutputError(f"{folder} holds a finished run of another recipe: choose another folder, or --overwrite")
+    if report.floor and report.floor.is_broken:
+        raise AccuracyError(report.floor.text or "", report=report)
     return report

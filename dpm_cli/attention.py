@@ -116,7 +116,7 @@ def _window_attention_class() -> Any:
             if any(shift):
                 x = x.roll((-shift[0], -shift[1]), (1, 2))
             grid = (rows // window[0], columns // window[1])
-            x = x.reshape(len(x), grid[0], window[0], grid[1], window[1], -1)  # (B, R, w, S, w, C)
+            x = x.reshape(x.shape[0], grid[0], window[0], grid[1], window[1], -1)  # (B, R, w, S, w, C)
             tokens = x.transpose(2, 3).flatten(3, 4).flatten(0, 2)  # (B·R·S, w·w, C)
 
             inner = self.proj.in_features

@@ -36,11 +36,27 @@ class Floors:
         return allowed
 
 
+AUTO_STEPS = (8, 4, 2, 1)  # the kernels of CPUs and of CUDA devices like multiples of 8
+
+
+def choose_round_to(groups: Groups, asked: int | Literal["auto"], *, min_keep: float, kind: Kind, amount: float) -> int:
+    """What widths are to be multiples of. "auto": 8, or the largest smaller power of two that can meet the target."""
+    if asked != "auto":
+        return asked
+    limit = find_limit(cost_of(groups.cost, kind, np.ones(groups.units, bool)), amount)
+    for step in AUTO_STEPS:
+        lowest = find_floors(groups, round_to=step, min_keep=min_keep).lowest(groups)
+        if cost_of(groups.cost, kind, lowest) <= limit:
+            return step
+    return AUTO_STEPS[0]  # the target is out of reach, whatever the step
+
+
 def find_floors(groups: Groups, *, round_to: int, min_keep: float) -> Floors:
     """round_to: surviving channels are a multiple of it. min_keep: fraction of each group that always stays."""
     sizes = np.array([group.size for group in groups], np.int64)
     step = np.array([round_to // math.gcd(round_to, group.channels_per_unit) for group in groups], np.int64)
-    fewest = np.maximum(1, np.ceil(sizes * min_keep - 1e-9).astype(np.int64))
+    least = np.array([group.least for group in groups], np.int64)
+    fewest = np.maximum(least, np.ceil(sizes * min_keep - 1e-9).astype(np.int64))
     return Floors(np.minimum(sizes, -(-fewest // step) * step), step, sizes)
 
 

@@ -13,6 +13,8 @@ DpmError                    exit code 1
 └── Interrupted             130  stopped by the user; resumable
 """
 
+from typing import Any
+
 
 class DpmError(Exception):
     """Base of everything a user can cause or must be told; `exit_code` is what the command line returns."""
@@ -61,9 +63,13 @@ class TargetError(DpmError):
 
 
 class AccuracyError(DpmError):
-    """An accuracy floor was broken."""
+    """An accuracy floor was broken. `report` is that of the run, which has written all its files."""
 
     exit_code = 4
+
+    def __init__(self, message: str, *, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class Interrupted(DpmError):

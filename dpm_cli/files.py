@@ -1,10 +1,13 @@
 """Files that are whole or not there, and the folder of a run."""
 
 import contextlib
+import errno
 import os
 import re
 import secrets
-from collections.abc import Callable
+import socket
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from dpm_cli.errors import OutputError, RunError
@@ -12,6 +15,7 @@ from dpm_cli.errors import OutputError, RunError
 REPORT = "report.json"  # written last: its presence says that the run is finished
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
 PREVIOUS = "checkpoint.previous.pt"  # the one before it; for a moment, while a new one gets its name, the only one
+LOCK = ".dpm-lock"  # while a run writes here
 OUTPUTS = ("slim.pt", "model.ts", "model.onnx", REPORT, "recipe.yaml", "metrics.jsonl")
 
 
@@ -84,6 +88,88 @@ def require_writable(folder: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"output folder {str(folder)!r} cannot be written: {reason}") from None
+
+
+@contextlib.contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, which must exist. Raises OutputError if one is in it.
+
+    The system holds the lock for this process and drops it however the process ends, so that a killed run never blocks
+    the next one; the file itself says nothing but who it is. Worker processes do not inherit it.
+    """
+    path = (folder / LOCK).resolve()
+    if path in _held:  # the system does not keep a process out of what it holds itself
+        raise _in_use(folder, "this process")
+    try:
+        descriptor = _lock(path)
+    except OSError as error:
+        raise OutputError(f"output folder {str(folder)!r} cannot be locked: {error.strerror or error}") from None
+    if descriptor is None:
+        raise _in_use(folder, _read_holder(path))
+    _held.add(path)
+    try:
+        os.truncate(descriptor, 0)
+        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        yield
+    finally:
+        _held.discard(path)
+        with contextlib.suppress(OSError):  # the folder may have been removed meanwhile
+            path.unlink()
+        os.close(descriptor)
+
+
+_held: set[Path] = set()
+
+
+def _lock(path: Path) -> int | None:
+    """A descriptor of the locked file, or none if another process holds it."""
+    while True:
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            is_free = _take(descriptor)
+            with contextlib.suppress(FileNotFoundError):
+                if is_free and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                    return descriptor
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)
+        if not is_free:
+            return None
+        # The file was removed by its last holder between the two lines above: lock the new one.
+
+
+if sys.platform == "win32":
+    import msvcrt
+
+    def _take(descriptor: int) -> bool:
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except OSError:
+            return False
+        return True
+else:
+    import fcntl
+
+    def _take(descriptor: int) -> bool:
+        # lockf, not flock: a decoding process that outlives a killed run would keep the latter's lock.
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            if error.errno in (errno.EACCES, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+
+def _read_holder(path: Path) -> str:
+    with contextlib.suppress(OSError):
+        return path.read_text(encoding="utf-8", errors="replace")[:100] or "another process"
+    return "another process"
+
+
+def _in_use(folder: Path, holder: str) -> OutputError:
+    return OutputError(f"{folder} is in use by {holder}: wait until that run is over, or choose another --output")
 
 
 def _remove_leftovers(folder: Path) -> None:

@@ -20,7 +20,7 @@ Positive = Annotated[int, Field(ge=1, le=10**12)]
 NonNegative = Annotated[int, Field(ge=0, le=10**12)]
 Side = Annotated[int, Field(ge=1, le=8192)]
 LearningRate = Annotated[float, Field(gt=0, le=100)]
-ExportFormat = Literal["torchscript", "onnx"]
+ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
 
 MAX_RECIPE_BYTES = 1 << 20
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
@@ -44,6 +44,15 @@ def parse_amount(value: object) -> float:
 
 
 Amount = Annotated[float, BeforeValidator(parse_amount)]
+
+
+def parse_step(value: object) -> object:
+    if value == "auto" or (type(value) is int and 1 <= value <= 10**6):
+        return value
+    raise ValueError("must be a number of channels such as 8, or auto")
+
+
+Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step)]
 
 
 class Model(Section):
@@ -112,13 +121,14 @@ class Prune(Section):
     rounds: Positive = 5
     start: Fraction = 0.0  # of the train stage: the first round
     end: Fraction = 0.5  # of the train stage: the last planned round is finished
-    round_to: Positive = 8  # surviving widths are multiples of this
+    round_to: Step = "auto"  # surviving widths are multiples of this; auto: 8, or less if the target needs it
     min_keep: Fraction = 0.1  # of every group; never less than one unit
     keep: tuple[str, ...] = ()  # layers whose outputs stay whole: names or patterns such as "layer4.*"
     normalizer: Literal["mean", "max"] | None = None  # of importances; none: max with sparse learning, else mean
     sparse_epochs: NonNegative = 0  # sparse learning before the first round
     sparse_strength: float = Field(default=5e-4, ge=0, le=100)
     sparse_lr: LearningRate = 0.01
+    max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; none: no floor
 
     @model_validator(mode="after")
     def _starts_before_it_ends(self) -> "Prune":
@@ -197,11 +207,18 @@ class Recipe(Section):
     finetune: Training = Training(lr=0.02)  # the slim model
     dense: Training | None = None  # `dpm train`; none: as `train`
     export: tuple[ExportFormat, ...] = ("torchscript", "onnx")
+    opset: int = Field(default=18, ge=18, le=30)  # of the ONNX files
     seed: int = Field(default=0, ge=0, lt=2**31)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     counter: Literal["flop_counter", "thop"] = "flop_counter"
     recalibrate_batches: NonNegative = 20  # BatchNorm statistics anew from so many batches, at the end
     checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="after")
+    def _can_see_its_floor(self) -> "Recipe":
+        if self.prune.max_drop is not None and not self.data.validation:
+            raise ValueError("prune.max_drop is judged on validation images: raise data.validation above 0")
+        return self
 
     @property
     def hash(self) -> str:

@@ -1,8 +1,8 @@
 """What a run hands back: one `Report`, the same in Python, in report.json, in slim.pt and in the table."""
 
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import asdict, dataclass, field, is_dataclass
+from typing import Any, get_args, get_origin, get_type_hints
 
 Event = dict[str, Any]  # one line of metrics.jsonl: {"event": "epoch" | "round" | "compact" | …, …}
 
@@ -41,6 +41,17 @@ class TargetReport:
     @property
     def is_met(self) -> bool:
         return self.reached <= self.limit
+
+
+@dataclass(frozen=True)
+class FloorReport:
+    """The accuracy floor, on the validation images."""
+
+    max_drop: float  # points
+    dense: float  # percent, of the dense model
+    limit: float  # percent
+    is_broken: bool  # it kept the run from its target
+    text: str | None  # what happened, if the run had to go back to an earlier state
 
 
 @dataclass(frozen=True)
@@ -103,6 +114,7 @@ class Report:
     versions: dict[str, Any]  # and hardware
     validation_accuracy: float | None = None  # percent, of the slim model
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
+    floor: FloorReport | None = None  # if the recipe sets prune.max_drop
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"target": asdict(self.target) | {"met": self.target.is_met}}
@@ -113,11 +125,12 @@ class Report:
     @classmethod
     def from_json(cls, text: str) -> "Report":
         """Read what `to_json` wrote. Raises ValueError if it is something else."""
-        values = json.loads(text)
         try:
-            return cls._from_dict(values)
-        except (AttributeError, KeyError, TypeError) as error:
+            report = cls._from_dict(json.loads(text))
+        except (AttributeError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
+        _require_types(report, "report")
+        return report
 
     @classmethod
     def _from_dict(cls, values: Any) -> "Report":
@@ -132,8 +145,36 @@ class Report:
                 "widths": [Width(**width) for width in values["widths"]],
                 "kept": [KeptLayer(**kept) for kept in values["kept"]],
                 "exports": [ExportedFile(**made) for made in values["exports"]],
+                "floor": FloorReport(**values["floor"]) if values.get("floor") else None,
             }
         )
+
+
+def _require_types(value: Any, place: str) -> None:
+    """Every field holds what it is declared to hold. Raises ValueError that names the first that does not."""
+    for name, kind in get_type_hints(type(value)).items():
+        field_value, field_place = getattr(value, name), f"{place}.{name}"
+        if not _is(field_value, kind):
+            raise ValueError(f"{field_place} is {str(field_value)[:40]!r}")
+        entries = field_value.values() if isinstance(field_value, dict) else field_value
+        for entry in entries if isinstance(entries, list | type({}.values())) else [field_value]:
+            if is_dataclass(entry):
+                _require_types(entry, field_place)
+
+
+def _is(value: Any, kind: Any) -> bool:
+    """Whether a value is of a declared type: a class, a union of them, a list or a dict of one."""
+    arguments = get_args(kind)
+    match get_origin(kind):
+        case None:
+            numbers = (int, float) if kind is float else (kind,)
+            return kind is Any or (isinstance(value, numbers) and not (kind is not bool and isinstance(value, bool)))
+        case origin if origin is list:
+            return isinstance(value, list) and all(_is(entry, arguments[0]) for entry in value)
+        case origin if origin is dict:
+            return isinstance(value, dict) and all(_is(entry, arguments[1]) for entry in value.values())
+        case _:
+            return any(_is(value, argument) for argument in arguments)
 
 
 def _measured(values: dict[str, Any]) -> Measured:

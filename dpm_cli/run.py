@@ -6,7 +6,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.budget import Floors, find_floors, resolve_limit
+from dpm_cli.budget import Floors, choose_round_to, find_floors, resolve_limit
 from dpm_cli.data import Augmentation, Splits
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
@@ -23,9 +23,10 @@ from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
-from dpm_cli.errors import Interrupted, OutputError, RunError, TargetError
-from dpm_cli.export import export_model, open_exported
+from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RunError, TargetError
+from dpm_cli.export import Format, export_model, open_exported
 from dpm_cli.files import CHECKPOINT, write_atomic
+from dpm_cli.floor import Floor
 from dpm_cli.graph import Groups, find_groups, take
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import save_slim
@@ -36,6 +37,7 @@ from dpm_cli.rectify import Rectifier
 from dpm_cli.report import (
     Event,
     ExportedFile,
+    FloorReport,
     KeptLayer,
     Measured,
     Milliseconds,
@@ -46,7 +48,12 @@ from dpm_cli.report import (
 )
 
 Events = Generator[Event, None, None]
-EXPORT_NAMES = {"torchscript": "model.ts", "onnx": "model.onnx"}
+EXPORT_NAMES: dict[Format, str] = {
+    "torchscript": "model.ts",
+    "onnx": "model.onnx",
+    "onnx-fp16": "model.fp16.onnx",
+    "pt2": "model.pt2",
+}
 CHECK_IMAGES = 8  # real inputs on which outputs before and after compaction are compared
 
 
@@ -100,13 +107,34 @@ class Run:
 
         example = torch.zeros(2, *recipe.model.input)
         self.dense_groups = find_groups(model, example, recipe.prune.keep)
-        self.floors = find_floors(self.dense_groups, round_to=recipe.prune.round_to, min_keep=recipe.prune.min_keep)
-        self.model = copy.deepcopy(model).to(device)
-        to_fast_layout_(self.model)
-        self.pruning = self._plan_pruning(self.dense_groups, self.floors)
+        prune = recipe.prune
+        self.round_to = choose_round_to(
+            self.dense_groups,
+            prune.round_to,
+            min_keep=prune.min_keep,
+            kind=prune.target.kind,
+            amount=prune.target.amount,
+        )
+        if prune.round_to == "auto":
+            self.notes.append(f"prune.round_to is auto: widths are multiples of {self.round_to}")
+        self.floors = find_floors(self.dense_groups, round_to=self.round_to, min_keep=prune.min_keep)
+        self.floor: Floor | None = None  # of the accuracy, once the dense model was measured
+        self._begin_dense()
         self.teacher = None
         if any(stage.training.distill for stage in self.stages):
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def _begin_dense(self) -> None:
+        """The model as it was given, and all of its pruning still to come."""
+        self.model = copy.deepcopy(self.dense).to(self.device)
+        to_fast_layout_(self.model)
+        self.pruning = self._plan_pruning(self.dense_groups, self.floors)
+
+    def _restore_model(self, pruning: dict[str, Any], weights: dict[str, Any]) -> None:
+        """An earlier state of a model that is dense now."""
+        self.pruning.load_state_dict(pruning)
+        to_fast_layout_(self.model)
+        self.model.load_state_dict(weights)
 
     def _plan_pruning(self, groups: Groups, floors: Floors) -> Pruning:
         prune, decay = self.recipe.prune, self.recipe.decay
@@ -140,22 +168,39 @@ class Run:
 
     def events(self, *, resume: bool = False) -> Events:
         yield self._started()
+        self._measure_floor()
         if resume:
             yield from self._restore()
         with Metrics(self.output / "metrics.jsonl", self._metrics_bytes) as self.metrics:
-            while self.progress.stage < len(self.stages):
-                yield from self._train(self.stages[self.progress.stage])
-                self.progress.stage, self.progress.step = self.progress.stage + 1, 0
+            yield from self._train_stages()
+            while not self._holds_floor():
+                is_final = self._went_back or self._held_the_target
+                yield self._go_back("fine-tuning" if is_final else f"round {self.pruning.round}")
+                if is_final:  # fine-tuning from here did not help
+                    break
+                self.progress.stage = self._stage_after_pruning
                 yield self._save_checkpoint(None)
-            if not self.pruning.is_done:
-                raise TargetError(
-                    f"target {self.pruning.kind} <= {self.pruning.limit:,} was not met: {self.pruning.cost():,} is left"
-                )
+                yield from self._train_stages()
             yield from self._finish()
         remove_checkpoints(self.output)
         for note in self.notes:
             yield {"event": "note", "text": note}
         yield {"event": "done"}
+        if self.report.floor and self.report.floor.is_broken:
+            raise AccuracyError(self.report.floor.text or "", report=self.report)
+
+    def _train_stages(self) -> Events:
+        """What is left of the stages; then the BatchNorm statistics are settled."""
+        while self.progress.stage < len(self.stages):
+            yield from self._train(self.stages[self.progress.stage])
+            self.progress.stage, self.progress.step = self.progress.stage + 1, 0
+            yield self._save_checkpoint(None)
+        if not self.pruning.is_done and not self._went_back:
+            raise TargetError(
+                f"target {self.pruning.kind} <= {self.pruning.limit:,} was not met: {self.pruning.cost():,} is left"
+            )
+        batches = self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
+        recalibrate_batchnorm_(self.model, batches, count=self.recipe.recalibrate_batches, precision=self.precision)
 
     def _train(self, stage: Stage) -> Events:
         learner, meter = self._make_learner(stage), LossMeter(self.device)
@@ -171,6 +216,11 @@ class Run:
         for images, labels in self._batches(stage):
             step = self.progress.step
             if pruning and pruning.is_due(step):
+                if self._holds_floor():
+                    self._remember_state()
+                elif pruning.round:
+                    yield self._go_back(f"round {pruning.round}")
+                    break
                 yield self.metrics.write({"event": "round", "stage": stage.name, "step": step} | pruning.start_round())
             if pruning and pruning.is_over:  # one-step pruning
                 yield self._finish_round(stage, learner, meter)
@@ -211,6 +261,8 @@ class Run:
                 )
             if stopping:
                 raise Interrupted(f"stopped in stage {stage.name} at step {step}; continue with --resume")
+        if pruning and pruning.is_done and self._holds_floor():
+            self._remember_state()
         self._count_seconds(stage, started)
 
     def _finish_round(self, stage: Stage, learner: Learner, meter: LossMeter) -> Event:
@@ -258,14 +310,19 @@ class Run:
     def _finish(self) -> Events:
         """The model is slim and trained: settle its statistics, save, export, measure."""
         recipe, started = self.recipe, time.monotonic()
-        batches = self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
-        recalibrate_batchnorm_(self.model, batches, count=recipe.recalibrate_batches, precision=self.precision)
         slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
         exports = []
         for format in recipe.export:
             path = self.output / EXPORT_NAMES[format]
             try:
-                made = export_model(slim, self._image(), format=format, path=path, metadata=self._metadata())
+                made = export_model(
+                    slim,
+                    self._image(),
+                    format=format,
+                    path=path,
+                    metadata=self._metadata(),
+                    opset=recipe.opset,
+                )
             except RunError as error:
                 raise RunError(
                     f"{error}; the training is kept: --resume with --set export=[] does without it"
@@ -284,6 +341,66 @@ class Run:
         write_atomic(self.output / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
         write_atomic(self.output / "report.json", lambda path: _write_text(path, self.report.to_json() + "\n"))
 
+    # --------------------------------------------------------------------------------------- the accuracy floor
+
+    def _measure_floor(self) -> None:
+        if self.recipe.prune.max_drop is not None:
+            accuracy = self._validate()
+            assert accuracy is not None  # a recipe with a floor has validation images
+            self.floor = Floor(self.recipe.prune.max_drop, accuracy)
+
+    def _holds_floor(self) -> bool:
+        accuracy = self._validate() if self.floor else None
+        return self.floor is None or accuracy is None or self.floor.holds(accuracy)
+
+    @property
+    def _went_back(self) -> bool:
+        return self.floor is not None and self.floor.broken is not None
+
+    @property
+    def _held_the_target(self) -> bool:
+        """Whether the state to go back to is one in which all pruning was done."""
+        return self.floor is not None and self.floor.held is not None and self.floor.held["is_done"]
+
+    def _remember_state(self) -> None:
+        """As the last one that held the floor: the model and its structure."""
+        if self.floor:
+            weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in self.model.state_dict().items()}
+            pruning = copy.deepcopy(self.pruning.state_dict())
+            self.floor.held = {"model": weights, "pruning": pruning, "is_done": self.pruning.is_done}
+
+    def _go_back(self, culprit: str) -> Event:
+        """To the last state that held the floor, for good: nothing is pruned any more."""
+        assert self.floor is not None
+        accuracy, floor, held = self._validate(), self.floor, self.floor.held
+        self._begin_dense()
+        if held:
+            self._restore_model(copy.deepcopy(held["pruning"]), held["model"])
+        pruning = self.pruning
+        if not floor.broken:
+            floor.broken = (
+                f"{culprit} broke the accuracy floor and did not recover: validation {accuracy:.2f} %, floor "
+                f"{floor.limit:.2f} % ({floor.max_drop:g} points below the dense model); the run went back to the last "
+                f"state that held, with {pruning.kind} {pruning.cost():,} (target {pruning.limit:,})"
+            )
+        return self.metrics.write(
+            {
+                "event": "back",
+                "stage": self.stages[min(self.progress.stage, len(self.stages) - 1)].name,
+                "step": self.progress.step,
+                "culprit": culprit,
+                "validation_accuracy": accuracy,
+                "floor": floor.limit,
+                "macs": pruning.groups.cost.macs(pruning.all_alive),
+                "params": pruning.groups.cost.parameters(pruning.all_alive),
+                "units": pruning.groups.units,
+            }
+        )
+
+    @property
+    def _stage_after_pruning(self) -> int:
+        return next(index for index, stage in enumerate(self.stages, 1) if stage.name == "train")
+
     # --------------------------------------------------------------------------------------------------- pieces
 
     def _started(self) -> Event:
@@ -298,6 +415,7 @@ class Run:
                 {"name": s.name, "epochs": s.training.epochs, "steps": s.training.epochs * self.steps_per_epoch}
                 for s in self.stages
             ],
+            "round_to": self.round_to,
             "target": {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
             "dense": {
                 "macs": self.dense_groups.cost.macs(alive),
@@ -380,12 +498,14 @@ class Run:
         state = {
             "recipe": self._settings,
             "weights": self._fingerprint,
+            "data": dict(self.splits.fingerprints),
             "stage": self.progress.stage,
             "step": self.progress.step,
             "difference": self.progress.difference,
             "seconds": self.progress.seconds,
             "model": self.model.state_dict(),
             "pruning": self.pruning.state_dict(),
+            "floor": self.floor.state_dict() if self.floor else None,
             "in_stage": in_stage,
             "scaler": scaler.state_dict() if scaler else None,
             "rng": capture_rng(),
@@ -396,8 +516,8 @@ class Run:
 
     @property
     def _settings(self) -> str:
-        """What a resumed run must agree on: all but the formats, so that an export that fails costs no training."""
-        return dump_recipe(self.recipe.model_copy(update={"export": ()}))
+        """What a resumed run must agree on: all but the exports, so that an export that fails costs no training."""
+        return dump_recipe(self.recipe.model_copy(update={"export": (), "opset": 18}))
 
     @cached_property
     def _fingerprint(self) -> str:
@@ -424,9 +544,14 @@ class Run:
             raise OutputError(
                 f"{checkpoint.path} was made from another model file: resume with the same, or --overwrite"
             )
-        self.pruning.load_state_dict(state["pruning"])
-        to_fast_layout_(self.model)
-        self.model.load_state_dict(state["model"])
+        if state["data"] != self.splits.fingerprints:
+            changed = _changed_data(state["data"], self.splits.fingerprints)
+            raise OutputError(
+                f"{checkpoint.path} was made with other data ({changed}): resume with the same, or --overwrite"
+            )
+        self._restore_model(state["pruning"], state["model"])
+        if self.floor:
+            self.floor.load_state_dict(state["floor"])
         self.progress = Progress(state["stage"], state["step"], state["difference"], dict(state["seconds"]))
         self._restored = state["in_stage"]
         if self.precision.scaler and state["scaler"]:
@@ -482,6 +607,11 @@ class Run:
             self.notes.append(
                 "the folder has no test images: a fixed tenth of the training images served as the test set"
             )
+        floor = None
+        if self.floor:
+            reached = self.floor
+            floor = FloorReport(reached.max_drop, reached.dense, reached.limit, self._is_floor_broken, reached.broken)
+            self.notes += [reached.broken] if reached.broken else []
         return Report(
             arch=self.arch,
             base=self.recipe.prune.base,
@@ -515,7 +645,13 @@ class Run:
             versions=dict(hardware()),
             validation_accuracy=self._validate(),
             notes=self.notes,
+            floor=floor,
         )
+
+    @property
+    def _is_floor_broken(self) -> bool:
+        """Whether the floor kept the run from its target."""
+        return self._went_back and self.pruning.cost() > self.pruning.limit
 
     def _save_slim(self, slim: nn.Module) -> None:
         save_slim(
@@ -616,6 +752,16 @@ def _changed_lines(old: str, new: str) -> str:
         if left != right:
             return f"{left.strip()} there, {right.strip()} here"
     return "more settings in one of them"
+
+
+def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """The first set of images that differs, for a message."""
+    for name, here in new.items():
+        there = old.get(name, "none")
+        if there != here:
+            left, right = (text.partition(",")[0] for text in (there, here))
+            return f"{name}: {left} there, {right} here" if left != right else f"{name}: {left}, but not the same"
+    return "more of it there"
 
 
 def _write_text(path: Path, text: str) -> None:

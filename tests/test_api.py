@@ -13,7 +13,16 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpm_cli import api
-from dpm_cli.errors import Interrupted, ModelFileError, OutputError, RecipeError, RunError, TargetError, UsageError
+from dpm_cli.errors import (
+    AccuracyError,
+    Interrupted,
+    ModelFileError,
+    OutputError,
+    RecipeError,
+    RunError,
+    TargetError,
+    UsageError,
+)
 from dpm_cli.export import open_exported
 from dpm_cli.measure import count_parameters, measure_in_turns
 from dpm_cli.models import build, load, load_slim
@@ -238,6 +247,18 @@ def test_finished_run_resumed_returns_its_report(finished, dense_file):
         api.prune(dense_file, recipe(export=["torchscript"]), output=folder)
 
 
+def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
+    monkeypatch.setattr("dpm_cli.run.Run._validate", lambda run: 90.0 if run.floor is None else 0.0)
+    settings, said = recipe(prune={"max_drop": 1}), []
+    for attempt in range(2):
+        with pytest.raises(AccuracyError, match="round 1 broke the accuracy floor") as broken:
+            api.prune(dense_file, settings, output=tmp_path, resume=attempt == 1)
+        said.append((str(broken.value), broken.value.report))
+    assert said[0] == said[1]
+    assert broken.value.exit_code == 4
+    assert count_parameters(load(tmp_path / "slim.pt")) == said[0][1].dense.params
+
+
 def test_report_that_is_none_is_refused(dense_file, tmp_path):
     (tmp_path / "report.json").write_text('{"target": 3}')
     with pytest.raises(OutputError, match="is not a report"):
@@ -290,7 +311,23 @@ def test_overwriting_removes_both_checkpoints_and_what_a_kill_left_behind(dense_
         overwrite=True,
         on_event=lambda event: seen or seen.append(sorted(path.name for path in tmp_path.iterdir())),
     )
-    assert seen[0] == sorted([*foreign, "metrics.jsonl"])
+    assert seen[0] == sorted([*foreign, ".dpm-lock", "metrics.jsonl"])
+
+
+@pytest.mark.parametrize("settings", [{}, {"resume": True}, {"overwrite": True}])
+def test_a_second_run_into_the_same_folder_is_refused_and_harms_nothing(finished, dense_file, tmp_path, settings):
+    refusals = []
+
+    def disturb(event):
+        if event["event"] == "step" and not refusals:
+            with pytest.raises(OutputError, match="in use by this process: wait until that run is over") as refusal:
+                api.prune(dense_file, recipe(), output=tmp_path, **settings)
+            refusals.append(refusal)
+
+    api.prune(dense_file, recipe(), output=tmp_path, on_event=disturb)
+    assert refusals
+    assert_same_bits(load(tmp_path / "slim.pt").state_dict(), load(finished[0] / "slim.pt").state_dict())
+    assert not (tmp_path / ".dpm-lock").exists()
 
 
 def test_target_that_cannot_be_met_leaves_no_trace_and_takes_no_time(dense_file, tmp_path):

@@ -8,6 +8,7 @@ from torchvision.models import VisionTransformer
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
 from dpm_cli.attention import SlimMultiheadAttention, _window_attention_class
+from dpm_cli.export import export_model
 from dpm_cli.graph import Units, compact_, find_groups
 from dpm_cli.models import load_slim, save_slim
 
@@ -83,3 +84,5 @@ def test_a_transformer_that_lost_heads_is_exact_and_reloads(build, tmp_path):
         dense=dense,
     )
     assert torch.equal(load_slim(path, model=build()).module(images), after)
+    exported = export_model(slim, images[:1], format="pt2", path=tmp_path / "slim.pt2", metadata={})
+    assert exported.max_difference <= 1e-5  # at several batches, so none is frozen

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from dpm_cli.budget import choose_victims, cost_of, find_floors, find_limit, resolve_limit
+from dpm_cli.budget import choose_round_to, choose_victims, cost_of, find_floors, find_limit, resolve_limit
 from dpm_cli.errors import TargetError
 from dpm_cli.graph import compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
@@ -226,3 +226,13 @@ def test_a_width_that_releases_left_between_two_steps_is_rounded_down_whatever_t
     dense = groups.cost.macs(np.ones(groups.units, bool))
     victims = choose_victims(groups, floors, scores, kind="macs", limit=dense, alive=alive)
     assert np.flatnonzero(victims).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("asked", "amount", "chosen"), [("auto", 0.99, 8), ("auto", 0.3, 2), ("auto", 1e-9, 8), (3, 0.3, 3)]
+)
+def test_automatic_rounding_is_the_coarsest_that_can_meet_the_target(asked, amount, chosen):
+    # Of 147 parameters 83 are left at widths 8 and 4, 51 at 4 and 4, 23 at 2 and 2, 17 at 2 and 1.
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 3, 1)).eval()
+    groups = find_groups(net, torch.zeros(2, 3, 4, 4))
+    assert choose_round_to(groups, asked, min_keep=0.1, kind="params", amount=amount) == chosen

@@ -1,11 +1,15 @@
 import errno
 import os
+import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
 from dpm_cli.errors import OutputError, RunError
-from dpm_cli.files import prepare_output, write_atomic
+from dpm_cli.files import LOCK, locked, prepare_output, write_atomic
 
 
 def disk_full(path: Path) -> None:
@@ -108,3 +112,66 @@ def test_results_without_a_report_are_not_overwritten_either(tmp_path: Path) -> 
 def test_resume_and_overwrite_contradict_each_other(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="give one of them"):
         prepare_output(tmp_path, overwrite=True, resume=True)
+
+
+def hold_in_another_process(folder: Path) -> "subprocess.Popen[str]":
+    """A process that has locked the folder and waits."""
+    code = """
+        import sys
+        from pathlib import Path
+        from dpm_cli.files import locked
+        with locked(Path(sys.argv[1])):
+            print("locked", flush=True)
+            sys.stdin.read()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(folder)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "locked\n"
+    return process
+
+
+def test_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
+    process = hold_in_another_process(tmp_path)
+    with pytest.raises(OutputError, match=rf"in use by process {process.pid} on .*: wait") as caught, locked(tmp_path):
+        pass
+    assert "\n" not in str(caught.value)
+    process.communicate(timeout=20)
+    with locked(tmp_path), pytest.raises(OutputError, match="in use by this process"), locked(tmp_path / "."):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:
+    process = hold_in_another_process(tmp_path)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=20)
+    assert (tmp_path / LOCK).exists()
+    with locked(tmp_path):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_decoding_process_does_not_inherit_the_lock(tmp_path: Path) -> None:
+    code = """
+        import os, sys, time
+        from pathlib import Path
+        from dpm_cli.files import locked
+        with locked(Path(sys.argv[1])):
+            if os.fork():
+                os._exit(0)  # as if killed
+            sys.stdout.close()
+            time.sleep(3)
+            os._exit(0)
+    """
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
+    subprocess.run(command, check=True, timeout=20, stdout=subprocess.DEVNULL)
+    with locked(tmp_path):
+        pass
+
+
+def test_folder_that_vanished_is_not_locked(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match="cannot be locked: No such file"), locked(tmp_path / "absent"):
+        pass

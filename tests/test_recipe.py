@@ -128,6 +128,11 @@ def test_all_mistakes_are_reported_at_once() -> None:
         (SMALLEST | {"prune": {"target": {"macs": 0.5}, "start": 0.5, "end": 0.5}}, "must lie before end"),
         (SMALLEST | {"train": {"epochs": 2, "warmup_epochs": 2}}, "fewer than epochs"),
         (SMALLEST | {"seed": -1}, "seed is -1"),
+        (SMALLEST | {"prune": {"target": {"macs": 0.5}, "max_drop": -1}}, "prune.max_drop is -1"),
+        (
+            SMALLEST | {"prune": {"target": {"macs": 0.5}, "max_drop": 1}, "data": {"name": "digits", "validation": 0}},
+            "raise data.validation above 0",
+        ),
         (SMALLEST | {"export": ["tflite"]}, "known: 'torchscript', 'onnx'"),
     ],
 )
@@ -176,6 +181,10 @@ def test_scientific_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
         ("train.lr=1e-3", lambda r: r.train.lr, 0.001),
         ("dense.epochs=4", lambda r: r.dense.epochs, 4),
         ("export=[onnx]", lambda r: r.export, ("onnx",)),
+        ("export=[onnx-fp16, pt2]", lambda r: r.export, ("onnx-fp16", "pt2")),
+        ("opset=20", lambda r: r.opset, 20),
+        ("prune.round_to=auto", lambda r: r.prune.round_to, "auto"),
+        ("prune.round_to=16", lambda r: r.prune.round_to, 16),
         ("prune.target.params=2M", lambda r: (r.prune.target.kind, r.prune.target.amount), ("params", 2e6)),
         ("decay.rectify=false", lambda r: r.decay.rectify, None),
         ("decay.rectify.rate=0.3", lambda r: r.decay.rectify.rate, 0.3),
@@ -262,3 +271,8 @@ def test_any_value_for_any_key_is_accepted_or_explained(value: object) -> None:
 def test_the_hash_changes_with_any_setting(override: str) -> None:
     assert parse_recipe(SMALLEST).hash != parse_recipe(SMALLEST, [override]).hash
     assert parse_recipe(SMALLEST).hash == Recipe.model_validate(SMALLEST).hash
+
+
+def test_a_wrong_round_to_is_one_mistake() -> None:
+    (problem,) = problems_of(SMALLEST, "prune.round_to=0")
+    assert problem == "recipe: prune.round_to is 0; must be a number of channels such as 8, or auto"

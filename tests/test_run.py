@@ -12,12 +12,14 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpm_cli.data import load_data
+from dpm_cli.data.digits import read_digits
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.precision import choose_precision
-from dpm_cli.errors import Interrupted, OutputError, RecipeError, RunError, TargetError
+from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.measure import count_macs, count_parameters, measure_in_turns
 from dpm_cli.models import load_slim
 from dpm_cli.recipe import parse_recipe
+from dpm_cli.report import Report
 from dpm_cli.run import Metrics, Run, plan_stages
 
 FP32 = choose_precision("fp32", torch.device("cpu"))
@@ -483,6 +485,31 @@ def test_resume_with_other_weights_is_refused(tmp_path, splits):
         go(tmp_path, make_recipe(), splits, resume=True, model=other)
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"limit": 229}, r"training images: 230 images there, 229 images here"),
+        ({"label": 3}, r"training images: 230 images, but not the same"),
+        ({"pixel": 3}, r"training images: 230 images, but not the same"),
+    ],
+)
+def test_resume_with_other_data_is_refused(tmp_path, splits, monkeypatch, change, said):
+    with pytest.raises(Interrupted):
+        go(tmp_path, make_recipe(), splits, should_stop=stop_after(2))
+    before = (tmp_path / "checkpoint.pt").read_bytes()
+    train, test = read_digits()
+    if "label" in change:
+        train.labels[:] = train.labels.roll(1)
+    if "pixel" in change:
+        train.pixels[:, 0, 0, 0] += 1
+    monkeypatch.setattr("dpm_cli.data.digits.read_digits", lambda: (train, test))
+    changed = load_digits(**{key: value for key, value in change.items() if key == "limit"})
+    with pytest.raises(OutputError, match=rf"made with other data \({said}\): resume with the same") as refusal:
+        go(tmp_path, make_recipe(), changed, resume=True)
+    assert "\n" not in str(refusal.value)
+    assert (tmp_path / "checkpoint.pt").read_bytes() == before
+
+
 def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatch):
     def fail(*args, **settings):
         raise RunError("model.onnx was not written: an operator is not supported")
@@ -514,6 +541,122 @@ def test_gradient_scaler_is_restored(tmp_path, splits):
     assert_same_bits(tensors_of(folders[1]), tensors_of(folders[0]))
     (first, *_) = [event for event in metrics(folders[0]) if event["event"] == "compact"]
     assert first["step"] > 4  # skipped steps did not count as steps of the decay
+
+
+# ---------------------------------------------------------------------------------------------------- accuracy floor
+
+FLOOR = ["prune.max_drop=10"]
+
+
+@pytest.fixture
+def accuracy(monkeypatch):
+    """Let the validation accuracy be a function of the run: 90 % of the dense model, and what the test says."""
+
+    def follow(rule):
+        monkeypatch.setattr(Run, "_validate", lambda run: 90.0 if rule(run) else 50.0)
+
+    return follow
+
+
+def units_after_rounds(folder):
+    return [event["units"] for event in metrics(folder) if event["event"] == "compact"]
+
+
+def consume(events, seen):
+    """Keeps what was seen before an error."""
+    for event in events:
+        seen.append(event)
+
+
+def go_and_break(output, recipe, splits, **settings):
+    run, events = make_run(output, recipe, splits, **settings), []
+    with pytest.raises(AccuracyError) as broken:
+        consume(run.events(), events)
+    assert broken.value.report is run.report
+    assert "\n" not in str(broken.value)
+    return run.report, events
+
+
+def test_floor_that_holds_changes_no_bit(tmp_path, splits, whole):
+    run, events = go(tmp_path, make_recipe("prune.max_drop=100"), splits)
+    assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
+    assert not any(event["event"] == "back" for event in events)
+    floor = run.report.floor
+    assert (floor.max_drop, floor.limit, floor.is_broken, floor.text) == (100, floor.dense - 100, False, None)
+
+
+def test_last_round_that_breaks_the_floor_is_taken_back(tmp_path, splits, whole, accuracy):
+    first, _ = units_after_rounds(whole("plain"))
+    accuracy(lambda run: run.pruning.groups.units >= first)
+    report, events = go_and_break(tmp_path, make_recipe(*FLOOR), splits)
+    (back,) = [event for event in metrics(tmp_path) if event["event"] == "back"]
+    assert (back["culprit"], back["units"], back["validation_accuracy"], back["floor"]) == ("round 2", first, 50, 80)
+    assert report.units.removed == 20 - first
+    assert report.target.reached == back["macs"] > report.target.limit
+    assert not report.target.is_met
+    assert (report.floor.dense, report.floor.is_broken) == (90, True)
+    assert report.floor.text in report.notes
+    assert f"with macs {back['macs']:,} (target" in report.floor.text
+    slim = load_slim(tmp_path / "slim.pt", model=make_net()).module
+    assert slim.stem.out_channels + slim.inner.out_channels == first
+    stages = [event["name"] for event in events if event["event"] == "stage"]
+    assert stages == ["train", "finetune", "finetune"]  # what was held is fine-tuned, too
+    assert Report.from_json((tmp_path / "report.json").read_text()) == report
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "metrics.jsonl", "recipe.yaml", "report.json", "slim.pt",
+    ]  # fmt: skip
+
+
+def test_round_that_does_not_recover_until_the_next_ends_the_pruning(tmp_path, splits, accuracy):
+    accuracy(lambda run: run.pruning.groups.units == 20)
+    report, events = go_and_break(tmp_path, make_recipe(*FLOOR), splits)
+    rounds = [event["round"] for event in events if event["event"] == "round"]
+    assert rounds == [1]
+    assert report.units.removed == 0
+    assert report.target.reached == report.target.dense
+    (back,) = [event for event in events if event["event"] == "back"]
+    assert (back["culprit"], back["stage"]) == ("round 1", "train")
+    assert [event["step"] for event in events if event["event"] == "step"][-6:] == [1, 2, 3, 4, 5, 6]  # fine-tuning
+
+
+def test_round_that_recovers_in_time_stays(tmp_path, splits, whole, accuracy):
+    accuracy(lambda run: not (run.pruning.round == 1 and run.progress.step < run.pruning.starts[1]))
+    go(tmp_path, make_recipe(*FLOOR), splits)
+    assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
+
+
+def test_training_that_never_holds_leaves_the_model_as_it_was(tmp_path, splits, accuracy):
+    accuracy(lambda run: run.floor is None)
+    report, _ = go_and_break(tmp_path, make_recipe(*FLOOR), splits)
+    assert report.units.removed == 0
+    assert_same_bits(tensors_of(tmp_path), make_net().state_dict())
+
+
+def test_fine_tuning_that_breaks_the_floor_is_taken_back_and_the_target_is_met(tmp_path, splits, whole, accuracy):
+    accuracy(lambda run: run.progress.stage == 0)
+    run, _ = go(tmp_path, make_recipe(*FLOOR), splits)
+    assert run.report.target.is_met
+    assert not run.report.floor.is_broken
+    assert "fine-tuning broke the accuracy floor" in run.report.notes[0]
+    without = tmp_path / "without"
+    without.mkdir()
+    go(without, make_recipe("finetune.epochs=0", "recalibrate_batches=0"), splits)
+    assert_same_bits(tensors_of(tmp_path), tensors_of(without))
+
+
+@pytest.mark.parametrize("variant", ["plain", "rectify"])
+def test_stopped_run_breaks_its_floor_with_the_same_bits(tmp_path, splits, whole, accuracy, variant):
+    recipe = make_recipe(*VARIANTS[variant], *FLOOR)
+    first, *_ = units_after_rounds(whole(variant))
+    accuracy(lambda run: run.pruning.groups.units >= first)
+    folders = [tmp_path / "whole", tmp_path / "stopped"]
+    for folder in folders:
+        folder.mkdir()
+    go_and_break(folders[0], recipe, splits)
+    with pytest.raises(AccuracyError):
+        resume_to_the_end(folders[1], recipe, splits, lambda attempt: stop_after(1 + attempt % 5))
+    assert_same_bits(*(tensors_of(folder) for folder in folders))
+    assert timeless(metrics(folders[0])) == timeless(metrics(folders[1]))
 
 
 # ------------------------------------------------------------------------------------------------------------ faults

@@ -1,4 +1,4 @@
-"""`dpm export`: a slim.pt as TorchScript and ONNX again, without the run that made it."""
+"""`dpm export`: a slim.pt as files that deploy again, without the run that made it."""
 
 from dataclasses import asdict
 from enum import StrEnum
@@ -15,16 +15,24 @@ from dpm_cli.cli.outcome import libraries_on_stderr, print_json
 class Format(StrEnum):
     torchscript = "torchscript"
     onnx = "onnx"
+    onnx_fp16 = "onnx-fp16"
+    pt2 = "pt2"
+
+
+USUAL = (Format.torchscript, Format.onnx)
 
 
 def export(
     slim: Annotated[Path, typer.Argument(metavar="SLIM", help="The slim.pt of a run.")],
-    format: Annotated[list[Format] | None, typer.Option(help="Repeat for several.", show_default="both")] = None,
+    format: Annotated[
+        list[Format] | None, typer.Option(help="Repeat for several.", show_default="torchscript and onnx")
+    ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write into.")] = Path(),
     arch: Annotated[
         str | None,
         typer.Option(metavar="ARCH", help="package.module:function of your own code, if the file was made from it."),
     ] = None,
+    opset: Annotated[int, typer.Option(metavar="N", help="Of the ONNX files.")] = 18,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:
@@ -32,9 +40,11 @@ def export(
 
     Every file is loaded again and compared with the slim model.
     """
-    formats = list(dict.fromkeys(str(each) for each in format or Format))
+    formats = list(dict.fromkeys(str(each) for each in format or USUAL))
     with libraries_on_stderr():
-        exported = dpm_cli.export_slim(slim, formats=formats, output=output, overwrite=overwrite, arch=arch)
+        exported = dpm_cli.export_slim(
+            slim, formats=formats, output=output, overwrite=overwrite, arch=arch, opset=opset
+        )
     if as_json:
         print_json({"slim": str(slim), "exports": [asdict(each) for each in exported]})
     else:

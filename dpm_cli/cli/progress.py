@@ -60,6 +60,12 @@ def describe(event: Event) -> str | None:
                 f"round {event['round']}  {event['removed']} units removed, {event['released']} released  "
                 f"now {numbers.count(event['macs'])} MACs, {numbers.count(event['params'])} parameters"
             )
+        case "back":
+            return (
+                f"{event['culprit']} broke the accuracy floor: validation "
+                f"{numbers.percent(event['validation_accuracy'])} is below {numbers.percent(event['floor'])}  "
+                f"back to {numbers.count(event['macs'])} MACs, {numbers.count(event['params'])} parameters"
+            )
         case "export":
             return f"exported {event['path']}  agrees {numbers.agreement(event['max_difference'])}"
         case "measure":

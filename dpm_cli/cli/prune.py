@@ -1,5 +1,6 @@
 """`dpm prune`: the main job."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -20,9 +21,9 @@ from dpm_cli.cli.options import (
     TrustPickle,
     collect_overrides,
 )
-from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.outcome import flush, print_json
 from dpm_cli.cli.progress import follow
-from dpm_cli.errors import Interrupted
+from dpm_cli.errors import AccuracyError, Interrupted
 from dpm_cli.report import Event, Report
 
 
@@ -48,6 +49,7 @@ def prune(
     settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
     with follow(quiet=quiet, as_json=as_json) as tell, stop_between_steps() as stop:
         announced = False
+        broken: AccuracyError | None = None
 
         def watch(event: Event) -> None:
             nonlocal announced
@@ -69,6 +71,8 @@ def prune(
                 on_event=watch,
                 should_stop=stop.is_wanted,
             )
+        except AccuracyError as error:
+            report, broken = error.report, error
         except Interrupted as stopped:
             stopped.exit_code = stop.exit_code
             raise
@@ -80,6 +84,10 @@ def prune(
                 raise _interrupted(output, stop.exit_code) from None
             raise
     show(report, as_json=as_json)
+    if broken:  # everything was written, and is shown, as for any finished run
+        flush()
+        print(f"error: {broken}", file=sys.stderr)
+        raise typer.Exit(broken.exit_code)
 
 
 def show(report: Report, *, as_json: bool) -> None:

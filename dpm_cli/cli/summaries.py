@@ -86,7 +86,31 @@ def print_plan(plan: dict[str, Any]) -> None:
         "target",
         wrap_words(f"{kind} {asked}: at most {numbers.cost(kind, target['limit'])}, {verdict}", width),
     )
+    print_detail(console, "widths", [f"multiples of {plan['round_to']}"])
     print_detail(console, "kept", describe_kept([KeptLayer(**kept) for kept in plan["kept"]], width))
+
+
+def print_compared(rows: Sequence[dict[str, Any]]) -> None:
+    """One line a run: what is left, what it cost in accuracy, and what it gained in speed."""
+    table = make_table("run", "model", "MACs", "left", "params", "accuracy", "change", "faster", title=None)
+    for row in rows:
+        faster = row["faster_onnxruntime"] or row["faster_torch"]
+        table.add_row(
+            row["run"],
+            row["arch"] or numbers.NOTHING,
+            numbers.count(row["macs"]),
+            numbers.percent(100 * row["macs"] / row["macs_dense"] if row["macs_dense"] else None, 1),
+            numbers.count(row["params"]),
+            numbers.percent(row["accuracy"]),
+            numbers.points_change(row["accuracy_dense"], row["accuracy"]).removesuffix(" points"),
+            (f"{faster:.2f}×" if faster else numbers.NOTHING) + ("" if row["met"] else " *"),
+        )
+    console = make_console()
+    if not console.is_terminal:  # the names of many runs are long; in a pipe no line need be broken
+        console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
+    console.print(table)
+    if not all(row["met"] for row in rows):
+        console.print("* the target was not met")
 
 
 def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:

@@ -53,6 +53,13 @@ class Listing:
         """The files of `index` (M,), in that order."""
         return Listing(self.folder, tuple(self.entries[i] for i in index.tolist()))
 
+    def digest(self) -> str:
+        """The number of images, and a digest of names, sizes and labels: the same wherever the folder was copied to."""
+        text = hashlib.sha256()
+        for entry in self.entries:
+            text.update(repr((entry.name, entry.size, entry.label)).encode())
+        return f"{len(self)} images, {text.hexdigest()[:16]}"
+
     def fingerprint(self, shape: Shape) -> str:
         """Changes with any file's name, size or time, with the folder and with the decoded shape."""
         text = hashlib.blake2b(repr((1, str(self.folder.resolve()), shape)).encode(), digest_size=16)

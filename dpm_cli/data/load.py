@@ -71,6 +71,10 @@ def load_data(
         for part in (chosen, source.test)
     )
     train_index, validation_index = hold_out(len(train), validation, seed)
+    fingerprints = {
+        name: _digest(opened, part)
+        for name, opened, part in (("training images", train, chosen), ("test images", test, source.test))
+    }
     device = torch.device(device)
     return Splits(
         train=train.select(train_index).to(device),
@@ -82,6 +86,7 @@ def load_data(
         mean=mean,
         std=std,
         test_held_out=source.test_held_out,
+        fingerprints=fingerprints,
     )
 
 
@@ -128,6 +133,14 @@ def _find(name: str, root: Path, classes: int, download: bool) -> _Source:
     check_classes(f"{name} (training images)", train, names, classes)
     check_classes(f"{name} (test images)", test, names, classes)
     return _Source(train, test, names)
+
+
+def _digest(opened: Images | Streamed, part: Arrays | Listing) -> str:
+    """Of the pixels where they are at hand; reading streamed files would take as long as an epoch."""
+    if isinstance(opened, Images):
+        return opened.digest()
+    assert isinstance(part, Listing)
+    return part.digest()
 
 
 def _open(

@@ -1,7 +1,8 @@
 """Splits of a dataset: images in memory, and the interface they share with streamed ones."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import hashlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -88,6 +89,13 @@ class Images:
     def to(self, device: torch.device) -> "Images":
         return Images(self.pixels.to(device), self.labels.to(device), self.mean.to(device), self.std.to(device))
 
+    def digest(self) -> str:
+        """The number of images, and a digest of their pixels and labels."""
+        digest = hashlib.sha256(repr((self.pixels.shape, self.labels.tolist())).encode())
+        for first in range(0, len(self), 4096):  # parts, so that no copy of all of them is made
+            digest.update(self.pixels[first : first + 4096].cpu().contiguous().numpy().data)
+        return f"{len(self)} images, {digest.hexdigest()[:16]}"
+
 
 @dataclass(frozen=True)
 class Splits:
@@ -102,6 +110,7 @@ class Splits:
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     test_held_out: bool = False  # the folder has no test images: a fixed tenth of the training images serves
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # which images -> their number and a digest
 
 
 def split_order(order: Tensor, batch: int, *, start: int, drop_last: bool) -> list[Tensor]:

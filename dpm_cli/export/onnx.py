@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
 
 from dpm_cli.errors import ModelFileError, RunError, UsageError
 from dpm_cli.export.exported import ExportedModel
@@ -17,8 +18,12 @@ INPUT, OUTPUT = "image", "logits"
 LARGEST = 2**31 - 2**24  # bytes: what one protobuf message can hold, less some room for the graph
 
 
-def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str], *, opset: int) -> bytes:
+def serialise(
+    module: nn.Module, example: Tensor, metadata: Mapping[str, str], *, opset: int, half: bool = False
+) -> bytes:
     """Convert a module (eval mode, on the CPU) with an example (B >= 2, C, H, W), and check the result.
+
+    half: in half precision between inputs and outputs of float32; this changes the module.
 
     Raises RunError if the model cannot be converted, UsageError if it cannot in this opset.
     """
@@ -29,6 +34,8 @@ def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str], *
         raise RunError(f"the weights take {weights} bytes; one ONNX file holds {LARGEST}: export torchscript instead")
     with torch.no_grad():
         count = len(tensors(module(example)))
+    if half:
+        module = _Half(module)
     with quiet(), torch.no_grad(), without_mha_fastpath():
         try:
             program = torch.onnx.export(
@@ -58,6 +65,21 @@ def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str], *
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise RunError(f"the converted model is not valid ONNX: {explain(error)}") from error
     return bytes(proto.SerializeToString())
+
+
+class _Half(nn.Module):
+    """A module in half precision behind inputs and outputs of float32."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module.half().eval()
+
+    def forward(self, images: Tensor) -> Any:
+        return tree_map_only(Tensor, _float_if_half, self.module(images.half()))
+
+
+def _float_if_half(tensor: Tensor) -> Tensor:
+    return tensor.float() if tensor.dtype is torch.float16 else tensor
 
 
 def read(path: Path) -> ExportedModel:

@@ -15,7 +15,8 @@ from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.verify import answers, largest_difference
 from dpm_cli.files import write_atomic
 
-Format = Literal["torchscript", "onnx", "pt2"]
+Format = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
+TOLERANCE: dict[Format, float] = {"torchscript": 1e-4, "onnx": 1e-4, "onnx-fp16": 1e-2, "pt2": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,13 @@ def export_model(
     format: Format,
     path: str | Path,
     metadata: Mapping[str, str],
-    tolerance: float = 1e-4,
+    tolerance: float | None = None,
     opset: int = 18,
 ) -> Exported:
     """Export a copy of a module, in eval mode and float32 on the CPU; the module itself is left as it is.
 
-    `example` is one image (1, C, H, W); the file takes any batch. `opset` matters to ONNX only.
+    `example` is one image (1, C, H, W); the file takes any batch. `opset` matters to ONNX only. In "onnx-fp16" weights
+    and arithmetic are half precision, images and outputs float32. tolerance: none means the format's own.
     Raises RunError, and leaves nothing behind, if the model cannot be exported or the file computes something else.
     """
     if example.ndim != 4:
@@ -53,7 +55,7 @@ def export_model(
         content = _serialise(portable, image.repeat(2, 1, 1, 1), format, metadata, opset)
     except RunError as error:
         raise RunError(f"{path.name} was not written: {error}") from error
-    difference = float("nan")
+    difference, tolerance = float("nan"), TOLERANCE[format] if tolerance is None else tolerance
 
     def write(temporary: Path) -> None:
         nonlocal difference
@@ -94,6 +96,8 @@ def _serialise(module: nn.Module, example: Tensor, format: Format, metadata: Map
             return torchscript.serialise(module, example, metadata)
         case "onnx":
             return onnx.serialise(module, example, metadata, opset=opset)
+        case "onnx-fp16":
+            return onnx.serialise(module, example, metadata, opset=opset, half=True)
         case "pt2":
             return pt2.serialise(module, example, metadata)
         case _:
@@ -104,7 +108,7 @@ def _read(path: Path, format: Format) -> ExportedModel:
     match format:
         case "torchscript":
             return torchscript.read(path)
-        case "onnx":
+        case "onnx" | "onnx-fp16":
             return onnx.read(path)
         case "pt2":
             return pt2.read_own(path)

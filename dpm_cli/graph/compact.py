@@ -1,80 +1,16 @@
 """Physical removal: the network becomes really smaller, and computes the same as with zeros in it."""
 
-import copy
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Mapping
 
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from dpm_cli.attention import fit_attention_
-from dpm_cli.graph.groups import Groups, trace_groups
+from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags, Ids
-from dpm_cli.graph.trace import Example, run_example, split_example
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
-
-
-def find_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -> Groups:
-    """All groups of units that can be removed exactly, in the order of the model's layers.
-
-    Labels see the operators, not the Python around them: a `view(b, 12, 64)` with numbers in the code only shows when
-    it is run. So half of every group is removed from a copy without data, which is run once; groups that break it are
-    kept.
-
-    example: inputs with a batch of 2 or more. keep: layer names or patterns whose outputs stay whole.
-    Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
-    """
-    groups = trace_groups(model, example, keep)
-    candidates = [i for i, group in enumerate(groups) if group.size > 1]
-    if _survives(model, example, groups, candidates):
-        return groups
-    broken = [i for i in candidates if not _survives(model, example, groups, [i])]
-    rest: list[int] = []
-    for i in (i for i in candidates if i not in broken):  # what works alone may fail together
-        if _survives(model, example, groups, [*rest, i]):
-            rest.append(i)
-        else:
-            broken.append(i)
-    return groups.without(dict.fromkeys(broken, "the model's code holds a size that removing its channels would break"))
-
-
-def _survives(model: nn.Module, example: Example, groups: Groups, chosen: Sequence[int]) -> bool:
-    """Whether a forward pass still works, with outputs of the same shapes, when the chosen groups lose about half."""
-    if not chosen:
-        return True
-    alive = np.ones(groups.units, bool)
-    for i in chosen:
-        group = groups.groups[i]
-        alive[group.start : group.start + group.size // 2] = False
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    fake = copy_without_data(model, mode)
-    fake.eval()
-    args, kwargs = split_example(example)
-    with mode, torch.no_grad():
-        inputs = (
-            tuple(mode.from_tensor(a) if isinstance(a, Tensor) else a for a in args)
-            if not kwargs
-            else {k: mode.from_tensor(v) if isinstance(v, Tensor) else v for k, v in kwargs.items()}
-        )
-        wanted = _shapes(run_example(fake, inputs))
-        compact_(fake, groups, alive)
-        try:
-            return _shapes(run_example(fake, inputs)) == wanted
-        except Exception:  # whatever the model's own code raises about a size it does not expect
-            return False
-
-
-def copy_without_data(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """A deep copy whose parameters and buffers are fake tensors; no weight is copied."""
-    memo: dict[int, Any] = {}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(mode.from_tensor(parameter.detach()), parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = mode.from_tensor(buffer)
-    return copy.deepcopy(model, memo)
 
 
 @torch.no_grad()
@@ -158,11 +94,3 @@ def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
 
 def _is_channels_last(tensor: Tensor) -> bool:
     return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
-
-
-def _shapes(outputs: Any) -> list[tuple[int, ...]]:
-    if isinstance(outputs, Tensor):
-        return [tuple(outputs.shape)]
-    if isinstance(outputs, Mapping):
-        outputs = list(outputs.values())
-    return [shape for output in outputs or () for shape in _shapes(output)] if isinstance(outputs, list | tuple) else []

@@ -12,7 +12,7 @@ from dpm_cli.errors import RecipeError
 from dpm_cli.graph.cost import Cost, build_cost, parameter_term
 from dpm_cli.graph.labels import Flags, Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.rules import NO_RULE
-from dpm_cli.graph.trace import Example, export, label, split_example
+from dpm_cli.graph.trace import Example, export, label, output_shapes, split_example
 
 UNUSED = "not used by the model's forward pass"
 
@@ -36,6 +36,7 @@ class Group:
     start: int
     size: int
     channels_per_unit: int  # rows of the first layer per unit: 1, or the groups of a grouped convolution
+    least: int = 1  # units that must stay, or the model's code breaks
 
     @property
     def range(self) -> slice:
@@ -70,6 +71,7 @@ class Groups:
     cost: Cost
     aliases: Mapping[str, tuple[str, ...]]  # a parameter's name -> all its names, where it is shared
     splits: tuple[HeadSplit, ...] = ()
+    outputs: tuple[tuple[int, ...], ...] = ()  # shapes of what the model returns for the example
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)
@@ -129,6 +131,11 @@ class Groups:
             cost=self.cost.survivors(alive),
         )
 
+    def bounded(self, least: Mapping[int, int]) -> "Groups":
+        """The same with a number of units that must stay for some groups (numbers -> units)."""
+        groups = tuple(replace(group, least=least.get(i, group.least)) for i, group in enumerate(self.groups))
+        return replace(self, groups=groups)
+
     def without(self, unwanted: Mapping[int, str]) -> "Groups":
         """The same model with some groups (numbers -> reasons) kept whole."""
         if not unwanted:
@@ -170,7 +177,8 @@ def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -
     first = {name: names[0] for names in aliases.values() for name in names}
     tensor = next(value for value in _tensors_in(example))
     ties, parameters = Ties(batch=int(tensor.shape[0])), dict[str, Value]()
-    used = label(export(model, example), ties, parameters, first)
+    program = export(model, example)
+    used = label(program, ties, parameters, first)
     unused = [name for name, _ in model.named_parameters() if first.get(name, name) not in used]
     if unused:
         # Auxiliary heads are only there in train mode; their costs are not part of inference.
@@ -183,7 +191,7 @@ def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -
     _keep_named(model, ties, keep)
     _keep_buffers(model, ties)
     _keep_shared_axes(ties)
-    return _build(model, ties, parameters, aliases, unused)
+    return replace(_build(model, ties, parameters, aliases, unused), outputs=output_shapes(program))
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:

@@ -67,6 +67,16 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
             module.training = mode
 
 
+def output_shapes(program: ExportedProgram) -> tuple[tuple[int, ...], ...]:
+    """Of every tensor that the model returns, in order."""
+    outputs = next(iter(program.graph.find_nodes(op="output"))).args[0]
+    assert isinstance(outputs, tuple | list)
+    kinds = (spec.kind for spec in program.graph_signature.output_specs)
+    nodes = [node for node, kind in zip(outputs, kinds) if kind == OutputKind.USER_OUTPUT]
+    values = (node.meta.get("val") for node in nodes if isinstance(node, torch.fx.Node))
+    return tuple(tuple(int(size) for size in value.shape) for value in values if isinstance(value, Tensor))
+
+
 def label(program: ExportedProgram, ties: Ties, parameters: dict[str, Value], aliases: Mapping[str, str]) -> set[str]:
     """Walk the graph once and collect ties, kept labels and costs.
 

@@ -16,14 +16,15 @@ from dpm_cli.cli.app import app
 from dpm_cli.cli.outcome import explain
 from dpm_cli.recipe import shipped_recipes
 
-COMMANDS = ("demo", "train", "prune", "inspect", "evaluate", "export", "recipes")
+COMMANDS = ("demo", "train", "prune", "inspect", "evaluate", "export", "compare", "recipes")
 SHARED = {"--recipe", "--set", "--json"}
 OPTIONS = {
     "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust-pickle", "--quiet"},
     "train": SHARED | {"--output", "--device", "--seed", "--overwrite", "--trust-pickle", "--quiet"},
     "inspect": SHARED | {"--trust-pickle"},
     "evaluate": SHARED | {"--device", "--trust-pickle"},
-    "export": {"--format", "--output", "--arch", "--overwrite", "--json"},
+    "export": {"--format", "--opset", "--output", "--arch", "--overwrite", "--json"},
+    "compare": {"--csv", "--json"},
     "demo": {"--output", "--json", "--quiet"},
     "recipes": set(),
 }

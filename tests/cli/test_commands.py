@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 import dpm_cli
+from dpm_cli.errors import AccuracyError
 from dpm_cli.report import ExportedFile, Report
 
 
@@ -64,6 +65,7 @@ EVALUATED = {
 PLAN: dict[str, Any] = {
     "arch": "digits",
     "dense": {"macs": 2_116_224, "params": 77_300, "channels": 192},
+    "round_to": 4,
     "achievable": {"macs": [50_000, 2_116_224], "params": [3000, 77_300], "channels": [24, 192]},
     "target": {"kind": "macs", "asked": 0.45, "limit": 952_300, "achievable": True},
     "groups": [{"name": "conv1", "layers": ["conv1", "block1.conv2"], "units": 32, "lowest": 4}],
@@ -115,6 +117,19 @@ def test_with_json_stdout_is_the_report_alone(dpm: Any, stand_in: Any, report: R
     assert "note: working" in dpm("prune", "model.pt", "-r", "digits", "--json").err
 
 
+def test_a_broken_floor_shows_the_report_and_fails(dpm: Any, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prune(*_: object, **__: object) -> None:
+        raise AccuracyError("round 2 broke the accuracy floor", report=report)
+
+    monkeypatch.setattr(dpm_cli, "prune", prune)
+    ended = dpm("prune", "model.pt", "-r", "digits")
+    assert ended.code == 4
+    assert "125.7 M" in ended.out
+    assert ended.err == "error: round 2 broke the accuracy floor\n"
+    ended = dpm("prune", "model.pt", "-r", "digits", "--json")
+    assert (ended.code, json.loads(ended.out)) == (4, json.loads(report.to_json()))
+
+
 def test_quiet_keeps_the_table(dpm: Any, stand_in: Any, report: Report) -> None:
     stand_in("prune", report)
     ended = dpm("prune", "model.pt", "-r", "digits", "-q")
@@ -150,6 +165,7 @@ def test_export_makes_both_formats_unless_told(dpm: Any, stand_in: Any) -> None:
     assert ended.out == "there/model.onnx  142.2 KB, agrees with the slim model to 2e-07\n"
     ended = dpm("export", "slim.pt", "--format", "onnx", "--format", "onnx", "-o", "there", "--json")
     assert (recorder.options["formats"], recorder.options["output"]) == (["onnx"], Path("there"))
+    assert recorder.options["opset"] == 18
     assert json.loads(ended.out)["exports"][0]["bytes"] == 142_229
 
 

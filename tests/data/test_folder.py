@@ -116,6 +116,19 @@ def test_streamed_equals_in_memory(load: Load, folder: Path) -> None:
             assert torch.equal(streamed_labels, labels)
 
 
+@pytest.mark.parametrize("memory_limit", [2**31, 1])
+def test_data_is_known_again_wherever_it_lies_and_not_when_it_changed(
+    load: Load, folder: Path, tmp_path: Path, memory_limit: int
+) -> None:
+    first = load("folder", root=folder, memory_limit=memory_limit).fingerprints
+    shutil.copytree(folder, tmp_path / "elsewhere")
+    assert load("folder", root=tmp_path / "elsewhere", memory_limit=memory_limit).fingerprints == first
+    assert first["training images"].startswith("30 images")
+    Image.new("RGB", (8, 8), (9, 9, 9)).save(folder / "test" / "a" / "000.png")
+    changed = load("folder", root=folder, memory_limit=memory_limit).fingerprints
+    assert [changed[name] == first[name] for name in ("training images", "test images")] == [True, False]
+
+
 def test_streamed_start_yields_the_tail(load: Load, folder: Path) -> None:
     split = load("folder", root=folder, memory_limit=1).train
     changes = Augmentation(flip=True, resized_crop=True)

@@ -86,3 +86,18 @@ def test_foreign_file_with_free_sizes_runs(tmp_path: Path) -> None:
     assert torch.equal(model(images), images)
     with pytest.raises(RunError, match=r"fails on images of shape \(2, 1, 4, 6\): [^\n]+$"):
         model(images[:, :1])
+
+
+def test_half_precision_halves_the_weights_and_keeps_the_interface(
+    onnx_file: Path, net: nn.Module, image: Tensor, tmp_path: Path
+) -> None:
+    path = tmp_path / "model.fp16.onnx"
+    made = export_model(net, image, format="onnx-fp16", path=path, metadata={"classes": "4"})
+    assert 0 < made.max_difference < 1e-2
+    model, full = onnx.load(path), onnx.load(onnx_file)
+    kinds = {tensor.data_type for tensor in model.graph.initializer if len(tensor.dims) > 1}
+    assert kinds == {onnx.TensorProto.FLOAT16}
+    assert [each.type.tensor_type.elem_type for each in (*model.graph.input, *model.graph.output)] == [
+        each.type.tensor_type.elem_type for each in (*full.graph.input, *full.graph.output)
+    ]
+    assert net[0].weight.dtype is torch.float32

@@ -11,7 +11,7 @@ from dpm_cli.errors import RunError, UsageError
 from dpm_cli.export import Format, export_model, open_exported, torchscript
 from dpm_cli.export.write import portable_copy
 
-FORMATS: list[Format] = ["torchscript", "onnx", "pt2"]
+FORMATS: list[Format] = ["torchscript", "onnx", "onnx-fp16", "pt2"]
 
 
 class Branching(nn.Module):
@@ -48,14 +48,15 @@ def test_file_agrees_with_the_module_at_any_batch(
     format: Format, net: nn.Module, image: Tensor, tmp_path: Path
 ) -> None:
     exported = export_model(net, image, format=format, path=tmp_path / "model", metadata={})
-    assert exported.max_difference <= 1e-5
+    tolerance = 1e-2 if format == "onnx-fp16" else 1e-5
+    assert exported.max_difference <= tolerance
     assert exported.bytes == exported.path.stat().st_size
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
     if format != "pt2":
         model = open_exported(exported.path)
         for batch in (1, 2, 5, 33):
             images = torch.randn(batch, 3, 8, 8)
-            torch.testing.assert_close(model(images), net.eval()(images).detach(), rtol=0, atol=1e-5)
+            torch.testing.assert_close(model(images), net.eval()(images).detach(), rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -135,8 +136,10 @@ def test_tolerance_is_relative_to_the_largest_output(
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_output_is_compared(format: Format, image: Tensor, tmp_path: Path) -> None:
-    assert export_model(TwoOutputs(), image, format=format, path=tmp_path / "a", metadata={}).max_difference < 1e-6
-    assert export_model(ByName(), image, format=format, path=tmp_path / "b", metadata={}).max_difference < 1e-6
+    tolerance = 1e-3 if format == "onnx-fp16" else 1e-6
+    for module in (TwoOutputs(), ByName()):
+        made = export_model(module, image, format=format, path=tmp_path / "model", metadata={})
+        assert made.max_difference < tolerance
 
 
 def test_outputs_that_are_not_finite_are_refused(image: Tensor, tmp_path: Path) -> None:
