@@ -16,9 +16,10 @@ from dpm_cli.data import Splits, load_data
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
+from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.loss import main_output
-from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import Precision, choose_precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, all_finite
 from dpm_cli.errors import (
     AccuracyError,
@@ -74,7 +75,8 @@ def prune(
     precision = choose_precision(recipe.precision, torch_device)
     module, arch = _load(model, recipe, trust_pickle)
     require_writable(folder)
-    with locked(folder):
+    # A run cannot go on with another batch.
+    with locked(folder), explaining_faults(recipe.data.batch, " --overwrite"):
         prepare_output(folder, overwrite=overwrite, resume=resume)
         run = Run(
             module,
@@ -109,7 +111,7 @@ def train(
     on_event: OnEvent = None,
 ) -> dict[str, Any]:
     """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file."""
-    recipe, path, started = _resolve(recipe), Path(output), time.monotonic()
+    recipe, path = _resolve(recipe), Path(output)
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
     if not path.parent.is_dir():
@@ -123,7 +125,21 @@ def train(
         if model is None
         else _load(model, recipe, trust_pickle)[0]
     )
-    splits = load_splits(recipe, torch_device)
+    with explaining_faults(recipe.data.batch):
+        splits = load_splits(recipe, torch_device)
+        return _train_dense(recipe, module, splits, path, torch_device, precision, on_event or (lambda event: None))
+
+
+def _train_dense(
+    recipe: Recipe,
+    module: nn.Module,
+    splits: Splits,
+    path: Path,
+    torch_device: torch.device,
+    precision: Precision,
+    tell: Callable[[Event], None],
+) -> dict[str, Any]:
+    started = time.monotonic()
     module = module.to(torch_device).train()
     to_fast_layout_(module)
     training, batch = recipe.dense or recipe.train, recipe.data.batch
@@ -136,7 +152,6 @@ def train(
         seed=recipe.seed,
         **training.model_dump(exclude={"epochs"}),
     )
-    tell = on_event or (lambda event: None)
     tell({"event": "stage", "name": "dense"})
     validation: Score | None = None
     for epoch in range(training.epochs):
@@ -172,6 +187,8 @@ def train(
             }
         )
     test = evaluate_module(module, splits.test, batch=batch * 4)
+    if len(splits.corrupt):
+        tell({"event": "note", "text": splits.corrupt.note})
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
 
     def write(temporary: Path) -> None:
@@ -181,7 +198,7 @@ def train(
     write_atomic(path, write)
     return {
         "path": str(path),
-        "arch": spec.arch,
+        "arch": recipe.model.arch,
         "accuracy": test.accuracy,
         "loss": test.loss,
         "validation_accuracy": validation.accuracy if validation else None,
@@ -199,7 +216,12 @@ def evaluate(
     file: str | Path, recipe: AnyRecipe, *, device: str = "auto", trust_pickle: bool = False, latency: bool = True
 ) -> dict[str, Any]:
     """Test accuracy, cost, size and latency (batch 1) of a dense, slim, TorchScript or ONNX file."""
-    recipe, path = _resolve(recipe), Path(file)
+    recipe = _resolve(recipe)
+    with explaining_faults(recipe.data.batch):
+        return _evaluate(Path(file), recipe, device, trust_pickle, latency)
+
+
+def _evaluate(path: Path, recipe: Recipe, device: str, trust_pickle: bool, latency: bool) -> dict[str, Any]:
     batch = recipe.data.batch * 4
     result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
     if _is_exported(path):
@@ -227,7 +249,13 @@ def evaluate(
             "params": count_parameters(runner),
             "bytes": count_bytes(runner),
         }
-    result |= {"accuracy": score.accuracy, "loss": score.loss, "images": score.images, "latency": {}}
+    result |= {
+        "accuracy": score.accuracy,
+        "loss": score.loss,
+        "images": score.images,
+        "unreadable": len(splits.corrupt),
+    }
+    result["latency"] = {}
     if latency:
         image, _ = next(splits.test.batches(1, seed=0, epoch=0, augment=None))
         measured = measure_latency(runner, image.cpu())

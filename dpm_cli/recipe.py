@@ -84,6 +84,7 @@ class Data(Section):
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
     workers: NonNegative = 2  # processes that decode images which do not fit in memory
     memory_limit: Positive = 2**31  # bytes of decoded images kept in memory; larger folders are streamed
+    max_corrupt: NonNegative = 0  # folder: so many unreadable images are left out; one more stops the run
     download: bool = True
     limit: Positive | None = None  # use only this many training images (a seeded subset)
 

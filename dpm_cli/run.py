@@ -1,5 +1,6 @@
 """The story of a run: train while units decay and die, remove them, fine-tune, save, export, report."""
 
+import contextlib
 import copy
 import hashlib
 import json
@@ -103,6 +104,7 @@ class Run:
         self.progress = Progress()
         self._restored: dict[str, Any] | None = None  # a checkpoint's `in_stage`, until its stage goes on
         self.notes: list[str] = []
+        self._corrupt_told = 0
         torch.manual_seed(recipe.seed)
 
         example = torch.zeros(2, *recipe.model.input)
@@ -171,6 +173,7 @@ class Run:
         self._measure_floor()
         if resume:
             yield from self._restore()
+        yield from self._tell_corrupt()
         with Metrics(self.output / "metrics.jsonl", self._metrics_bytes) as self.metrics:
             yield from self._train_stages()
             while not self._holds_floor():
@@ -246,6 +249,7 @@ class Run:
             }
             if step % self.steps_per_epoch == 0:
                 yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started)
+                yield from self._tell_corrupt()
                 epoch_started = time.monotonic()
             stopping = self.should_stop()
             if stopping or (step % self.recipe.checkpoint.every == 0 and step < learner.steps):
@@ -423,6 +427,12 @@ class Run:
                 "channels": self.dense_groups.units,
             },
         }
+
+    def _tell_corrupt(self) -> Events:
+        """If images were left out since the last call; streamed ones are found on the way."""
+        if len(self.splits.corrupt) > self._corrupt_told:
+            self._corrupt_told = len(self.splits.corrupt)
+            yield {"event": "note", "text": self.splits.corrupt.note}
 
     def _make_learner(self, stage: Stage) -> Learner:
         learner = Learner(
@@ -603,6 +613,8 @@ class Run:
             self.notes.append(f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's")
         elif predicted != (slim.macs, slim.params):
             self.notes.append(f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}")
+        if len(self.splits.corrupt):
+            self.notes.append(self.splits.corrupt.note)
         if self.splits.test_held_out:
             self.notes.append(
                 "the folder has no test images: a fixed tenth of the training images served as the test set"
@@ -693,7 +705,8 @@ class Metrics:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._file.close()
+        with contextlib.suppress(OSError):  # what a full disk did not take was reported when it was written
+            self._file.close()
 
     def write(self, event: Event) -> Event:
         try:

@@ -49,6 +49,7 @@ def print_evaluated(result: dict[str, Any]) -> None:
             ("parameters", numbers.count(result["params"])),
             ("test accuracy", numbers.percent(result["accuracy"])),
             ("test loss", f"{result['loss']:.4f}"),
+            *([("left out", f"{result['unreadable']} unreadable images")] if result["unreadable"] else []),
             ("size", numbers.size(result["bytes"])),
             *latencies,
         ]

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,20 +16,20 @@ def cache_folder() -> Path:
     return Path(place) if place else Path("~/.cache/dpm/decoded").expanduser()
 
 
-def load_or_decode(key: str, shape: tuple[int, ...], decode: Callable[[], Pixels]) -> Pixels:
-    """The array of `shape` cached under `key`, mapped; else what `decode` returns, cached for the next time.
-
-    The cache only saves time: where it is unreadable, damaged or full, the images are decoded again.
-    """
+def find_cached(key: str, shape: tuple[int, ...]) -> Pixels | None:
+    """The array of `shape` cached under `key`, mapped; none where there is none, or it is damaged."""
     path = cache_folder() / f"{key}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         cached: Pixels = np.load(path, mmap_mode="c", allow_pickle=False)  # "c": torch wants it writable
         if cached.dtype == np.uint8 and cached.shape == shape:
             return cached
-    pixels = decode()
+    return None
+
+
+def cache(key: str, pixels: Pixels) -> None:
+    """Keep decoded images for the next time. It only saves time: where the disk is full, nothing is kept."""
     with contextlib.suppress(OSError):
-        _write(path, pixels)
-    return pixels
+        _write(cache_folder() / f"{key}.npy", pixels)
 
 
 def _write(path: Path, pixels: Pixels) -> None:

@@ -1,8 +1,10 @@
 """Image files -> uint8 arrays, in worker processes where that pays."""
 
 import os
+import signal
 import warnings
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dpm_cli.data.augment import find_boxes
+from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.splits import Shape
 from dpm_cli.errors import DataError
 
@@ -55,38 +58,55 @@ def decode(path: str, shape: Shape, box: Tensor | None = None) -> Pixels:
 
 
 def decode_batches(
-    paths: Sequence[str], shape: Shape, batches: list[list[int]], *, workers: int, boxes: Tensor | None = None
-) -> Iterator[Pixels]:
-    """Yield the images of each batch of indexes as one array (B, C, H, W), decoded in `workers` processes.
+    paths: Sequence[str],
+    shape: Shape,
+    batches: list[list[int]],
+    *,
+    workers: int,
+    corrupt: Corrupt,
+    boxes: Tensor | None = None,
+) -> Iterator[tuple[Pixels, list[int]]]:
+    """Yield the readable images of each batch of indexes, decoded in `workers` processes: one array (B, C, H, W), and
+    their indexes.
 
-    `boxes` (N, 4) are the draws of resized crops, one per path. Raises DataError naming a file that cannot be read.
+    `boxes` (N, 4) are the draws of resized crops, one per path. Raises DataError naming a file that cannot be read, if
+    `corrupt` allows no more of them. A worker that dies is a RuntimeError of torch's, raised anywhere in this process.
     """
-    loader: DataLoader[Pixels | DataError] = DataLoader(
+    loader: DataLoader[Any] = DataLoader(
         _Files(paths, shape, boxes),
         batch_sampler=batches,
         num_workers=min(workers, _count_cores(), len(batches)),
         collate_fn=_stack,
         generator=torch.Generator(),  # else it draws from the global one, and a resumed run would differ
+        worker_init_fn=_leave_signals_to_the_run,
     )
-    try:
-        for decoded in loader:
-            if isinstance(decoded, DataError):
-                raise decoded
-            yield decoded
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise DataError("a process that decodes images was killed, maybe for its memory; lower data.workers") from None
+    for batch, (pixels, errors) in zip(batches, loader):
+        for place, error in errors.items():
+            corrupt.add_(paths[batch[place]], error)
+        yield pixels, [index for place, index in enumerate(batch) if place not in errors]
 
 
-def decode_all(paths: Sequence[str], shape: Shape, *, workers: int, encoded_bytes: int) -> Pixels:
-    """All files, `encoded_bytes` together, as (N, C, H, W). Raises DataError naming a file that cannot be read."""
+def decode_all(
+    paths: Sequence[str], shape: Shape, *, workers: int, encoded_bytes: int, corrupt: Corrupt
+) -> tuple[Pixels, list[int]]:
+    """All readable files as (N, C, H, W), and their indexes; the files have `encoded_bytes` together.
+
+    Raises DataError naming a file that cannot be read, if `corrupt` allows no more of them.
+    """
     pixels = np.empty((len(paths), *shape), dtype=np.uint8)
     chunks = [list(range(first, min(first + CHUNK, len(paths)))) for first in range(0, len(paths), CHUNK)]
     workers = workers if encoded_bytes >= WORTH_WORKERS else 0
-    for chunk, decoded in zip(chunks, decode_batches(paths, shape, chunks, workers=workers)):
-        pixels[chunk[0] : chunk[-1] + 1] = decoded
-    return pixels
+    kept: list[int] = []
+    for decoded, indexes in decode_batches(paths, shape, chunks, workers=workers, corrupt=corrupt):
+        pixels[len(kept) : len(kept) + len(indexes)] = decoded
+        kept += indexes
+    return pixels[: len(kept)], kept
+
+
+def _leave_signals_to_the_run(worker: int) -> None:
+    """Ctrl-C reaches every process of a terminal, but the run still needs this one until its checkpoint is written."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Files(Dataset[Pixels | DataError]):
@@ -107,12 +127,11 @@ def _count_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _stack(images: list[Pixels | DataError]) -> Pixels | DataError:
-    """One array (B, C, H, W), or the first error.
+def _stack(images: list[Pixels | DataError]) -> tuple[Pixels, dict[int, DataError]]:
+    """One array (B, C, H, W) of those that could be read, and the errors of the others by place.
 
     An array, not a tensor: tensors travel through /dev/shm, which is too small in many containers.
     """
-    for image in images:
-        if isinstance(image, DataError):
-            return image
-    return np.stack([image for image in images if not isinstance(image, DataError)])
+    good = [image for image in images if not isinstance(image, DataError)]
+    errors = {place: image for place, image in enumerate(images) if isinstance(image, DataError)}
+    return np.stack(good) if good else np.empty((0, 0, 0, 0), np.uint8), errors

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dpm_cli.data import digits
 from dpm_cli.data.arrays import Arrays, check_classes
-from dpm_cli.data.cache import load_or_decode
+from dpm_cli.data.cache import cache, find_cached
+from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.decode import decode_all
 from dpm_cli.data.downloads import KNOWN, read_known
 from dpm_cli.data.fit import check_shape, check_statistics, fit_pixels, fit_statistics
@@ -41,13 +42,15 @@ def load_data(
     download: bool,
     limit: int | None,
     device: torch.device | str,
+    max_corrupt: int = 0,
 ) -> Splits:
     """Load digits, cifar10, cifar100, fashion-mnist or an image folder, fitted to a model's input `shape`.
 
     `validation` is the fraction of the training images held out by `seed` (0: an empty split); before that, `limit`
     keeps so many of them. The test images never depend on the seed. Images are kept as uint8 on the device; a folder
     larger than `memory_limit` bytes is streamed by `workers` processes instead. `mean` and `std` replace the dataset's
-    own. Raises DataError for data that is absent, damaged, too large, or does not fit `shape` and `classes`.
+    own. Of a folder, `max_corrupt` images that cannot be read are left out.
+    Raises DataError for data that is absent, damaged, too large, or does not fit `shape` and `classes`.
     """
     if name not in STATISTICS:
         raise DataError(f"data.name is {name!r}; known: {', '.join(STATISTICS)}")
@@ -66,8 +69,9 @@ def load_data(
             f"{name} at {'x'.join(map(str, shape))} takes {decoded_bytes} bytes; data.memory_limit is {memory_limit}: "
             "raise it, lower data.limit, or use an image folder, which can be streamed"
         )
+    corrupt = Corrupt(max_corrupt)
     train, test = (
-        _open(part, shape, torch.tensor(mean), torch.tensor(std), workers=workers, in_memory=fits)
+        _open(part, shape, torch.tensor(mean), torch.tensor(std), workers=workers, in_memory=fits, corrupt=corrupt)
         for part in (chosen, source.test)
     )
     train_index, validation_index = hold_out(len(train), validation, seed)
@@ -87,6 +91,7 @@ def load_data(
         std=std,
         test_held_out=source.test_held_out,
         fingerprints=fingerprints,
+        corrupt=corrupt,
     )
 
 
@@ -144,15 +149,24 @@ def _digest(opened: Images | Streamed, part: Arrays | Listing) -> str:
 
 
 def _open(
-    part: Arrays | Listing, shape: Shape, mean: Tensor, std: Tensor, *, workers: int, in_memory: bool
+    part: Arrays | Listing,
+    shape: Shape,
+    mean: Tensor,
+    std: Tensor,
+    *,
+    workers: int,
+    in_memory: bool,
+    corrupt: Corrupt,
 ) -> Images | Streamed:
     if isinstance(part, Arrays):
         return Images(fit_pixels(part.pixels, shape), part.labels, mean, std)
     if not in_memory:
-        return Streamed(part.paths, part.labels, shape, mean, std, workers)
-    pixels = load_or_decode(
-        part.fingerprint(shape),
-        (len(part), *shape),
-        lambda: decode_all(part.paths, shape, workers=workers, encoded_bytes=part.encoded_bytes),
-    )
+        return Streamed(part.paths, part.labels, shape, mean, std, workers, corrupt)
+    key = part.fingerprint(shape)
+    pixels = find_cached(key, (len(part), *shape))
+    if pixels is None:
+        pixels, kept = decode_all(part.paths, shape, workers=workers, encoded_bytes=part.encoded_bytes, corrupt=corrupt)
+        if len(kept) == len(part):  # else the next run would not know which are left out
+            cache(key, pixels)
+        part = part.select(torch.tensor(kept, dtype=torch.int64))
     return Images(torch.from_numpy(pixels), part.labels, mean, std)

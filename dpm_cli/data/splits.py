@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dpm_cli.data.augment import Augmentation, draw_epoch, finish, normalise
+from dpm_cli.data.corrupt import Corrupt
 
 Shape = tuple[int, int, int]  # channels, height, width
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32 normalised, labels (B,) int64; both on the device
@@ -110,6 +111,7 @@ class Splits:
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
     test_held_out: bool = False  # the folder has no test images: a fixed tenth of the training images serves
+    corrupt: Corrupt = field(default_factory=Corrupt)  # images that were left out; streamed ones are found on the way
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # which images -> their number and a digest
 
 

@@ -1,14 +1,16 @@
 """A split that does not fit in memory: files decoded batch by batch in worker processes, augmented on the device."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from dpm_cli.data.augment import Augmentation, Draws, draw_epoch, finish
+from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.decode import decode_batches
 from dpm_cli.data.splits import Batch, Shape, split_order
+from dpm_cli.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class Streamed:
     mean: Tensor  # (C,) of pixels in [0, 1], on the device
     std: Tensor  # (C,)
     workers: int  # decoding processes; 0: in this one
+    corrupt: Corrupt = field(default_factory=Corrupt)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -35,7 +38,10 @@ class Streamed:
         start: int = 0,
         drop_last: bool = False,
     ) -> Iterator[Batch]:
-        """See `Split.batches`. Raises DataError, while iterating, naming a file that cannot be read."""
+        """See `Split.batches`. Images that cannot be read are left out of their batch.
+
+        Raises DataError, while iterating, naming one that is too many.
+        """
         _, height, width = self.shape
         order, draws = torch.arange(len(self)), Draws(None, None, None, None)
         if augment is not None:
@@ -46,10 +52,14 @@ class Streamed:
     def _decode(self, parts: list[Tensor], draws: Draws, augment: Augmentation) -> Iterator[Batch]:
         device = self.labels.device
         indexes = [part.tolist() for part in parts]
-        arrays = decode_batches(self.paths, self.shape, indexes, workers=self.workers, boxes=draws.box)
+        arrays = decode_batches(
+            self.paths, self.shape, indexes, workers=self.workers, corrupt=self.corrupt, boxes=draws.box
+        )
         draws = replace(draws, box=None).to(device)  # the workers have done the boxes
-        for part, array in zip(parts, arrays):
-            part, pixels = part.to(device), torch.from_numpy(array).to(device)
+        for array, kept in arrays:
+            if not kept:
+                raise DataError(f"no image of a whole batch can be read; {self.corrupt.note}")
+            part, pixels = torch.tensor(kept, device=device), torch.from_numpy(array).to(device)
             yield finish(pixels, draws.of(part), augment, mean=self.mean, std=self.std), self.labels[part]
 
     def select(self, index: Tensor) -> "Streamed":

@@ -60,6 +60,7 @@ EVALUATED = {
     "accuracy": 98.87,
     "loss": 0.0355,
     "images": 355,
+    "unreadable": 0,
     "latency": {"onnxruntime": {"median": 0.025, "low": 0.024, "high": 0.055}},
 }
 PLAN: dict[str, Any] = {
