@@ -12,7 +12,16 @@ from dpm_cli.errors import OutputError, RunError
 REPORT = "report.json"  # written last: its presence says that the run is finished
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
 PREVIOUS = "checkpoint.previous.pt"  # the one before it; for a moment, while a new one gets its name, the only one
-OUTPUTS = ("slim.pt", "model.ts", "model.onnx", REPORT, "recipe.yaml", "metrics.jsonl")
+OUTPUTS = (
+    "slim.pt",
+    "model.ts",
+    "model.onnx",
+    "model.fp16.onnx",
+    "model.pt2",
+    REPORT,
+    "recipe.yaml",
+    "metrics.jsonl",
+)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
