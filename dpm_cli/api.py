@@ -4,14 +4,13 @@ import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dpm_cli.budget import Kind, choose_round_to, cost_of, find_floors, find_limit
 from dpm_cli.data import Splits, load_data
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.evaluate import Score, evaluate_module
@@ -33,16 +32,17 @@ from dpm_cli.errors import (
 )
 from dpm_cli.export import export_model, open_exported
 from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
-from dpm_cli.graph import find_groups
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
 from dpm_cli.models import apply_edits_, build, find_edits, load_model, load_slim
 from dpm_cli.models.outputs import find_failure, relative_difference, sample_images
 from dpm_cli.models.own_code import one_line
 from dpm_cli.models.slim import TOLERANCE
 from dpm_cli.models.structure import named_tensors
+from dpm_cli.plan import Plan
 from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
 from dpm_cli.report import Event, ExportedFile, Report
 from dpm_cli.run import EXPORT_NAMES, Run, augmentation
+from dpm_cli.sensitivity import measure_sensitivity, take_images
 
 AnyRecipe = Recipe | str | Path | Mapping[str, Any]
 OnEvent = Callable[[Event], None] | None
@@ -213,15 +213,28 @@ def _train_dense(
 
 
 def evaluate(
-    file: str | Path, recipe: AnyRecipe, *, device: str = "auto", trust_pickle: bool = False, latency: bool = True
+    file: str | Path,
+    recipe: AnyRecipe,
+    *,
+    device: str = "auto",
+    trust_pickle: bool = False,
+    latency: bool = True,
+    latency_batch: int = 1,
 ) -> dict[str, Any]:
-    """Test accuracy, cost, size and latency (batch 1) of a dense, slim, TorchScript or ONNX file."""
+    """Test accuracy, cost, size and latency of a dense, slim, TorchScript or ONNX file.
+
+    Latency is of single images, and with `latency_batch` also of batches of that size; both on the CPU.
+    """
     recipe = _resolve(recipe)
+    if latency_batch < 1:
+        raise UsageError(f"the batch is {latency_batch}; at least one image is needed")
     with explaining_faults(recipe.data.batch):
-        return _evaluate(Path(file), recipe, device, trust_pickle, latency)
+        return _evaluate(Path(file), recipe, device, trust_pickle, latency, latency_batch)
 
 
-def _evaluate(path: Path, recipe: Recipe, device: str, trust_pickle: bool, latency: bool) -> dict[str, Any]:
+def _evaluate(
+    path: Path, recipe: Recipe, device: str, trust_pickle: bool, latency: bool, latency_batch: int
+) -> dict[str, Any]:
     batch = recipe.data.batch * 4
     result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
     if _is_exported(path):
@@ -248,6 +261,12 @@ def _evaluate(path: Path, recipe: Recipe, device: str, trust_pickle: bool, laten
             "macs": count_macs(runner, example, recipe.counter),
             "params": count_parameters(runner),
             "bytes": count_bytes(runner),
+            "odd_widths": {
+                layer: width
+                for layer, sizes in loaded.edits.items()
+                for key in ("out_channels", "out_features")
+                if isinstance(width := sizes.get(key), int) and width % 8
+            },
         }
     result |= {
         "accuracy": score.accuracy,
@@ -258,9 +277,17 @@ def _evaluate(path: Path, recipe: Recipe, device: str, trust_pickle: bool, laten
     result["latency"] = {}
     if latency:
         image, _ = next(splits.test.batches(1, seed=0, epoch=0, augment=None))
-        measured = measure_latency(runner, image.cpu())
-        result["latency"] = {name: {"median": measured.median_ms, "low": measured.low_ms, "high": measured.high_ms}}
+        result["latency"] = {name: _milliseconds(runner, image)}
+        if latency_batch > 1:
+            images = image.repeat(latency_batch, 1, 1, 1)
+            result["latency_in_batches"] = {name: _milliseconds(runner, images) | {"batch": latency_batch}}
     return result
+
+
+def _milliseconds(runner: Any, images: Tensor) -> dict[str, float]:
+    """Of one call: median and quartiles."""
+    measured = measure_latency(runner, images.cpu())
+    return {"median": measured.median_ms, "low": measured.low_ms, "high": measured.high_ms}
 
 
 def export_slim(
@@ -302,38 +329,44 @@ def export_slim(
     return exported
 
 
-def inspect(model: nn.Module | str | Path, recipe: AnyRecipe, *, trust_pickle: bool = False) -> dict[str, Any]:
-    """The plan without training: groups, what stays whole and why, and what can be reached."""
+def inspect(
+    model: nn.Module | str | Path,
+    recipe: AnyRecipe,
+    *,
+    sensitivity: float | None = None,
+    images: int = 1000,
+    device: str = "auto",
+    trust_pickle: bool = False,
+) -> dict[str, Any]:
+    """The plan without training: groups, what stays whole and why, what can be reached, and the widths it would give.
+
+    The widths are those of all victims chosen at once from the weights as they are; training will shift some.
+    sensitivity: also the accuracy and loss on so many validation `images` when each group alone loses this share of
+    its units; `device` serves only that.
+    """
     recipe = _resolve(recipe)
+    if sensitivity is not None and not 0 < sensitivity < 1:
+        raise UsageError(f"the share is {sensitivity:g}; it is a fraction of each group's units such as 0.5")
+    if images < 1:
+        raise UsageError(f"images is {images}; at least one is needed")
     module, arch = _load(model, recipe, trust_pickle)
-    prune = recipe.prune
-    groups = find_groups(module, torch.zeros(2, *recipe.model.input), prune.keep)
-    kind, amount = prune.target.kind, prune.target.amount
-    round_to = choose_round_to(groups, prune.round_to, min_keep=prune.min_keep, kind=kind, amount=amount)
-    floors = find_floors(groups, round_to=round_to, min_keep=prune.min_keep)
-    alive = np.ones(groups.units, bool)
-    lowest = floors.lowest(groups)
-    kinds: tuple[Kind, ...] = ("macs", "params", "channels")
-    dense = {kind: cost_of(groups.cost, kind, alive) for kind in kinds}
-    achievable = {kind: [cost_of(groups.cost, kind, lowest), dense[kind]] for kind in kinds}
-    limit = find_limit(dense[kind], amount)
-    return {
-        "arch": arch,
-        "dense": dense,
-        "round_to": round_to,
-        "achievable": achievable,
-        "target": {
-            "kind": kind,
-            "asked": amount,
-            "limit": limit,
-            "achievable": achievable[kind][0] <= limit < dense[kind],
-        },
-        "groups": [
-            {"name": group.name, "layers": list(group.layers), "units": group.size, "lowest": units}
-            for group, units in zip(groups, floors.units.tolist())
-        ],
-        "kept": [{"layer": kept.layer, "reason": kept.reason} for kept in groups.kept],
-    }
+    plan = Plan(module, recipe)
+    result = {"arch": arch} | plan.to_dict()
+    if sensitivity is not None:
+        torch_device = choose_device(device)
+        splits = load_splits(recipe, torch_device)
+        held_out = bool(len(splits.validation))
+        some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch * 4)
+        dense, rows = measure_sensitivity(module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity)
+        result["sensitivity"] = {
+            "share": sensitivity,
+            "split": "validation" if held_out else "train",
+            "images": dense.images,
+            "accuracy": dense.accuracy,
+            "loss": dense.loss,
+            "groups": [asdict(row) | {"layers": list(row.layers)} for row in rows],
+        }
+    return result
 
 
 def load_splits(recipe: Recipe, device: torch.device) -> Splits:

@@ -16,7 +16,16 @@ REPORT = "report.json"  # written last: its presence says that the run is finish
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
 PREVIOUS = "checkpoint.previous.pt"  # the one before it; for a moment, while a new one gets its name, the only one
 LOCK = ".dpm-lock"  # while a run writes here
-OUTPUTS = ("slim.pt", "model.ts", "model.onnx", REPORT, "recipe.yaml", "metrics.jsonl")
+OUTPUTS = (
+    "slim.pt",
+    "model.ts",
+    "model.onnx",
+    "model.fp16.onnx",
+    "model.pt2",
+    REPORT,
+    "recipe.yaml",
+    "metrics.jsonl",
+)
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:

@@ -419,6 +419,11 @@ def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished)
     assert (slim["kind"], slim["macs"], slim["params"]) == ("slim", report.slim.macs, report.slim.params)
     assert slim["accuracy"] == report.slim.accuracy
     assert slim["latency"].keys() == {"torch"}
+    assert "latency_in_batches" not in slim
+    assert all(width % 4 == 0 and width % 8 for width in slim["odd_widths"].values())
+    batches = api.evaluate(folder / "model.ts", recipe(), latency_batch=3)["latency_in_batches"]["torchscript"]
+    assert batches["batch"] == 3
+    assert 0 < batches["low"] <= batches["median"] <= batches["high"]
     exported = api.evaluate(folder / "model.ts", recipe(), latency=False)
     assert (exported["kind"], exported["macs"], exported["latency"]) == ("torchscript", None, {})
     assert exported["accuracy"] == report.slim.accuracy
@@ -453,6 +458,39 @@ def test_plan_says_what_can_be_reached(dense):
     assert [kept["layer"] for kept in plan["kept"]] == ["linear"]
     impossible = api.inspect(dense, recipe(prune={"target": {"params": 10}}))
     assert not impossible["target"]["achievable"]
+    assert "planned" not in impossible
+    assert "widths" not in impossible
+
+
+def test_planned_widths_are_those_of_the_network_that_would_be_left(dense):
+    plan = api.inspect(dense, recipe())
+    target, planned = plan["target"], plan["planned"]
+    assert planned["macs"] <= target["limit"]
+    widths = {width["layer"]: width for width in plan["widths"]}
+    assert {name: width["before"] for name, width in widths.items()} == {
+        layer: dense.get_submodule(layer).out_channels for group in plan["groups"] for layer in group["layers"]
+    }
+    for group in plan["groups"]:
+        assert {widths[layer]["after"] for layer in group["layers"]} == {group["planned"]}
+        assert group["planned"] % 4 == 0
+    assert planned["channels"] == sum(group["planned"] for group in plan["groups"])
+
+
+def test_sensitivity_of_a_group_is_the_loss_without_its_weakest_units(dense):
+    plan = api.inspect(dense, recipe(), sensitivity=0.25, images=16)
+    measured = plan["sensitivity"]
+    assert (measured["share"], measured["split"]) == (0.25, "validation")
+    assert [row["group"] for row in measured["groups"]] == [group["name"] for group in plan["groups"]]
+    for row in measured["groups"]:
+        assert row["removed"] == row["units"] // 4
+        assert 0 < row["macs_saved"] < 1
+        assert row["loss"] != measured["loss"]
+
+
+@pytest.mark.parametrize("share", [0, 1, 1.5])
+def test_a_share_is_a_fraction(dense, share):
+    with pytest.raises(UsageError, match="fraction"):
+        api.inspect(dense, recipe(), sensitivity=share)
 
 
 def test_a_broken_recipe_is_refused_whatever_it_comes_as(dense_file, tmp_path):

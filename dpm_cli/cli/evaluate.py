@@ -14,6 +14,7 @@ def evaluate(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="A dense model, slim.pt, model.ts or model.onnx.")],
     recipe: RecipeName,
     overrides: Overrides = None,
+    batch: Annotated[int, typer.Option(metavar="N", help="Measure latency at batch N, too.")] = 1,
     device: Device = "auto",
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
@@ -24,7 +25,7 @@ def evaluate(
     """
     settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides))
     with libraries_on_stderr():
-        result = dpm_cli.evaluate(file, settings, device=device, trust_pickle=trust_pickle)
+        result = dpm_cli.evaluate(file, settings, device=device, trust_pickle=trust_pickle, latency_batch=batch)
     if as_json:
         print_json(result)
     else:

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rich.console import Console
+
 from dpm_cli.cli import numbers
 from dpm_cli.cli.tables import (
     KINDS,
@@ -10,12 +12,14 @@ from dpm_cli.cli.tables import (
     RUNTIMES,
     describe_export,
     describe_kept,
+    describe_odd_widths,
+    describe_widths,
     make_console,
     make_table,
     print_detail,
     wrap_words,
 )
-from dpm_cli.report import ExportedFile, KeptLayer
+from dpm_cli.report import ExportedFile, KeptLayer, Width
 
 NAME_WIDTH = 16
 
@@ -34,14 +38,17 @@ def print_trained(result: dict[str, Any]) -> None:
 
 
 def print_evaluated(result: dict[str, Any]) -> None:
-    latencies = [
-        (
-            f"latency, {RUNTIMES.get(runtime, runtime)}",
-            f"{numbers.milliseconds(read['median'])}  (quartiles {numbers.milliseconds(read['low'])} to "
-            f"{numbers.milliseconds(read['high'])}; single images)",
+    latencies = []
+    for runtime, read in [*result["latency"].items(), *result.get("latency_in_batches", {}).items()]:
+        batch = read.get("batch", 1)
+        images = f"batches of {batch}, {1000 * batch / read['median']:.0f} images/s" if batch > 1 else "single images"
+        latencies.append(
+            (
+                f"latency, {RUNTIMES.get(runtime, runtime)}",
+                f"{numbers.milliseconds(read['median'])}  (quartiles {numbers.milliseconds(read['low'])} to "
+                f"{numbers.milliseconds(read['high'])}; {images})",
+            )
         )
-        for runtime, read in result["latency"].items()
-    ]
     _print_pairs(
         [
             ("file", f"{result['file']}  ({result['kind']})"),
@@ -54,6 +61,10 @@ def print_evaluated(result: dict[str, Any]) -> None:
             *latencies,
         ]
     )
+    if odd := result.get("odd_widths"):
+        console = make_console()
+        note = f"{describe_odd_widths(odd)} An unrounded width can cost as much as the next multiple of 8."
+        print_detail(console, "note", wrap_words(note, console.width - LABEL))
 
 
 def print_exported(exported: Sequence[ExportedFile]) -> None:
@@ -65,17 +76,27 @@ def print_exported(exported: Sequence[ExportedFile]) -> None:
 def print_plan(plan: dict[str, Any]) -> None:
     """What can be pruned, what cannot, and how far."""
     console = make_console()
-    groups = make_table("group", "layers", "units", "at least", title=None)
+    groups = make_table("group", "layers", "units", "at least", "planned", title=None)
     for group in plan["groups"]:
-        groups.add_row(group["name"], str(len(group["layers"])), str(group["units"]), str(group["lowest"]))
+        planned = str(group.get("planned", numbers.NOTHING))
+        groups.add_row(group["name"], str(len(group["layers"])), str(group["units"]), str(group["lowest"]), planned)
     console.print(f"{plan['arch'] or 'model'}: {len(plan['groups'])} groups of tied layers", style="bold")
     console.print(groups)
 
-    costs = make_table("", "dense", "smallest", "", title=None)
+    costs = make_table("", "dense", "smallest", "", "planned", "", title=None)
     for kind, (low, high) in plan["achievable"].items():
-        share = numbers.percent(100 * low / high, 1)
-        costs.add_row(KINDS[kind], numbers.cost(kind, high), numbers.cost(kind, low), share)
+        reached = plan.get("planned", {}).get(kind)
+        costs.add_row(
+            KINDS[kind],
+            numbers.cost(kind, high),
+            numbers.cost(kind, low),
+            numbers.percent(100 * low / high, 1),
+            numbers.NOTHING if reached is None else numbers.cost(kind, reached),
+            numbers.NOTHING if reached is None else numbers.percent(100 * reached / high, 1),
+        )
     console.print(costs)
+    if "sensitivity" in plan:
+        _print_sensitivity(console, plan["sensitivity"])
 
     target = plan["target"]
     kind = target["kind"]
@@ -87,7 +108,8 @@ def print_plan(plan: dict[str, Any]) -> None:
         "target",
         wrap_words(f"{kind} {asked}: at most {numbers.cost(kind, target['limit'])}, {verdict}", width),
     )
-    print_detail(console, "widths", [f"multiples of {plan['round_to']}"])
+    widths = [Width(**each) for each in plan.get("widths", [])]
+    print_detail(console, "widths", [f"multiples of {plan['round_to']}", *describe_widths(widths, width)])
     print_detail(console, "kept", describe_kept([KeptLayer(**kept) for kept in plan["kept"]], width))
 
 
@@ -112,6 +134,27 @@ def print_compared(rows: Sequence[dict[str, Any]]) -> None:
     console.print(table)
     if not all(row["met"] for row in rows):
         console.print("* the target was not met")
+
+
+def _print_sensitivity(console: Console, measured: dict[str, Any]) -> None:
+    """The groups that are worth least come first."""
+    console.print(
+        f"accuracy {numbers.percent(measured['accuracy'])}, loss {measured['loss']:.4f} on {measured['images']} "
+        f"{measured['split']} images; when one group alone loses {measured['share']:g} of its units:",
+        soft_wrap=True,
+    )
+    table = make_table("group", "units", "removed", "MACs saved", "accuracy", "", "loss", title=None)
+    for row in sorted(measured["groups"], key=lambda row: row["loss"]):
+        table.add_row(
+            row["group"],
+            str(row["units"]),
+            str(row["removed"]),
+            numbers.percent(100 * row["macs_saved"], 1),
+            numbers.percent(row["accuracy"]),
+            numbers.points_change(measured["accuracy"], row["accuracy"]),
+            f"{row['loss']:.4f}",
+        )
+    console.print(table)
 
 
 def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:

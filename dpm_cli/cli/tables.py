@@ -3,7 +3,7 @@
 import os
 import sys
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 
 from rich import box
@@ -132,10 +132,21 @@ def disappointments(report: Report) -> list[str]:
                 slow.append(f"{RUNTIMES.get(runtime, runtime)} {gained:.2f}×")
     if not slow:
         return []
-    return [
-        f"faster by less than the {promised:.2f}× of the MACs: {', '.join(slow)}. Single images through small "
-        "layers wait for overhead and memory, not for arithmetic; a larger prune.round_to or larger batches can help."
-    ]
+    odd = {width.layer: width.after for width in report.widths if width.after % 8 and width.after < width.before}
+    why = (
+        f"{describe_odd_widths(odd)} Runtimes are slow at such widths: prune.round_to: 8 avoids them."
+        if odd
+        else "Single images through small layers wait for overhead and memory, not for arithmetic; a larger "
+        "prune.round_to or larger batches can help."
+    )
+    return [f"faster by less than the {promised:.2f}× of the MACs: {', '.join(slow)}. {why}"]
+
+
+def describe_odd_widths(widths: Mapping[str, int]) -> str:
+    """A sentence about layers (name -> width) whose widths are no multiples of 8."""
+    layers = [f"{layer} ({width})" for layer, width in widths.items()]
+    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
+    return f"Not a multiple of 8 wide: {shown}."
 
 
 def make_console() -> Console:

@@ -21,8 +21,8 @@ SHARED = {"--recipe", "--set", "--json"}
 OPTIONS = {
     "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust-pickle", "--quiet"},
     "train": SHARED | {"--output", "--device", "--seed", "--overwrite", "--trust-pickle", "--quiet"},
-    "inspect": SHARED | {"--trust-pickle"},
-    "evaluate": SHARED | {"--device", "--trust-pickle"},
+    "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust-pickle"},
+    "evaluate": SHARED | {"--batch", "--device", "--trust-pickle"},
     "export": {"--format", "--opset", "--output", "--arch", "--overwrite", "--json"},
     "compare": {"--csv", "--json"},
     "demo": {"--output", "--json", "--quiet"},

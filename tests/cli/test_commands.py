@@ -158,6 +158,15 @@ def test_evaluate_shows_what_is_known_of_a_file(dpm: Any, stand_in: Any) -> None
     assert json.loads(dpm("evaluate", "model.onnx", "-r", "digits", "--json").out) == EVALUATED
 
 
+def test_evaluate_shows_batches_and_odd_widths(dpm: Any, stand_in: Any) -> None:
+    batches = {"torch": {"median": 4.0, "low": 3.9, "high": 4.1, "batch": 32}}
+    recorder = stand_in("evaluate", EVALUATED | {"latency_in_batches": batches, "odd_widths": {"conv1": 33}})
+    ended = dpm("evaluate", "slim.pt", "-r", "digits", "--batch", 32)
+    assert recorder.options["latency_batch"] == 32
+    assert "batches of 32, 8000 images/s" in ended.out
+    assert "Not a multiple of 8 wide: conv1 (33)." in " ".join(ended.out.split())
+
+
 def test_export_makes_both_formats_unless_told(dpm: Any, stand_in: Any) -> None:
     made = ExportedFile("onnx", "there/model.onnx", 142_229, 2.4e-7)
     recorder = stand_in("export_slim", [made])
@@ -177,6 +186,42 @@ def test_inspect_shows_the_plan(dpm: Any, stand_in: Any) -> None:
     for part in ("conv1", "952.3 K, can be met", "linear: output of the model", "2.12 M", "2.4 %"):
         assert part in ended.out, part
     assert json.loads(dpm("inspect", "model.pt", "-r", "digits", "--json").out) == PLAN
+
+
+SENSITIVITY = {
+    "share": 0.5,
+    "split": "validation",
+    "images": 144,
+    "accuracy": 95.0,
+    "loss": 0.25,
+    "groups": [
+        {
+            "group": "conv1",
+            "layers": ["conv1", "block1.conv2"],
+            "units": 32,
+            "removed": 16,
+            "accuracy": 94.0,
+            "loss": 0.5,
+            "macs_saved": 0.125,
+        }
+    ],
+}
+
+
+def test_inspect_writes_sensitivities_as_a_table_and_as_csv(dpm: Any, stand_in: Any) -> None:
+    recorder = stand_in("inspect", PLAN | {"sensitivity": SENSITIVITY})
+    ended = dpm("inspect", "model.pt", "-r", "digits", "--csv", "worth.csv", "--share", 0.25, "--images", 50)
+    assert ended.code == 0
+    assert (recorder.options["sensitivity"], recorder.options["images"]) == (0.25, 50)
+    assert "−1.00 points" in ended.out
+    assert Path("worth.csv").read_text() == (
+        "group,layers,units,removed,macs_saved,accuracy,accuracy_change,loss,loss_change\n"
+        "conv1,conv1 block1.conv2,32,16,0.125,94.0,-1.0,0.5,0.25\n"
+    )
+    assert dpm("inspect", "model.pt", "-r", "digits", "--sensitivity").code == 0
+    assert recorder.options["sensitivity"] == 0.5
+    stand_in("inspect", PLAN)
+    assert dpm("inspect", "model.pt", "-r", "digits").code == 0
 
 
 def test_inspect_of_an_impossible_target_shows_the_plan_and_fails(dpm: Any, stand_in: Any) -> None:

@@ -115,3 +115,13 @@ def test_kept_layers_are_gathered_by_reason() -> None:
 def test_items_are_never_broken_when_wrapped() -> None:
     assert wrap(["aa 1→2", "bb 3→4", "cc 5→6"], 15) == ["aa 1→2, bb 3→4,", "cc 5→6"]
     assert wrap([], 10) == []
+
+
+def test_a_slow_model_is_told_which_of_its_widths_are_to_blame() -> None:
+    slow = replace(make_report().slim, latency={"torch": Milliseconds(9.9, 9.8, 10.0)})
+    (sentence,) = disappointments(
+        make_report(slim=slow, widths=[Width("a", 64, 33), Width("b", 64, 32), Width("c", 10, 10)])
+    )
+    assert "Not a multiple of 8 wide: a (33). Runtimes are slow" in sentence
+    (sentence,) = disappointments(make_report(slim=slow, widths=[Width("b", 64, 32)]))
+    assert "overhead and memory" in sentence

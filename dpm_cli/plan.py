@@ -1,0 +1,98 @@
+"""What a recipe would make of a model: groups, reachable costs, widths. Nothing is trained or changed."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpm_cli.budget import (
+    Floors,
+    Kind,
+    Scores,
+    choose_round_to,
+    choose_victims,
+    cost_of,
+    find_floors,
+    find_limit,
+)
+from dpm_cli.graph import Groups, Role, find_groups
+from dpm_cli.graph.labels import Flags
+from dpm_cli.pruners import make_base
+from dpm_cli.recipe import Recipe
+from dpm_cli.report import Width
+
+KINDS: tuple[Kind, ...] = ("macs", "params", "channels")
+
+
+class Plan:
+    """The groups of one module under one recipe. Raises what `find_groups` raises."""
+
+    def __init__(self, module: nn.Module, recipe: Recipe) -> None:
+        """module: in eval mode on the CPU."""
+        self.prune = prune = recipe.prune
+        self.groups: Groups = find_groups(module, torch.zeros(2, *recipe.model.input), prune.keep)
+        self.kind, amount = prune.target.kind, prune.target.amount
+        self.round_to = choose_round_to(
+            self.groups, prune.round_to, min_keep=prune.min_keep, kind=self.kind, amount=amount
+        )
+        self.floors: Floors = find_floors(self.groups, round_to=self.round_to, min_keep=prune.min_keep)
+        everything, lowest = np.ones(self.groups.units, bool), self.floors.lowest(self.groups)
+        self.dense = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
+        self.lowest = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
+        self.limit = find_limit(self.dense[self.kind], amount)
+        base = make_base(
+            prune.base,
+            normalizer=prune.normalizer or ("max" if prune.sparse_epochs else "mean"),
+            strength=prune.sparse_strength,
+        )
+        base.bind(self.groups, module)
+        self.scores: Scores = base.scores()  # (units,) of the weights as they are
+
+    @property
+    def is_achievable(self) -> bool:
+        return self.lowest[self.kind] <= self.limit < self.dense[self.kind]
+
+    def survivors(self) -> Flags:
+        """(units,) what would be left if all victims were chosen at once, from the weights as they are."""
+        return ~choose_victims(self.groups, self.floors, self.scores, kind=self.kind, limit=self.limit)
+
+    def to_dict(self) -> dict[str, Any]:
+        groups = [
+            {"name": group.name, "layers": list(group.layers), "units": group.size, "lowest": units}
+            for group, units in zip(self.groups, self.floors.units.tolist())
+        ]
+        result: dict[str, Any] = {
+            "dense": self.dense,
+            "round_to": self.round_to,
+            "achievable": {kind: [self.lowest[kind], self.dense[kind]] for kind in KINDS},
+            "target": {
+                "kind": self.kind,
+                "asked": self.prune.target.amount,
+                "limit": self.limit,
+                "achievable": self.is_achievable,
+            },
+            "groups": groups,
+            "kept": [{"layer": kept.layer, "reason": kept.reason} for kept in self.groups.kept],
+        }
+        if self.is_achievable:
+            alive = self.survivors()
+            for values, group in zip(groups, self.groups):
+                values["planned"] = int(alive[group.range].sum())
+            result["planned"] = {kind: cost_of(self.groups.cost, kind, alive) for kind in KINDS}
+            result["widths"] = [
+                {"layer": width.layer, "before": width.before, "after": width.after}
+                for width in find_widths(self.groups, alive)
+            ]
+        return result
+
+
+def find_widths(groups: Groups, alive: Flags) -> Iterator[Width]:
+    """Rows of every layer that makes units, before and after. alive: (units,)"""
+    stays, seen = np.append(alive, True), set[str]()
+    for part in groups.slices:
+        layer = part.tensor.rpartition(".")[0] or part.tensor
+        if part.role is Role.PRODUCER and layer not in seen:
+            seen.add(layer)
+            yield Width(layer, len(part.units), int(stays[part.units].sum()))
