@@ -283,6 +283,9 @@ def make_lively_(model: Any, images: Any) -> None:
                 parameter.fill_(0.5)
         model.train()
         model(images)
+        for module in model.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pooled noise hardly varies: it would be blown up
+                module.running_var.clamp_(min=1e-2)
     model.eval()
 
 

@@ -1,6 +1,7 @@
 """Target -> victims: which units go so that the cost just meets a limit, without touching the model."""
 
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Literal
 
@@ -92,8 +93,20 @@ def resolve_limit(groups: Groups, floors: Floors, *, kind: Kind, amount: float) 
         raise TargetError(
             f"target {kind} {amount:g} ({limit:,}) cannot be met: between {lowest:,} ({lowest / dense:.3f}) "
             f"and {dense:,} can be reached with this round_to, min_keep and keep; raise the target or lower them"
+            + _explain_kept(groups)
         )
     return limit
+
+
+def _explain_kept(groups: Groups) -> str:
+    """The most frequent reason that keeps layers whole, with a layer that it keeps; nothing if only the output is."""
+    inner = [kept for kept in groups.kept if kept.reason.rpartition(": ")[2] != "output of the model"]
+    if not inner:
+        return ""
+    reason, count = Counter(kept.reason.rpartition(": ")[2] for kept in inner).most_common(1)[0]
+    layer = next(kept.layer for kept in inner if kept.reason.endswith(reason))
+    more = f" and {count - 1} more" if count > 1 else ""
+    return f". Kept whole: {layer}{more} ({reason})"
 
 
 def choose_victims(

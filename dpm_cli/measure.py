@@ -70,7 +70,14 @@ def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_coun
         case "flop_counter":
             flops = FlopCounterMode(display=False)
             # Inference mode hides the matrix products inside aten.linear from the counter, the fast path all attention.
-            with evaluating(module), torch.inference_mode(False), torch.no_grad(), without_mha_fastpath(), flops:
+            with (
+                evaluating(module),
+                _frozen(module),  # its hooks stumble over parameters that are handed from module to module
+                torch.inference_mode(False),
+                torch.no_grad(),
+                without_mha_fastpath(),
+                flops,
+            ):
                 module(image)
             return int(flops.get_total_flops()) // 2
         case "thop":
@@ -145,6 +152,19 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for part, training in modes:
             part.training = training
+
+
+@contextmanager
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """No parameter asks for gradients for a while."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
 
 
 @contextmanager

@@ -236,3 +236,10 @@ def test_automatic_rounding_is_the_coarsest_that_can_meet_the_target(asked, amou
     net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 3, 1)).eval()
     groups = find_groups(net, torch.zeros(2, 3, 4, 4))
     assert choose_round_to(groups, asked, min_keep=0.1, kind="params", amount=amount) == chosen
+
+
+def test_a_target_out_of_reach_is_refused_with_what_keeps_layers_whole():
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Softmax(1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 3, 1)).eval()
+    groups = find_groups(net, torch.zeros(2, 3, 4, 4))
+    with pytest.raises(TargetError, match=r"Kept whole: 0 \(softmax over this axis\)$"):
+        resolve_limit(groups, find_floors(groups, round_to=1, min_keep=0.5), kind="macs", amount=0.1)

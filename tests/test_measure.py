@@ -163,3 +163,18 @@ def test_hardware_names_the_machine_and_the_versions() -> None:
     assert found["threads"] == torch.get_num_threads()
     assert found["torch"] == torch.__version__
     assert all(found[name] for name in ("cpu", "cores", "python", "onnxruntime"))
+
+
+def test_macs_of_a_module_that_hands_a_parameter_to_another() -> None:
+    class Hands(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.token, self.inner = nn.Parameter(torch.ones(1, 4)), nn.Linear(4, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            token = self.token.expand(len(x), -1)
+            return nn.Sequential(self.inner)(token) + x.sum()
+
+    module = Hands()
+    assert count_macs(module, torch.zeros(1, 3, 2, 2)) == 20
+    assert all(parameter.requires_grad for parameter in module.parameters())

@@ -1,13 +1,13 @@
 """Physical removal: the network becomes really smaller, and computes the same as with zeros in it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpm_cli.attention import fit_attention_
-from dpm_cli.graph.groups import Groups
+from dpm_cli.graph.groups import Groups, NumberChange
 from dpm_cli.graph.labels import Flags, Ids
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
@@ -34,21 +34,26 @@ def compact_(model: nn.Module, groups: Groups, alive: Flags) -> KeptPositions:
         touched[path] = module
     for path, module in touched.items():
         fit_layer_(module, kept.get(f"{path}.weight".lstrip("."), {}).get(0))
-    for name, sizes in groups.new_sizes(alive).items():
+    for name, changes in groups.new_numbers(alive).items():
         layer = model.get_submodule(name)
         if not fit_attention_(layer):
-            _resize_numbers_(layer, sizes)
+            _resize_numbers_(layer, changes)
     return kept
 
 
-def _resize_numbers_(layer: nn.Module, sizes: Mapping[int, int]) -> None:
-    """Numbers of heads and inner widths that hand-written attention keeps. Whether the guess holds, a forward pass
+def _resize_numbers_(layer: nn.Module, changes: Sequence[NumberChange]) -> None:
+    """Numbers of heads, widths and parts that a layer's own code keeps. Whether the guess holds, a forward pass
     tells.
     """
     for name, value in vars(layer).items():
-        counts_heads = "head" in name.lower() and "dim" not in name.lower()
-        if type(value) is int and value in sizes and (counts_heads or value == max(sizes)):
-            setattr(layer, name, sizes[value])
+        names_heads = "head" in name.lower() and "dim" not in name.lower()
+        for change in changes:
+            if type(value) is int and (value,) == change.old and (names_heads or not change.counts_heads):
+                setattr(layer, name, change.new[0])
+                break
+            if type(value) in (list, tuple) and len(value) > 1 and tuple(value) == change.old:
+                setattr(layer, name, type(value)(change.new))
+                break
 
 
 def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:

@@ -44,12 +44,21 @@ class Group:
 
 
 @dataclass(frozen=True)
-class HeadSplit:
-    """A layer that splits an axis into heads by a number of its own, which must follow when heads are removed."""
+class HeldNumber:
+    """A number, or a list of them, in a layer's own code that must follow when units are removed."""
 
     layer: str
-    units: Ids  # (heads,) the unit of each head; `Groups.units` for those that always stay
-    width: int  # heads · head dimensions
+    parts: tuple[Ids, ...]  # of each number: the units of what it counts; `Groups.units` for what always stays
+    counts_heads: bool
+
+
+@dataclass(frozen=True)
+class NumberChange:
+    """What an integer attribute (one number) or a list of integers of a layer becomes."""
+
+    old: tuple[int, ...]
+    new: tuple[int, ...]
+    counts_heads: bool
 
 
 @dataclass(frozen=True)
@@ -70,7 +79,7 @@ class Groups:
     kept: tuple[Kept, ...]
     cost: Cost
     aliases: Mapping[str, tuple[str, ...]]  # a parameter's name -> all its names, where it is shared
-    splits: tuple[HeadSplit, ...] = ()
+    numbers: tuple[HeldNumber, ...] = ()
     outputs: tuple[tuple[int, ...], ...] = ()  # shapes of what the model returns for the example
 
     def __iter__(self) -> Iterator[Group]:
@@ -95,28 +104,29 @@ class Groups:
                     positions.setdefault(name, {})[part.axis] = np.flatnonzero(mask)
         return positions
 
-    def new_sizes(self, alive: Flags) -> dict[str, dict[int, int]]:
-        """Layer -> {a number of heads or a width of its own: what is left of it}. alive: (units,)"""
+    def new_numbers(self, alive: Flags) -> dict[str, list[NumberChange]]:
+        """Layer -> how numbers of its own change. alive: (units,)"""
         stays = np.append(alive, True)
-        sizes: dict[str, dict[int, int]] = {}
-        for split in self.splits:
-            heads, left = len(split.units), int(stays[split.units].sum())
-            if left < heads:
-                sizes.setdefault(split.layer, {}).update({split.width: split.width // heads * left, heads: left})
-        return sizes
+        changes: dict[str, list[NumberChange]] = {}
+        for number in self.numbers:
+            old = tuple(len(units) for units in number.parts)
+            new = tuple(int(stays[units].sum()) for units in number.parts)
+            if new != old:
+                changes.setdefault(number.layer, []).append(NumberChange(old, new, number.counts_heads))
+        return changes
 
     def survivors(self, alive: Flags) -> "Groups":
         """The groups of the compacted model: the dead units are gone and the rest is numbered anew. alive: (units,)"""
         left = int(alive.sum())
         number = np.append(np.where(alive, np.cumsum(alive) - 1, -1), left)
-        slices, splits = [], []
+        slices = []
         for part in self.slices:
             units = number[part.units]
             slices.append(replace(part, units=units[units >= 0]))
-        for split in self.splits:
-            units = number[split.units]
-            heads, units = len(units), units[units >= 0]
-            splits.append(replace(split, units=units, width=split.width // heads * len(units)))
+        numbers = tuple(
+            replace(held, parts=tuple(units[units >= 0] for units in (number[part] for part in held.parts)))
+            for held in self.numbers
+        )
         groups, start = [], 0
         for group in self.groups:
             size = int(alive[group.range].sum())
@@ -126,7 +136,7 @@ class Groups:
             self,
             groups=tuple(groups),
             slices=tuple(slices),
-            splits=tuple(splits),
+            numbers=numbers,
             units=left,
             cost=self.cost.survivors(alive),
         )
@@ -154,12 +164,12 @@ class Groups:
             Kept(layer, unwanted[i]) for i, group in enumerate(self.groups) if i in unwanted for layer in group.layers
         ]
         slices = tuple(replace(part, units=number[part.units]) for part in self.slices)
-        splits = tuple(replace(split, units=number[split.units]) for split in self.splits)
+        numbers = tuple(replace(held, parts=tuple(number[part] for part in held.parts)) for held in self.numbers)
         return replace(
             self,
             groups=tuple(groups),
             slices=slices,
-            splits=splits,
+            numbers=numbers,
             units=left,
             cost=cost,
             kept=self.kept + tuple(kept),
@@ -176,7 +186,7 @@ def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -
     aliases = _aliases(model)
     first = {name: names[0] for names in aliases.values() for name in names}
     tensor = next(value for value in _tensors_in(example))
-    ties, parameters = Ties(batch=int(tensor.shape[0])), dict[str, Value]()
+    ties, parameters = Ties(int(tensor.shape[0]), _held_lists(model)), dict[str, Value]()
     program = export(model, example)
     used = label(program, ties, parameters, first)
     unused = [name for name, _ in model.named_parameters() if first.get(name, name) not in used]
@@ -201,6 +211,16 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
         for name, tensor in source(remove_duplicate=False):
             names.setdefault(id(tensor), []).append(name)
     return {same[0]: tuple(same) for same in names.values() if len(same) > 1}
+
+
+def _held_lists(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
+    """(layer, integers) for every attribute that is a list or a tuple of several integers."""
+    return {
+        (name, tuple(value))
+        for name, module in model.named_modules()
+        for value in vars(module).values()
+        if type(value) in (list, tuple) and len(value) > 1 and all(type(item) is int for item in value)
+    }
 
 
 def _tensors_in(example: Example) -> Iterator[Tensor]:
@@ -298,11 +318,13 @@ def _build(
         kept=_explain_kept(ties, components, made, reasons, parameters, unused),
         cost=build_cost(ties.costs, terms, unit_of_label, units, ties.batch),
         aliases=aliases,
-        splits=tuple(
-            HeadSplit(
-                split.layer, np.where(unit_of_label[split.heads] >= 0, unit_of_label[split.heads], units), split.width
+        numbers=tuple(
+            HeldNumber(
+                held.layer,
+                tuple(np.where(unit_of_label[ids] >= 0, unit_of_label[ids], units) for ids in held.parts),
+                held.counts_heads,
             )
-            for split in ties.splits
+            for held in ties.numbers
         ),
     )
 

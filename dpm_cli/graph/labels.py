@@ -4,7 +4,7 @@ Two indices carry tied labels when one cannot be removed without the other. The 
 units. A label can be *kept*: its whole component then stays, with the reason.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
 
@@ -134,12 +134,12 @@ class CostTerm:
 
 
 @dataclass(frozen=True)
-class Split:
-    """An axis of heads · head dimensions that a layer's code splits in two by a number of its own."""
+class Number:
+    """A number, or a list of them, that a layer's code may hold: how many of some labels there are."""
 
     layer: str
-    heads: Ids  # (heads,) a label of each head
-    width: int  # heads · head dimensions
+    parts: tuple[Ids, ...]  # of each number: the labels that it counts
+    counts_heads: bool = False
 
 
 @dataclass(frozen=True)
@@ -159,12 +159,14 @@ class Owner:
 class Ties:
     """Collects labels, ties, kept labels and costs while the graph is walked; solved once at the end."""
 
-    def __init__(self, batch: int) -> None:
-        self.batch = batch  # of the example
+    def __init__(self, batch: int, lists: Set[tuple[str, tuple[int, ...]]] = frozenset()) -> None:
+        """batch: of the example. lists: (layer, integers) for every list of integers that a layer holds."""
+        self.batch = batch
         self.size = 0
         self.owners: list[Owner] = []
         self.costs: list[CostTerm] = []
-        self.splits: list[Split] = []
+        self.numbers: list[Number] = []
+        self.lists = lists
         self.layer = ""  # the module whose operators are being read, for reasons
         self._left: list[Ids] = []
         self._right: list[Ids] = []

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from dpm_cli.graph.labels import Axes, Ids, Labels, Role, Split, Ties, Value, walk_values
+from dpm_cli.graph.labels import Axes, Ids, Labels, Number, Role, Ties, Value, walk_values
 
 
 @dataclass(frozen=True)
@@ -770,7 +770,8 @@ def _reshape_block(
         ties.tie(by_unit[:, :1], by_unit)
         if makes_heads:
             heads = np.unique(by_unit[:, 0])
-            ties.splits.append(Split(ties.layer, heads, len(heads) * shape[moved[-1]]))
+            ties.numbers.append(Number(ties.layer, (heads,), counts_heads=True))
+            ties.numbers.append(Number(ties.layer, (np.repeat(heads, shape[moved[-1]]),)))
         return {moved: Labels(ids, zero, unit_axis)}
     positions = np.arange(labels.ids.shape[labels.unit_axis])
     positions = positions.reshape([-1 if k == labels.unit_axis else 1 for k in range(labels.ids.ndim)])
@@ -881,11 +882,15 @@ def split(ties: Ties, call: Call) -> list[Value]:
     labels = x.along(axis)
     if labels is None:
         ties.keep_axis(x, axis, "a block of axes is split")
+    elif (ties.layer, tuple(sizes)) in ties.lists and call.name.startswith("split"):
+        ties.numbers.append(Number(ties.layer, tuple(np.split(labels.ids, np.cumsum(sizes)[:-1]))))
     elif len(set(sizes)) > 1:
         ties.keep(labels, "split into unequal parts")
     else:
         parts = labels.ids.reshape(len(sizes), -1)
         ties.tie(parts[:1], parts)  # the parts must stay equal
+        if call.name == "split":
+            ties.numbers += [Number(ties.layer, (parts[0],)), Number(ties.layer, (labels.ids,))]
     rest = {axes: block for axes, block in x.labels.items() if axis not in axes}
     outputs, start = [], 0
     for shape, size in zip(call.shapes, sizes):

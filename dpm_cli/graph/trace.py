@@ -213,7 +213,10 @@ def _call(
             ties.keep_all(args, f"{name} turns it into a number")
         return None
     in_place = re.fullmatch(r"[^_].*[^_]_", name) is not None
-    constant = all(value.constant for value in walk_values([args, list(kwargs.values())]))
+    operands = list(walk_values([args, list(kwargs.values())]))
+    constant = all(value.constant for value in operands)
+    if not operands and any(shape[:1] == (ties.batch,) for shape in shapes):
+        constant = False  # made by the code, one for each input
     if in_place:
         same = _sharing_memory(node)
         if any(position[user] > position[node] for member in same for user in member.users if user.op != "output"):

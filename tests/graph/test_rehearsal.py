@@ -86,3 +86,51 @@ def test_rehearsing_leaves_the_model_alone():
     find_groups(model, EXAMPLE)
     assert model.training
     assert all(torch.equal(weights[name], tensor) for name, tensor in model.state_dict().items())
+
+
+class Res2(nn.Module):
+    """The width of each part stands in an attribute; parts of unequal width stand in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.width, self.parts = 4, [4, 8]
+        self.stem, self.own = nn.Conv2d(3, 12, 1), nn.Conv2d(4, 4, 1)
+        self.wide, self.left, self.right = nn.Conv2d(12, 12, 1), nn.Conv2d(4, 4, 1), nn.Conv2d(8, 6, 1)
+        self.head = nn.Conv2d(10, 5, 1)
+
+    def forward(self, x):
+        first, *rest = torch.split(self.stem(x).relu(), self.width, 1)
+        x = self.wide(torch.cat([self.own(first).relu(), *rest], 1)).relu()
+        left, right = x.split(self.parts, 1)
+        return self.head(torch.cat([self.left(left), self.right(right)], 1).relu())
+
+
+def test_numbers_of_parts_follow_what_is_removed():
+    model = Res2().eval()
+    randomise_(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
+    sizes = [(group.name, group.size) for group in groups]
+    assert sizes == [("stem", 4), ("own", 4), ("wide", 4), ("wide", 8), ("left", 4), ("right", 6)]
+    alive = np.ones(groups.units, bool)
+    alive[[group.start for group in groups]] = False
+    assert_removable(model, EXAMPLE, groups, alive)
+    assert model.width == 3
+    assert model.parts == [3, 7]
+
+
+class Positions(nn.Module):
+    """Adds a map that the code makes for every input, through a convolution of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.place, self.head = nn.Conv2d(3, 6, 1), nn.Conv2d(1, 6, 1), nn.Conv2d(6, 2, 1)
+
+    def forward(self, x):
+        ramp = torch.ones(len(x), 1, 8, 8).cumsum(3)
+        return self.head((self.stem(x) + self.place(ramp)).relu())
+
+
+def test_what_the_code_makes_for_every_input_is_counted_once_per_input():
+    model = Positions().eval()
+    groups = find_groups(model, EXAMPLE)
+    assert groups.cost.macs(np.ones(groups.units, bool)) == 64 * (3 * 6 + 6 + 6 * 2)
