@@ -105,8 +105,11 @@ class Decay:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name in STATE:
+            old = getattr(self, name)
+            if (state[name].shape, state[name].dtype) != (old.shape, old.dtype):
+                raise ValueError(f"{name} of {tuple(state[name].shape)} for {self.units.count} units")
             setattr(self, name, state[name].to(self.units.device))
-        self.rectifying, self.remaining = state["rectifying"], state["remaining"]
+        self.rectifying, self.remaining = bool(state["rectifying"]), int(state["remaining"])
         if self.rectifier:
             self.rectifier.load_state_dict(state["rectifier"])
 

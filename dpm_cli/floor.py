@@ -26,4 +26,4 @@ class Floor:
         return {"dense": self.dense, "held": self.held, "broken": self.broken}
 
     def load_state_dict(self, state: State) -> None:
-        self.dense, self.held, self.broken = state["dense"], state["held"], state["broken"]
+        self.dense, self.held, self.broken = float(state["dense"]), state["held"], state["broken"]

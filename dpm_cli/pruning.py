@@ -197,10 +197,12 @@ class Pruning:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a checkpoint. The model is still dense: it loses what was removed, then takes the weights."""
         alive = state["survivors"].numpy()
+        if alive.shape != (self.groups.units,) or alive.dtype != bool:
+            raise ValueError(f"survivors {alive.shape} of {self.groups.units} units")
         compact_(self.model, self.groups, alive)
         self._rebind(alive)
-        self.round, self.in_round = state["round"], state["in_round"]
-        self.chosen, self.released = state["chosen"], state["released"]
+        self.round, self.in_round = int(state["round"]), bool(state["in_round"])
+        self.chosen, self.released = int(state["chosen"]), int(state["released"])
         self.decay.load_state_dict(state["decay"])
         self.base.load_state_dict(state["base"])
 

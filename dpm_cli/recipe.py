@@ -23,6 +23,7 @@ LearningRate = Annotated[float, Field(gt=0, le=100)]
 ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
 
 MAX_RECIPE_BYTES = 1 << 20
+MAX_NUMBERS = 1 << 22  # of one image; larger ones than any classifier's would only fill the memory
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
@@ -59,8 +60,15 @@ class Model(Section):
     """The architecture: built-in | torchvision:NAME | timm:NAME | package.module:function."""
 
     arch: str
-    classes: int = Field(default=10, ge=1, le=10**6)
+    classes: int = Field(default=10, ge=1, le=10**5)
     input: tuple[Side, Side, Side] = (3, 32, 32)  # one image: channels, height, width
+
+    @field_validator("input")
+    @classmethod
+    def _fits_memory(cls, value: tuple[int, int, int]) -> tuple[int, int, int]:
+        if math.prod(value) > MAX_NUMBERS:
+            raise ValueError(f"one image of {list(value)} holds more than {MAX_NUMBERS} numbers")
+        return value
 
 
 class Augment(Section):
@@ -119,7 +127,7 @@ class Prune(Section):
 
     base: Literal["depgraph"] = "depgraph"
     target: Target
-    rounds: Positive = 5
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = 5
     start: Fraction = 0.0  # of the train stage: the first round
     end: Fraction = 0.5  # of the train stage: the last planned round is finished
     round_to: Step = "auto"  # surviving widths are multiples of this; auto: 8, or less if the target needs it
@@ -339,13 +347,20 @@ def _explain_one(problem: Any) -> str:
             return f"{place!r} is missing"
         case "literal_error":
             expected = problem["ctx"]["expected"].replace(" or ", ", ")
-            return f"{place} is {value!r}; known: {expected}"
+            return f"{place} is {_show(value)}; known: {expected}"
         case "value_error":
-            shown = f" is {value!r};" if isinstance(value, str | int | float) else ""
+            shown = f" is {_show(value)};" if isinstance(value, str | int | float) else ""
             return f"{place}{shown} {problem['ctx']['error']}"
         case _:
-            shown = repr(value)
-            return f"{place} is {shown if len(shown) <= 60 else shown[:57] + '...'}; {problem['msg'].lower()}"
+            return f"{place} is {_show(value)}; {problem['msg'].lower()}"
+
+
+def _show(value: object) -> str:
+    try:
+        shown = repr(value)
+    except ValueError:  # Python refuses to print numbers of thousands of digits
+        return "a number of thousands of digits"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
 def _keys_at(path: Sequence[str | int]) -> list[str]:

@@ -121,6 +121,8 @@ class Rectifier:
         return {"mean_rate": self.mean_rate, "mean_length": self.mean_length, "hits": self.hits}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        device = self.group_of_unit.device
+        device, shape = self.group_of_unit.device, self.group_of_unit.shape
+        if any(state[name].shape != shape for name in ("mean_rate", "mean_length", "hits")):
+            raise ValueError(f"the rectifier's state is not of {len(self.group_of_unit)} units")
         self.mean_rate, self.mean_length = state["mean_rate"].to(device), state["mean_length"].to(device)
         self.hits = state["hits"].to(device)

@@ -31,6 +31,7 @@ from dpm_cli.floor import Floor
 from dpm_cli.graph import Groups, find_groups, take
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import save_slim
+from dpm_cli.models.own_code import one_line
 from dpm_cli.pruners import make_base
 from dpm_cli.pruning import Pruning, plan_rounds
 from dpm_cli.recipe import Recipe, Training, dump_recipe
@@ -212,9 +213,10 @@ class Run:
         yield {"event": "stage", "name": stage.name}
         started = epoch_started = time.monotonic()
         if self._restored:
-            learner.load_state_dict(self._restored["optimizer"])
-            meter.load_state_dict(self._restored["meter"])
-            epoch_started -= self._restored["epoch_seconds"]
+            with _foreign_state(self.output / CHECKPOINT):
+                learner.load_state_dict(self._restored["optimizer"])
+                meter.load_state_dict(self._restored["meter"])
+                epoch_started -= float(self._restored["epoch_seconds"])
             self._restored = None
         for images, labels in self._batches(stage):
             step = self.progress.step
@@ -545,32 +547,41 @@ class Run:
             yield {"event": "note", "text": f"{self.output} holds no checkpoint: the run starts at its beginning"}
             return
         state = checkpoint.state
-        if state["recipe"] != self._settings:
-            changed = _changed_lines(state["recipe"], self._settings)
+        with _foreign_state(checkpoint.path):
+            recipe, weights, data = str(state["recipe"]), str(state["weights"]), dict(state["data"])
+        if recipe != self._settings:
+            changed = _changed_lines(recipe, self._settings)
             raise OutputError(
                 f"{checkpoint.path} was made with another recipe ({changed}): resume with the same one, or --overwrite"
             )
-        if state["weights"] != self._fingerprint:
+        if weights != self._fingerprint:
             raise OutputError(
                 f"{checkpoint.path} was made from another model file: resume with the same, or --overwrite"
             )
-        if state["data"] != self.splits.fingerprints:
-            changed = _changed_data(state["data"], self.splits.fingerprints)
+        if data != self.splits.fingerprints:
+            changed = _changed_data(data, self.splits.fingerprints)
             raise OutputError(
                 f"{checkpoint.path} was made with other data ({changed}): resume with the same, or --overwrite"
             )
+        with _foreign_state(checkpoint.path):
+            self._restore_state(state)
+        self.notes += [f"{path} was damaged; the one before it was used" for path in checkpoint.damaged]
+        stage = self.stages[self.progress.stage].name if self.progress.stage < len(self.stages) else "export"
+        yield {"event": "resumed", "stage": stage, "step": self.progress.step, "path": str(checkpoint.path)}
+
+    def _restore_state(self, state: dict[str, Any]) -> None:
         self._restore_model(state["pruning"], state["model"])
         if self.floor:
             self.floor.load_state_dict(state["floor"])
-        self.progress = Progress(state["stage"], state["step"], state["difference"], dict(state["seconds"]))
+        seconds = {str(name): float(spent) for name, spent in state["seconds"].items()}
+        self.progress = Progress(int(state["stage"]), int(state["step"]), float(state["difference"]), seconds)
+        if not (0 <= self.progress.stage <= len(self.stages) and self.progress.step >= 0):
+            raise ValueError(f"stage {self.progress.stage}, step {self.progress.step}")
         self._restored = state["in_stage"]
         if self.precision.scaler and state["scaler"]:
             self.precision.scaler.load_state_dict(state["scaler"])
         restore_rng(state["rng"])
-        self._metrics_bytes = state["metrics_bytes"]
-        self.notes += [f"{path} was damaged; the one before it was used" for path in checkpoint.damaged]
-        stage = self.stages[self.progress.stage].name if self.progress.stage < len(self.stages) else "export"
-        yield {"event": "resumed", "stage": stage, "step": self.progress.step, "path": str(checkpoint.path)}
+        self._metrics_bytes = max(0, int(state["metrics_bytes"]))
 
     # ------------------------------------------------------------------------------------------------- outcomes
 
@@ -763,16 +774,27 @@ def _changed_lines(old: str, new: str) -> str:
     """The first setting that differs, for a message."""
     for left, right in zip(old.splitlines(), new.splitlines()):
         if left != right:
-            return f"{left.strip()} there, {right.strip()} here"
+            return f"{left.strip()[:100]} there, {right.strip()[:100]} here"
     return "more settings in one of them"
+
+
+@contextlib.contextmanager
+def _foreign_state(path: Path) -> Iterator[None]:
+    """While a checkpoint is taken over: a right checksum does not say that this version of dpm wrote it."""
+    try:
+        yield
+    except Exception as error:  # whatever stands in it instead
+        raise OutputError(
+            f"{path} holds no state that this run can continue from ({one_line(error)}): start anew with --overwrite"
+        ) from None
 
 
 def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> str:
     """The first set of images that differs, for a message."""
     for name, here in new.items():
-        there = old.get(name, "none")
+        there = str(old.get(name, "none"))
         if there != here:
-            left, right = (text.partition(",")[0] for text in (there, here))
+            left, right = (text.partition(",")[0][:100] for text in (there, here))
             return f"{name}: {left} there, {right} here" if left != right else f"{name}: {left}, but not the same"
     return "more of it there"
 

@@ -1,12 +1,14 @@
 import copy
 import json
-import os
+import shutil
 import signal
 import subprocess
 import sys
 import textwrap
 from functools import partial
+from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -26,6 +28,7 @@ from dpm_cli.errors import (
 from dpm_cli.export import open_exported
 from dpm_cli.measure import count_parameters, measure_in_turns
 from dpm_cli.models import build, load, load_slim
+from dpm_cli.recipe import Prune
 
 
 @pytest.fixture(autouse=True)
@@ -336,45 +339,94 @@ def test_target_that_cannot_be_met_leaves_no_trace_and_takes_no_time(dense_file,
     assert not any(tmp_path.iterdir())
 
 
+KILLED_RUN = """
+    import itertools, json, os, signal, sys, torch
+    torch.set_num_threads(1)
+    from dpm_cli import api, files
+    from dpm_cli.engine import checkpoint
+
+    model, folder, settings, moment, number = sys.argv[1:]
+    count = itertools.count(1)
+
+    def die_in_time():
+        if next(count) == int(number):
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def before(moment_of_this, function):
+        def called(*given):
+            if moment == moment_of_this:
+                die_in_time()
+            return function(*given)
+        return called
+
+    class Half:  # of what is written to a checkpoint
+        def __init__(self, file):
+            self.hashing = checkpoint_file(file)
+            self.sha256, self.flush = self.hashing.sha256, self.hashing.flush
+
+        def write(self, data):
+            if moment == "half" and len(data) > 100 and next(count) == int(number):
+                self.hashing.write(data[: len(data) // 2])
+                self.flush()
+                os.kill(os.getpid(), signal.SIGKILL)
+            return self.hashing.write(data)
+
+    checkpoint_file, checkpoint._HashingFile = checkpoint._HashingFile, Half
+    os.replace, os.fsync = before("rename", os.replace), before("flush", os.fsync)
+    tell = before("event", lambda event: None)
+    api.prune(model, json.loads(settings), output=folder, resume=True, on_event=tell)
+"""
+
+
+def start_killed_run(dense_file, folder, settings, moment="never", number=0):
+    command = [sys.executable, "-c", textwrap.dedent(KILLED_RUN), dense_file, folder, json.dumps(settings)]
+    return subprocess.run([*command, moment, str(number)], timeout=300, check=False).returncode
+
+
 @pytest.mark.slow
-def test_runs_killed_at_random_moments_end_with_the_same_bits(finished, dense_file, tmp_path):
-    whole = tmp_path / "whole"
+@pytest.mark.parametrize("base", get_args(Prune.model_fields["base"].annotation))
+def test_run_killed_at_twenty_random_moments_ends_with_the_same_bits(dense_file, tmp_path, base):
+    """Between any two events, in the middle of a checkpoint, before it is flushed and before each of its renames."""
     settings = recipe(
         train={"epochs": 30}, finetune={"epochs": 20}, decay={"steps": 15, "rectify": {"rate": 0.0, "length": 0.8}},
-        prune={"rounds": 3}, checkpoint={"every": 3}, export=["torchscript"],
+        prune={"rounds": 3, "base": base}, checkpoint={"every": 2}, export=["torchscript"],
     )  # fmt: skip
-    code = """
-        import sys, json, torch
-        torch.set_num_threads(1)
-        from dpm_cli import api
-        api.prune(sys.argv[1], json.loads(sys.argv[3]), output=sys.argv[2], resume=True,
-                  on_event=lambda event: print(event["event"], flush=True))
-    """
-
-    def start(folder):
-        command = [sys.executable, "-c", textwrap.dedent(code), dense_file, folder, json.dumps(settings)]
-        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-
-    process = start(whole)
-    assert process.wait(120) == 0 if process.communicate()[0] else False
-    folder, kills = tmp_path / "killed", 0
-    for events in (7, 40, 31, 60, 45, 80):
-        process = start(folder)
-        for _ in range(events):
-            process.stdout.readline()
-        os.kill(process.pid, signal.SIGKILL)
-        kills += process.wait() == -signal.SIGKILL
-        process.stdout.close()
-    assert kills >= 5
-    process = start(folder)
-    process.communicate(timeout=120)
-    assert process.returncode == 0
+    whole, folder = tmp_path / "whole", tmp_path / "killed"
+    assert start_killed_run(dense_file, whole, settings) == 0
+    dice = np.random.default_rng(0)
+    moments = [*["event"] * 8, *["half"] * 4, *["rename"] * 4, *["flush"] * 4]
+    dice.shuffle(moments)
+    most = {"event": 40, "half": 150, "rename": 12, "flush": 12}  # so that twenty of them do not reach the end
+    kills = []
+    for moment in moments:
+        number = int(dice.integers(2, most[moment]))
+        kills.append((moment, number, start_killed_run(dense_file, folder, settings, moment, number)))
+    assert [code for *_, code in kills] == [-signal.SIGKILL] * 20, kills
+    assert start_killed_run(dense_file, folder, settings) == 0
     assert_same_bits(load(folder / "slim.pt").state_dict(), load(whole / "slim.pt").state_dict())
     assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint"))]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [(line["stage"], line["epoch"]) for line in lines if line["event"] == "epoch"]
     wanted = [("train", 30), ("finetune", 20)]
     assert epochs == [(stage, epoch) for stage, last in wanted for epoch in range(1, last + 1)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("moment", ["rename", "flush"])
+def test_run_killed_while_it_writes_its_results_ends_with_the_same_bits(finished, dense_file, tmp_path, moment):
+    settings = recipe(export=["torchscript"], checkpoint={"every": 100})
+    folder, number = tmp_path / "out", 0
+    while True:  # later and later: checkpoint, TorchScript, slim.pt, recipe, report
+        number += 1
+        shutil.rmtree(folder, ignore_errors=True)
+        code = start_killed_run(dense_file, folder, settings, moment, number)
+        if code == 0:
+            break
+        assert code == -signal.SIGKILL
+        assert start_killed_run(dense_file, folder, settings) == 0
+        assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint"))]
+        assert_same_bits(load(folder / "slim.pt").state_dict(), load(finished[0] / "slim.pt").state_dict())
+    assert number > 5
 
 
 # ------------------------------------------------------------------------------------- train, evaluate, export, plan

@@ -19,6 +19,7 @@ from dpm_cli.errors import DpmError, RecipeError
 WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
 
 INTERRUPTED = 130
+LONGEST_LINE = 1200  # characters
 CLOSED_PIPE = 141  # as of any program that SIGPIPE ends
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
 
@@ -97,8 +98,9 @@ def _report_bug(error: BaseException) -> str:
 
 
 def _one_line(text: object) -> str:
-    """Without line breaks, and without characters that would steer a terminal."""
-    return " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+    """Without line breaks, without characters that would steer a terminal, and without the middle of endless names."""
+    line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
+    return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 300]} ... {line[-300:]}"
 
 
 def make_output_safe() -> None:

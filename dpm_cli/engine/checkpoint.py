@@ -130,6 +130,16 @@ def _read_verified(path: Path) -> dict[str, Any] | None:
                     return None  # compressed entries: torch never writes them, a zip bomb does
             file.seek(HEADER_BYTES)
             state = torch.load(file, map_location="cpu", weights_only=True)
+        return state if isinstance(state, dict) and not _holds_hostile_tensor(state) else None
     except Exception:  # a stranger's file can carry a right checksum and still break the reader in any way
         return None
-    return state if isinstance(state, dict) else None
+
+
+def _holds_hostile_tensor(value: object) -> bool:
+    """Whether a tensor claims to be larger than its data, or is none of the plain kinds that a run saves."""
+    if isinstance(value, torch.Tensor):
+        is_plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
+        return not is_plain or value.numel() * value.element_size() > value.untyped_storage().nbytes()
+    if isinstance(value, dict):
+        return any(_holds_hostile_tensor(entry) for entry in value.values())
+    return isinstance(value, list | tuple) and any(_holds_hostile_tensor(entry) for entry in value)

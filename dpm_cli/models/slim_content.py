@@ -12,6 +12,7 @@ from dpm_cli.errors import ModelFileError
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
 from dpm_cli.models.zoo import Shape, is_own_code
+from dpm_cli.recipe import MAX_NUMBERS
 
 FORMAT = "dpm-slim"
 VERSION = 1
@@ -85,6 +86,8 @@ def _parse_shape(value: object, path: Path) -> Shape:
     if not isinstance(value, list) or len(value) != 3 or not all(type(n) is int and 1 <= n <= 8192 for n in value):
         raise _damaged(path, "shape")
     channels, height, width = value
+    if channels * height * width > MAX_NUMBERS:  # a small file cannot ask for the memory of a huge image
+        raise _damaged(path, "shape")
     return channels, height, width
 
 
