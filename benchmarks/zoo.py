@@ -286,6 +286,7 @@ def make_lively_(model: Any, images: Any) -> None:
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pooled noise hardly varies: it would be blown up
                 module.running_var.clamp_(min=1e-2)
+                module.momentum = 0.1
     model.eval()
 
 
