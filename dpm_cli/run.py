@@ -106,13 +106,7 @@ class Run:
     def _plan_pruning(self) -> Pruning:
         prune, decay = self.recipe.prune, self.recipe.decay
         groups, floors, base = self.dense_groups, self.floors, make_base(self.recipe)
-        rounds = plan_rounds(
-            self.recipe,
-            self.stages,
-            steps_per_epoch=self.steps_per_epoch,
-            warm_up=base.warm_up,
-            condemns_each_step=base.condemns_each_step,
-        )
+        rounds = plan_rounds(self.recipe, self.stages, base, steps_per_epoch=self.steps_per_epoch)
         return Pruning(
             self.model,
             groups,
