@@ -151,7 +151,8 @@ class Run:
         """What is left of the stages; then the BatchNorm statistics are settled."""
         while self.progress.stage < len(self.stages):
             stage = self.stages[self.progress.stage]
-            if not (stage.ends_with_pruning and self.pruning.is_done):
+            is_over = self.pruning.is_done or self._went_back
+            if self.progress.step or not (stage.ends_with_pruning and is_over):
                 yield from self._train(stage)
             self.progress.stage, self.progress.step = self.progress.stage + 1, 0
             if self.progress.stage >= self._stage_after_pruning:
@@ -345,6 +346,7 @@ class Run:
         if held:
             self._restore_model(copy.deepcopy(held["pruning"]), held["model"])
         pruning = self.pruning
+        pruning.restore_()
         if not floor.broken:
             floor.broken = (
                 f"{culprit} broke the accuracy floor and did not recover: validation {accuracy:.2f} %, floor "
