@@ -119,6 +119,7 @@ class Delivery:
         return Report(
             arch=self.arch,
             base=recipe.prune.base,
+            method=name_method(recipe),
             dense=dense,
             slim=slim,
             target=TargetReport(target.kind, target.amount, pruning.limit, pruning.dense_cost, pruning.cost()),
@@ -157,6 +158,9 @@ class Delivery:
             yield f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's"
         elif predicted != (slim.macs, slim.params):
             yield f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}"
+        if pruning.topped_up:
+            why = "others were released" if pruning.released else f"{self.recipe.prune.base} condemned too few in time"
+            yield f"{pruning.topped_up} units were chosen by score alone, after the planned rounds: {why}"
         if len(self.splits.corrupt):
             yield self.splits.corrupt.note
         if self.splits.test_held_out:
@@ -188,6 +192,18 @@ class Delivery:
             "std": json.dumps(self.splits.std),
             "input": json.dumps(self.recipe.model.input),
         }
+
+
+def name_method(recipe: Recipe) -> str:
+    """The base pruner, and DPM if it is on: one-step pruning is the base alone, as is HESSO with its own envelope."""
+    prune, decay = recipe.prune, recipe.decay
+    name: str = prune.base
+    if prune.base == "otov2" and prune.otov2.variant != "dhspg":
+        name += f" ({prune.otov2.variant})"
+    if prune.base == "depgraph" and prune.importance != "group-norm":
+        name += f" ({prune.importance})"
+    is_on = decay.steps > 1 and (decay.envelope != "multiplicative" or decay.rectify is not None)
+    return f"{name} + DPM" if is_on else name
 
 
 def _report_floor(floor: Floor, pruning: Pruning) -> FloorReport:

@@ -37,7 +37,7 @@ def title(report: Report) -> str:
     share = f"{100 * target.reached / target.dense:.1f} %" if target.dense else numbers.NOTHING
     reached, limit = (numbers.cost(target.kind, cost) for cost in (target.reached, target.limit))
     name = report.arch or "model"
-    return f"{name}, {report.base} + DPM, target {target.kind} {asked}: {share} left ({reached} of at most {limit})"
+    return f"{name}, {report.method}, target {target.kind} {asked}: {share} left ({reached} of at most {limit})"
 
 
 def rows(report: Report) -> list[tuple[str, str, str, str]]:
