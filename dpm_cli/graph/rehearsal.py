@@ -5,6 +5,7 @@ that takes one channel too many, only shows when it is run.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,6 +19,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dpm_cli.graph.compact import compact_
 from dpm_cli.graph.groups import Groups, trace_groups
 from dpm_cli.graph.labels import Flags
+from dpm_cli.graph.shapes import ShapesAlone
 from dpm_cli.graph.trace import Example, run_example
 
 BREAKS = "the model's code holds a size that removing its channels would break"
@@ -112,7 +114,8 @@ class Rehearsal:
         with context, torch.no_grad():
             compact_(slim, groups, alive)
             try:
-                outputs = run_example(slim, tree_map_only(Tensor, self._without_data, self._example))
+                with ShapesAlone():
+                    outputs = run_example(slim, tree_map_only(Tensor, self._without_data, self._example))
             except Exception:  # whatever the model's own code raises about a size it does not expect
                 return False
         return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] == self._wanted
@@ -125,6 +128,10 @@ class Rehearsal:
             memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
         for buffer in self._model.buffers():
             memo[id(buffer)] = self._without_data(buffer)
+        for module in self._model.modules():  # a dozen empty ones each: most of what there is to copy
+            memo.update(
+                (id(hooks), hooks) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks
+            )
         return copy.deepcopy(self._model, memo).eval()
 
     def _without_data(self, tensor: Tensor) -> Tensor:
