@@ -272,11 +272,11 @@ def _build(
     unused: Sequence[str],
 ) -> Groups:
     components, made, roles = ties.components(), ties.made(), ties.roles()
-    reasons = ties.kept(components)
-    count = int(components.max(initial=-1)) + 1
+    reason_of_component, reasons = ties.kept(components)
+    count = len(reason_of_component)
     prunable = np.zeros(count, bool)
     prunable[components[made]] = True
-    prunable[list(reasons)] = False
+    prunable &= reason_of_component < 0
 
     # Units of one group touch the same axes equally often: add a random number per axis and compare the sums.
     numbers = np.random.default_rng(0).integers(2**63, size=len(ties.owners), dtype=np.uint64)
@@ -315,7 +315,7 @@ def _build(
         ),
         slices=tuple(slices),
         units=units,
-        kept=_explain_kept(ties, components, made, reasons, parameters, unused),
+        kept=_explain_kept(ties, reason_of_component[components], reasons, made, parameters, unused),
         cost=build_cost(ties.costs, terms, unit_of_label, units, ties.batch),
         aliases=aliases,
         numbers=tuple(
@@ -361,18 +361,20 @@ def _name_groups(group_of: Ids, slices: Sequence[Slice], made_tensors: set[str])
 
 def _explain_kept(
     ties: Ties,
-    components: Ids,
+    reason_of_label: Ids,
+    reasons: Sequence[str],
     made: Flags,
-    reasons: Mapping[int, str],
     parameters: Mapping[str, Value],
     unused: Sequence[str],
 ) -> tuple[Kept, ...]:
+    """reason_of_label: (labels,) the number of the reason that keeps it, -1 for none."""
     found: dict[str, str] = {}
     for owner in ties.owners:
         if owner.size and (made[owner.start] or parameters[owner.tensor].rank > 1):
-            for component in components[owner.start : owner.start + owner.size].tolist():
-                if component in reasons and (made[owner.start] or reasons[component].endswith(NO_RULE)):
-                    found.setdefault(owner.tensor.rpartition(".")[0] or owner.tensor, reasons[component])
+            own = reason_of_label[owner.start : owner.start + owner.size]
+            for number in own[own >= 0].tolist():
+                if made[owner.start] or reasons[number].endswith(NO_RULE):
+                    found.setdefault(owner.tensor.rpartition(".")[0] or owner.tensor, reasons[number])
                     break
     for name in unused:
         if parameters[name].shape:

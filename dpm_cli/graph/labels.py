@@ -261,19 +261,19 @@ class Ties:
         components: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
         return components
 
-    def kept(self, components: Ids) -> dict[int, str]:
-        """Component -> the first reason to keep it."""
-        reasons: dict[int, str] = {}
+    def kept(self, components: Ids) -> tuple[Ids, list[str]]:
+        """(components,) the number of the first reason to keep each, -1 for none; and the reasons."""
+        number = np.full(int(components.max(initial=-1)) + 1, -1)
         makes, reads = np.zeros(self.size, bool), np.zeros(self.size, bool)
         for ids, role in self._roles:
             (reads if role is Role.CONSUMER else makes)[ids] = True
         for ids in self._relied:
             makes[ids] = True
         both = (np.flatnonzero(makes & reads), "the same weights make and read it")
-        for ids, reason in [*self._kept, both]:
-            for component in np.unique(components[ids]).tolist():
-                reasons.setdefault(component, reason)
-        return reasons
+        kept = [*self._kept, both]
+        for i, (ids, _) in reversed(list(enumerate(kept))):  # the first reason is written last
+            number[components[ids]] = i
+        return number, [reason for _, reason in kept]
 
     def roles(self) -> npt.NDArray[np.int8]:
         """(labels,) the role of every label. A consumer anywhere is a consumer."""
