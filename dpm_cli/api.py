@@ -30,7 +30,7 @@ from dpm_cli.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from dpm_cli.export import export_model, open_exported
+from dpm_cli.export import ExportedModel, export_model, is_program, open_exported
 from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
 from dpm_cli.models import apply_edits_, build, find_edits, load_model, load_slim
@@ -221,7 +221,7 @@ def evaluate(
     latency: bool = True,
     latency_batch: int = 1,
 ) -> dict[str, Any]:
-    """Test accuracy, cost, size and latency of a dense, slim, TorchScript or ONNX file.
+    """Test accuracy, cost, size and latency of a dense, slim, TorchScript, ONNX or .pt2 file.
 
     Latency is of single images, and with `latency_batch` also of batches of that size; both on the CPU.
     """
@@ -237,8 +237,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     batch = recipe.data.batch * 4
     result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
-    if _is_exported(path):
-        runner: Any = open_exported(path)
+    runner: Any = _open_exported(path, trust_pickle)
+    if runner:
         splits = load_splits(recipe, torch.device("cpu"))
         score = score_runner(runner, splits.test, batch=batch)
         name = {"onnx": "onnxruntime"}.get(runner.format, runner.format)
@@ -431,14 +431,14 @@ def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
     return relative_difference(module, built, spec.input) <= TOLERANCE
 
 
-def _is_exported(path: Path) -> bool:
+def _open_exported(path: Path, trust_pickle: bool) -> ExportedModel | None:
+    """A deployed file; nothing if the file may hold weights instead."""
     try:
-        open_exported(path)
-    except OSError:
-        return False
-    except Exception:
-        return False
-    return True
+        return open_exported(path, trust_pickle=trust_pickle)
+    except ModelFileError:
+        if is_program(path):
+            raise
+        return None
 
 
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:

@@ -483,6 +483,17 @@ def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished)
         api.evaluate(folder / "report.json", recipe())
 
 
+def test_evaluating_a_torch_export_archive_needs_trust(finished, tmp_path):
+    folder, report = finished
+    (made,) = api.export_slim(folder / "slim.pt", formats=["pt2"], output=tmp_path)
+    with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code .* --trust-pickle"):
+        api.evaluate(made.path, recipe())
+    measured = api.evaluate(made.path, recipe(), trust_pickle=True)
+    assert (measured["kind"], measured["bytes"]) == ("pt2", made.bytes)
+    assert measured["accuracy"] == report.slim.accuracy
+    assert measured["latency"].keys() == {"pt2"}
+
+
 def test_slim_file_is_exported_again(finished, tmp_path):
     folder, report = finished
     (made,) = api.export_slim(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
