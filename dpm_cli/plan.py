@@ -32,7 +32,9 @@ class Plan:
     def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         """module: in eval mode on the CPU."""
         self.prune = prune = recipe.prune
-        self.groups: Groups = find_groups(module, torch.zeros(2, *recipe.model.input), prune.keep)
+        self.groups: Groups = find_groups(
+            module, torch.zeros(2, *recipe.model.input), prune.keep, prune_embedding=prune.embedding == "prune"
+        )
         self.kind, amount = prune.target.kind, prune.target.amount
         self.round_to = choose_round_to(
             self.groups, prune.round_to, min_keep=prune.min_keep, kind=self.kind, amount=amount

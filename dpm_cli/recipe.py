@@ -133,6 +133,7 @@ class Prune(Section):
     round_to: Step = "auto"  # surviving widths are multiples of this; auto: 8, or less if the target needs it
     min_keep: Fraction = 0.1  # of every group; never less than one unit
     keep: tuple[str, ...] = ()  # layers whose outputs stay whole: names or patterns such as "layer4.*"
+    embedding: Literal["keep", "prune"] = "keep"  # of transformers: the width of tokens, through all blocks
     normalizer: Literal["mean", "max"] | None = None  # of importances; none: max with sparse learning, else mean
     sparse_epochs: NonNegative = 0  # sparse learning before the first round
     sparse_strength: float = Field(default=5e-4, ge=0, le=100)

@@ -109,7 +109,9 @@ class Run:
         torch.manual_seed(recipe.seed)
 
         example = torch.zeros(2, *recipe.model.input)
-        self.dense_groups = find_groups(model, example, recipe.prune.keep)
+        self.dense_groups = find_groups(
+            model, example, recipe.prune.keep, prune_embedding=recipe.prune.embedding == "prune"
+        )
         prune = recipe.prune
         self.round_to = choose_round_to(
             self.dense_groups,

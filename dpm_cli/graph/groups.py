@@ -8,9 +8,10 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor, nn
 
+from dpm_cli.attention import can_lose_channels
 from dpm_cli.errors import RecipeError
 from dpm_cli.graph.cost import Cost, build_cost, parameter_term
-from dpm_cli.graph.labels import Flags, Ids, Owner, Role, Ties, Value
+from dpm_cli.graph.labels import Counts, Flags, Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.rules import NO_RULE
 from dpm_cli.graph.trace import Example, export, label, output_shapes, split_example
 
@@ -49,7 +50,7 @@ class HeldNumber:
 
     layer: str
     parts: tuple[Ids, ...]  # of each number: the units of what it counts; `Groups.units` for what always stays
-    counts_heads: bool
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class NumberChange:
 
     old: tuple[int, ...]
     new: tuple[int, ...]
-    counts_heads: bool
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Groups:
             old = tuple(len(units) for units in number.parts)
             new = tuple(int(stays[units].sum()) for units in number.parts)
             if new != old:
-                changes.setdefault(number.layer, []).append(NumberChange(old, new, number.counts_heads))
+                changes.setdefault(number.layer, []).append(NumberChange(old, new, number.counts))
         return changes
 
     def survivors(self, alive: Flags) -> "Groups":
@@ -176,17 +177,21 @@ class Groups:
         )
 
 
-def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -> Groups:
+def trace_groups(
+    model: nn.Module, example: Example, keep: Sequence[str] = (), *, prune_embedding: bool = False
+) -> Groups:
     """Groups of a model from its exported graph, before the check that its own code allows their removal.
 
     example: inputs as the model takes them, with a batch of 2 or more.
     keep: layers whose outputs stay whole, by name or pattern; a name covers the layers below it.
+    prune_embedding: whether channels that layer norms average over can go.
     Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
     """
     aliases = _aliases(model)
     first = {name: names[0] for names in aliases.values() for name in names}
     tensor = next(value for value in _tensors_in(example))
-    ties, parameters = Ties(int(tensor.shape[0]), _held_lists(model)), dict[str, Value]()
+    norms = {name for name, module in model.named_modules() if prune_embedding and can_lose_channels(module)}
+    ties, parameters = Ties(int(tensor.shape[0]), _held_lists(model), norms), dict[str, Value]()
     program = export(model, example)
     used = label(program, ties, parameters, first)
     unused = [name for name, _ in model.named_parameters() if first.get(name, name) not in used]
@@ -259,8 +264,13 @@ def _keep_shared_axes(ties: Ties) -> None:
         scales = owner.size > 1 and Role(roles[owner.start]).is_scaled
         if scales and touched[owner.start]:
             axes.setdefault(owner.tensor, []).append(owner)
-    for tensor, owners in axes.items():
-        for owner in owners[1:]:
+    several = {tensor: owners for tensor, owners in axes.items() if len(owners) > 1}
+    if not several:
+        return
+    components = ties.components()
+    is_kept = ties.kept(components)[0][components] >= 0
+    for tensor, owners in several.items():
+        for owner in [owner for owner in owners if not is_kept[owner.ids].all()][1:]:
             ties.keep(owner.ids, f"{tensor} belongs to two sets of channels")
 
 
@@ -322,7 +332,7 @@ def _build(
             HeldNumber(
                 held.layer,
                 tuple(np.where(unit_of_label[ids] >= 0, unit_of_label[ids], units) for ids in held.parts),
-                held.counts_heads,
+                held.counts,
             )
             for held in ties.numbers
         ),

@@ -26,16 +26,19 @@ BREAKS = "the model's code holds a size that removing its channels would break"
 Survives = Callable[[Sequence[int]], bool]  # whether these groups can lose units together
 
 
-def find_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -> Groups:
+def find_groups(
+    model: nn.Module, example: Example, keep: Sequence[str] = (), *, prune_embedding: bool = False
+) -> Groups:
     """All groups of units that can be removed exactly, in the order of the model's layers.
 
     On a copy, every group loses half of its units, then all but one. Groups that break the code are kept whole; those
     that only break it with their last but one get a lower bound.
 
     example: inputs with a batch of 2 or more. keep: layer names or patterns whose outputs stay whole.
+    prune_embedding: whether channels that layer norms average over can go; the norms go on counting them as zeros.
     Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
     """
-    groups = trace_groups(model, example, keep)
+    groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
     rehearsal = Rehearsal(model, example, groups.outputs)
     halves = [group.size - group.size // 2 for group in groups]
 

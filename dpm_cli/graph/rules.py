@@ -392,10 +392,23 @@ def layer_norm(ties: Ties, call: Call) -> Value:
     x: Value = call.args[0]
     normalised = call.args[1]
     first = x.rank - len(normalised)
+    if ties.layer in ties.norms and x.along(-1) and first == x.rank - 1:
+        return _normalise_remaining(ties, x, *call.args[2:4])
     for axis in range(first, x.rank):
         ties.fix_axis(x, axis, "layer norm: losing a channel changes the statistics of the others")
     ties.keep_all(call.args[2:4], "layer norm: losing a channel changes the statistics of the others")
     return x.without_zeros()
+
+
+def _normalise_remaining(ties: Ties, x: Value, weight: Value, bias: Value) -> Value:
+    """A layer norm that goes on counting lost channels: exact as long as they are zero."""
+    channels = x.labels[(x.rank - 1,)]
+    ties.consume(channels)
+    for parameter, role in ((weight, Role.NORM), (bias, Role.BIAS)):
+        ties.tie(channels, parameter.labels[(0,)])
+        ties.mark(parameter.labels[(0,)], role)
+    out = x.without_zeros()
+    return replace(out, labels={**out.labels, (x.rank - 1,): channels.with_zero(True)})
 
 
 def _normalise_channels(
@@ -761,6 +774,8 @@ def _reshape_block(
         )
     ids, zero = ids[index], zero[index]
     if len(moved) == 1:
+        if len(ids) == len(labels.ids):
+            ties.numbers.append(Number(ties.layer, (labels.ids,), "width"))
         return {moved: Labels(ids, zero)}
     if len(axes) == 1:
         # An axis split in several must stay rectangular: whole heads go, or else the same trailing index everywhere.
@@ -770,7 +785,7 @@ def _reshape_block(
         ties.tie(by_unit[:, :1], by_unit)
         if makes_heads:
             heads = np.unique(by_unit[:, 0])
-            ties.numbers.append(Number(ties.layer, (heads,), counts_heads=True))
+            ties.numbers.append(Number(ties.layer, (heads,), "heads"))
             ties.numbers.append(Number(ties.layer, (np.repeat(heads, shape[moved[-1]]),)))
         return {moved: Labels(ids, zero, unit_axis)}
     positions = np.arange(labels.ids.shape[labels.unit_axis])
