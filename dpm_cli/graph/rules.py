@@ -847,6 +847,18 @@ def expand(ties: Ties, call: Call) -> Value:
     return Value(call.shape, value.labels)
 
 
+@rule("repeat")
+def repeat(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    times = call.args[1]
+    offset = len(times) - x.rank
+    repeated = {axis for axis in range(x.rank) if times[axis + offset] != 1}
+    for axis in repeated:
+        ties.keep_axis(x, axis, "repeated along this axis")
+    position = {axis: axis + offset for axis in range(x.rank) if axis not in repeated}
+    return x.renamed(call.shape, position)
+
+
 @rule("expand_as")
 def expand_as(ties: Ties, call: Call) -> Value:
     x, other = call.args[:2]
@@ -882,6 +894,11 @@ def concatenate(ties: Ties, call: Call) -> Value:
     return Value(call.shape, out)
 
 
+@rule("hstack")
+def concatenate_columns(ties: Ties, call: Call) -> Value | list[Value]:
+    return concatenate(ties, replace(call, args=(call.args[0], min(1, len(call.shape) - 1))))
+
+
 @rule("stack")
 def stack(ties: Ties, call: Call) -> Value:
     parts, axis = call.args[0], (call.args[1] if len(call.args) > 1 else 0) % len(call.shape)
@@ -915,6 +932,14 @@ def split(ties: Ties, call: Call) -> list[Value]:
         outputs.append(Value(shape, own))
         start += size
     return outputs
+
+
+@rule("glu")
+def gated_linear_unit(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    halves = replace(call, name="chunk", args=(x, 2, call.args[1]), shapes=(call.shape, call.shape))
+    values, gates = walk_values(split(ties, halves))
+    return _elementwise(ties, call.shape, [values, gates.without_zeros()], zero="any")
 
 
 @rule("unbind")
