@@ -25,7 +25,7 @@ from dpm_cli.export import export_model, open_exported
 from dpm_cli.graph import compact_
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.models import build
-from dpm_cli.plan import Plan, find_widths
+from dpm_cli.plan import Plan
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def measure(
     settings = [f"model.arch={name}", "model.classes=1000", f"model.input={list(shape)}", f"prune.target.macs={target}"]
     plan = Plan(slim, load_recipe("folder", settings + overrides))
     alive = plan.survivors()
-    widths = [[width.layer, width.before, width.after] for width in find_widths(plan.groups, alive)]
+    widths = [list(width) for width in plan.groups.widths(alive)]
     compact_(slim, plan.groups, alive)
     macs = [plan.groups.cost.macs(mask) for mask in (np.ones_like(alive), alive)]
     images = torch.randn(batch, *shape)
