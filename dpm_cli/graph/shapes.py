@@ -21,26 +21,26 @@ def _as_input(x: Tensor, *_: Any, **__: Any) -> Shape:
 
 def _batch_norm(
     x: Tensor,
-    mean: Tensor | None,
-    variance: Tensor | None,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *_: Any,
     **__: Any,
 ) -> Shape:
-    fits = x.dim() > 1 and all(t is None or t.shape == x.shape[1:2] for t in (mean, variance, weight, bias))
+    fits = x.dim() > 1 and all(t is None or t.shape == x.shape[1:2] for t in (running_mean, running_var, weight, bias))
     return tuple(x.shape) if fits else None
 
 
 def _layer_norm(
     x: Tensor,
-    normalised: Sequence[int],
+    normalized_shape: Sequence[int],
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     *_: Any,
     **__: Any,
 ) -> Shape:
-    shape, wanted = tuple(x.shape), tuple(normalised)
+    shape, wanted = tuple(x.shape), tuple(normalized_shape)
     fits = shape[len(shape) - len(wanted) :] == wanted
     return shape if fits and all(t is None or tuple(t.shape) == wanted for t in (weight, bias)) else None
 
@@ -51,6 +51,7 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Shape:
     return (*x.shape[:-1], weight.shape[0]) if fits else None
 
 
+# Arguments beyond the first are named as torch names them: they may come by name.
 ANSWERS: dict[Any, Callable[..., Shape]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,

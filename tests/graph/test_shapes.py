@@ -9,9 +9,9 @@ from dpm_cli.graph.shapes import ANSWERS, ShapesAlone
 IMAGES, TOKENS = torch.randn(2, 6, 5, 5), torch.randn(2, 7, 6)
 SIX, SEVEN, MATRIX = torch.rand(6), torch.rand(7), torch.randn(9, 6)
 WITH_WEIGHTS = {
-    F.batch_norm: lambda: F.batch_norm(IMAGES, SIX, SIX, SIX, bias=SIX),
-    F.layer_norm: lambda: F.layer_norm(TOKENS, (6,), weight=SIX, bias=SIX),
-    F.linear: lambda: F.linear(TOKENS, MATRIX, bias=MATRIX[:, 0]),
+    F.batch_norm: lambda: F.batch_norm(IMAGES, running_mean=SIX, running_var=SIX, weight=SIX, bias=SIX),
+    F.layer_norm: lambda: F.layer_norm(TOKENS, normalized_shape=(6,), weight=SIX, bias=SIX),
+    F.linear: lambda: F.linear(TOKENS, weight=MATRIX, bias=MATRIX[:, 0]),
 }
 MISFITS = {
     "statistics": lambda: F.batch_norm(IMAGES, SEVEN, SEVEN, SIX, SIX),
