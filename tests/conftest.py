@@ -28,6 +28,7 @@ def together():
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         place = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        place["TORCH_CPP_LOG_LEVEL"] = "ERROR"
         command = [sys.executable, "-c", textwrap.dedent(code), *map(str, arguments)]
         for rank in range(size):
             environment = os.environ | place | {"RANK": str(rank), "LOCAL_RANK": str(rank)}

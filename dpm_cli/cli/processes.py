@@ -11,6 +11,8 @@ def speaking(device: str) -> Iterator[bool]:
     if "WORLD_SIZE" not in os.environ:
         yield True  # without waiting for torch to be imported
         return
+    if not os.environ.get("DPM_DEBUG"):
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every process warns of what is meant to be
     from dpm_cli.engine.distributed import join
 
     with join(device) as world:

@@ -125,7 +125,7 @@ class Together(World):
         return [float(number) for number in total.tolist()]
 
     def largest(self, number: int) -> int:
-        value = torch.tensor(number)
+        value = torch.tensor(int(number))  # a bool is an int, but not on the wire
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
