@@ -23,7 +23,7 @@ def together():
     """
     started = []
 
-    def run(code, *arguments, size=2, timeout=120):
+    def run(code, *arguments, size=2, timeout=400):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
