@@ -128,6 +128,14 @@ def test_several_processes_choose_the_victims_of_one(together, files, alone, tmp
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize("base", ["otov2", "gate-decorator"])
+def test_every_base_pruner_decides_alike(together, files, tmp_path, base):
+    change, folders = ["--set", f"prune.base={base}"], [tmp_path / "alone", tmp_path / "together"]
+    run_alone(files, folders[0], *change)
+    assert codes(together(RUN, NOTHING, *files, folders[1], *change)) == [0, 0]
+    assert_same_victims(*folders)
+
+
 @pytest.mark.parametrize("who", [0, 1])
 def test_signal_to_one_process_stops_all_and_any_number_resumes(together, files, alone, tmp_path, who):
     ended = together(RUN, f"signal:{who}:6", *files, tmp_path)
@@ -188,7 +196,7 @@ def test_finished_run_prints_its_report_again(together, files, alone):
 
 
 def test_launcher_itself(files, alone, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "dpm_cli"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "dpm_cli"]
     command += ["prune", *map(str, (*files, tmp_path, "--device", "cpu", "--json"))]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
     assert json.loads(ended.stdout) == json.loads((tmp_path / "report.json").read_text())

@@ -286,7 +286,7 @@ def _connect(device: str) -> Together:
         raise UsageError("torch.distributed is initialised already: let dpm do it, or start it without a launcher")
     chosen = _take_device(device)
     try:
-        store, rank, size = next(rendezvous("env://", timeout=PATIENCE))
+        store, rank, size = next(rendezvous("env://", timeout=PATIENCE / 3))
         backend = "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo"
         group = PrefixStore("group", store)
         dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=PATIENCE)
