@@ -228,8 +228,8 @@ class Together(World):
             return None
 
     def watch(self, store: Store) -> None:
-        """End this process if another one failed and this one waits for it in vain. For a thread, and a store, of its
-        own."""
+        """End this process if another one failed and this one waits for it in vain. For a thread of its own, which
+        needs a store of its own."""
         while not self._left.wait(1):
             try:
                 failed = store.get("failed").decode() if store.check(["failed"]) else None
