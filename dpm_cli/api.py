@@ -1,19 +1,22 @@
 """The public functions. Each takes a recipe and returns plain values; nothing here prints."""
 
+import contextlib
 import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dpm_cli.data import Splits, load_data
 from dpm_cli.delivery import EXPORT_NAMES
+from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
+from dpm_cli.engine.distributed import is_launched, join
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
@@ -61,40 +64,52 @@ def prune(
     overwrite: bool = False,
     trust_pickle: bool = False,
     on_event: OnEvent = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], int] | None = None,
 ) -> Report:
     """Prune a trained model to the recipe's target; write slim.pt, the exports and the report into `output`.
 
     model: a file, or a module of the recipe's architecture (any module, if its code can be given again to `load`).
-    should_stop: asked after every step; when true the run writes a checkpoint and raises Interrupted.
+    should_stop: asked after every step; when true, or the exit code to stop with, the run writes a checkpoint and
+    raises Interrupted. Started by a launcher such as torchrun, all of its processes do this together; each calls
+    `on_event` and returns the report, the first one alone writes.
     Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError comes
     after everything was written, and brings the report.
     """
-    recipe, folder = _resolve(recipe), Path(output)
-    if resume and (folder / REPORT).exists() and not is_unfinished(folder):
-        return _earlier_report(folder, recipe)
-    torch_device = choose_device(device)
-    precision = choose_precision(recipe.precision, torch_device)
-    module, arch = _load(model, recipe, trust_pickle)
-    require_writable(folder)
-    # A run cannot go on with another batch.
-    with locked(folder), explaining_faults(recipe.data.batch, " --overwrite"):
-        prepare_output(folder, overwrite=overwrite, resume=resume)
+    with join(device) as world, contextlib.ExitStack() as stack:
+        recipe, folder = _resolve(recipe), Path(output)
+        if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder)):
+            return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
+        torch_device = choose_device(device)
+        precision = choose_precision(recipe.precision, torch_device)
+        module, arch = _load(model, recipe, trust_pickle)
+        # A run cannot go on with another batch.
+        stack.enter_context(explaining_faults(recipe.data.batch, " --overwrite"))
+        if world.is_main:
+            require_writable(folder)
+            stack.enter_context(locked(folder))
+            prepare_output(folder, overwrite=overwrite, resume=resume)
+        with world.main_first():
+            splits = load_splits(recipe, torch_device)
         run = Run(
             module,
             recipe,
-            load_splits(recipe, torch_device),
+            splits,
             arch=arch,
             output=folder,
             device=torch_device,
             precision=precision,
             should_stop=should_stop or (lambda: False),
+            world=world,
         )
+        if overwrite and world.is_main:
+            remove_checkpoints(folder)  # or a later --resume would go on with the run that was given up
         if arch is None:
             run.notes.append(
                 f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
                 "dpm_cli.load(path, model=...) and a freshly built dense module"
             )
+        if world.size > 1:
+            run.notes.append(f"trained by {world.size} processes")
         for event in run.events(resume=resume):
             if on_event:
                 on_event(event)
@@ -114,6 +129,8 @@ def train(
 ) -> dict[str, Any]:
     """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file."""
     recipe, path = _resolve(recipe), Path(output)
+    if is_launched():
+        raise UsageError("dpm train runs in one process: start it without the launcher (dpm prune runs in several)")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
     if not path.parent.is_dir():
