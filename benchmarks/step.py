@@ -106,8 +106,10 @@ def compare_penalties(turns: int) -> dict[str, object]:
         model, example, importance=importance, reg=5e-4, ignored_layers=[model.linear], global_pruning=True
     )
     peer.update_regularizer()
-    ours = GroupNorm(find_groups(model, example), model)
-    for parameter in model.parameters():
+    twin = copy.deepcopy(model)
+    to_fast_layout_(twin)  # each as it runs in training
+    ours = GroupNorm(find_groups(twin, example), twin)
+    for parameter in [*model.parameters(), *twin.parameters()]:
         parameter.grad = torch.zeros_like(parameter)
     times = time_in_turns({"peer": lambda: peer.regularize(model), "ours": lambda: ours.penalise_(5e-4)}, turns=turns)
     return {
