@@ -3,9 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -16,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.budget import Floors, choose_round_to, find_floors, resolve_limit
+from dpm_cli.budget import resolve_limit
 from dpm_cli.data import Augmentation, Splits
+from dpm_cli.delivery import Delivery
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
 from dpm_cli.engine.evaluate import evaluate_module
@@ -25,47 +23,22 @@ from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RunError, TargetError
-from dpm_cli.export import Format, export_model, open_exported
-from dpm_cli.files import CHECKPOINT, write_atomic
+from dpm_cli.files import CHECKPOINT
 from dpm_cli.floor import Floor
-from dpm_cli.graph import Groups, find_groups, take
-from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
-from dpm_cli.models import save_slim
+from dpm_cli.graph import take
+from dpm_cli.metrics import Metrics, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
 from dpm_cli.pruners import make_base
-from dpm_cli.pruning import Pruning, plan_rounds
-from dpm_cli.recipe import Recipe, Training, dump_recipe
+from dpm_cli.pruning import Pruning, Removal
+from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.rectify import Rectifier
-from dpm_cli.report import (
-    Event,
-    ExportedFile,
-    FloorReport,
-    KeptLayer,
-    Measured,
-    Milliseconds,
-    Report,
-    TargetReport,
-    UnitCounts,
-    Width,
-)
+from dpm_cli.report import Event
+from dpm_cli.rounds import plan as plan_rounds
+from dpm_cli.stages import Stage, plan_stages
+from dpm_cli.survey import survey
 
 Events = Generator[Event, None, None]
-EXPORT_NAMES: dict[Format, str] = {
-    "torchscript": "model.ts",
-    "onnx": "model.onnx",
-    "onnx-fp16": "model.fp16.onnx",
-    "pt2": "model.pt2",
-}
 CHECK_IMAGES = 8  # real inputs on which outputs before and after compaction are compared
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of training with settings of its own."""
-
-    name: str  # sparse | train | finetune
-    training: Training
-    first_epoch: int  # over the whole run: data order never repeats between stages
 
 
 @dataclass
@@ -108,19 +81,10 @@ class Run:
         self._corrupt_told = 0
         torch.manual_seed(recipe.seed)
 
-        example = torch.zeros(2, *recipe.model.input)
-        self.dense_groups = find_groups(model, example, recipe.prune.keep)
-        prune = recipe.prune
-        self.round_to = choose_round_to(
-            self.dense_groups,
-            prune.round_to,
-            min_keep=prune.min_keep,
-            kind=prune.target.kind,
-            amount=prune.target.amount,
-        )
-        if prune.round_to == "auto":
+        found = survey(model, recipe)
+        self.dense_groups, self.round_to, self.floors = found.groups, found.round_to, found.floors
+        if recipe.prune.round_to == "auto":
             self.notes.append(f"prune.round_to is auto: widths are multiples of {self.round_to}")
-        self.floors = find_floors(self.dense_groups, round_to=self.round_to, min_keep=prune.min_keep)
         self.floor: Floor | None = None  # of the accuracy, once the dense model was measured
         self._begin_dense()
         self.teacher = None
@@ -131,7 +95,7 @@ class Run:
         """The model as it was given, and all of its pruning still to come."""
         self.model = copy.deepcopy(self.dense).to(self.device)
         to_fast_layout_(self.model)
-        self.pruning = self._plan_pruning(self.dense_groups, self.floors)
+        self.pruning = self._plan_pruning()
 
     def _restore_model(self, pruning: dict[str, Any], weights: dict[str, Any]) -> None:
         """An earlier state of a model that is dense now."""
@@ -139,32 +103,28 @@ class Run:
         to_fast_layout_(self.model)
         self.model.load_state_dict(weights)
 
-    def _plan_pruning(self, groups: Groups, floors: Floors) -> Pruning:
+    def _plan_pruning(self) -> Pruning:
         prune, decay = self.recipe.prune, self.recipe.decay
-        limit = resolve_limit(groups, floors, kind=prune.target.kind, amount=prune.target.amount)
-        rectify = decay.rectify
+        groups, floors, base = self.dense_groups, self.floors, make_base(self.recipe)
+        rounds = plan_rounds(
+            self.recipe,
+            self.stages,
+            steps_per_epoch=self.steps_per_epoch,
+            warm_up=base.warm_up,
+            condemns_each_step=base.condemns_each_step,
+        )
         return Pruning(
             self.model,
             groups,
-            make_base(
-                prune.base,
-                normalizer=prune.normalizer or ("max" if prune.sparse_epochs else "mean"),
-                strength=prune.sparse_strength,
-            ),
+            base,
             kind=prune.target.kind,
-            limit=limit,
+            limit=resolve_limit(groups, floors, kind=prune.target.kind, amount=prune.target.amount),
             floors=floors,
-            starts=plan_rounds(
-                self.recipe.train.epochs * self.steps_per_epoch,
-                rounds=prune.rounds,
-                decay_steps=decay.steps,
-                start=prune.start,
-                end=prune.end,
-                rectify=rectify is not None,
-            ),
+            starts=rounds.starts,
+            end=rounds.end,
             decay_steps=decay.steps,
             envelope=decay.envelope,
-            make_rectifier=partial(Rectifier, **rectify.model_dump()) if rectify else None,
+            make_rectifier=partial(Rectifier, **decay.rectify.model_dump()) if decay.rectify else None,
         )
 
     # ------------------------------------------------------------------------------------------------ the story
@@ -196,8 +156,12 @@ class Run:
     def _train_stages(self) -> Events:
         """What is left of the stages; then the BatchNorm statistics are settled."""
         while self.progress.stage < len(self.stages):
-            yield from self._train(self.stages[self.progress.stage])
+            stage = self.stages[self.progress.stage]
+            if not (stage.ends_with_pruning and self.pruning.is_done):
+                yield from self._train(stage)
             self.progress.stage, self.progress.step = self.progress.stage + 1, 0
+            if self.progress.stage >= self._stage_after_pruning:
+                self.pruning.restore_()
             yield self._save_checkpoint(None)
         if not self.pruning.is_done and not self._went_back:
             raise TargetError(
@@ -207,9 +171,12 @@ class Run:
         recalibrate_batchnorm_(self.model, batches, count=self.recipe.recalibrate_batches, precision=self.precision)
 
     def _train(self, stage: Stage) -> Events:
+        if stage.name != "finetune":
+            self.pruning.base.enter(stage.name, self.model, self.progress.step)
         learner, meter = self._make_learner(stage), LossMeter(self.device)
-        pruning = self.pruning if stage.name == "train" else None
-        before = [self.pruning.base.penalise_] if stage.name == "sparse" else []
+        pruning = self.pruning if stage.prunes else None
+        first_step = self._steps_before(stage)
+        before = [self.pruning.base.before_step_] if stage.name == "sparse" else []
         yield {"event": "stage", "name": stage.name}
         started = epoch_started = time.monotonic()
         if self._restored:
@@ -220,7 +187,7 @@ class Run:
             self._restored = None
         for images, labels in self._batches(stage):
             step = self.progress.step
-            if pruning and pruning.is_due(step):
+            if pruning and pruning.is_due(first_step + step):
                 if self._holds_floor():
                     self._remember_state()
                 elif pruning.round:
@@ -228,28 +195,26 @@ class Run:
                     break
                 yield self.metrics.write({"event": "round", "stage": stage.name, "step": step} | pruning.start_round())
             if pruning and pruning.is_over:  # one-step pruning
-                yield self._finish_round(stage, learner, meter)
-            decaying = pruning is not None and pruning.in_round
+                yield self._remove(pruning.finish_round, stage, learner, meter)
             loss = learner.step_(
                 images,
                 labels,
                 step=step,
-                before=[self.pruning.decay.observe] if decaying else before,
-                after=[self.pruning.decay.advance_] if decaying else (),
+                before=[pruning.before_step_] if pruning and not pruning.is_done else before,
+                after=[partial(pruning.after_step_, first_step + step, learner.learning_rate(step))]
+                if pruning and not pruning.is_done
+                else (),
             )
             meter.add_(loss, images=len(labels), step=step)
             self.progress.step = step = step + 1
             if pruning and pruning.is_over:
-                yield self._finish_round(stage, learner, meter)
-            yield {
-                "event": "step",
-                "stage": stage.name,
-                "step": step,
-                "steps": learner.steps,
-                "epoch": (step - 1) // self.steps_per_epoch + 1,
-                "epochs": stage.training.epochs,
-            }
+                yield self._remove(pruning.finish_round, stage, learner, meter)
+            yield step_event(stage=stage.name, step=step, steps=learner.steps, steps_per_epoch=self.steps_per_epoch)
             if step % self.steps_per_epoch == 0:
+                if pruning and pruning.has_dead:
+                    yield self._remove(pruning.remove_dead, stage, learner, meter)
+                if stage.name != "finetune":
+                    self.pruning.base.end_epoch()
                 yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started)
                 yield from self._tell_corrupt()
                 epoch_started = time.monotonic()
@@ -271,10 +236,11 @@ class Run:
             self._remember_state()
         self._count_seconds(stage, started)
 
-    def _finish_round(self, stage: Stage, learner: Learner, meter: LossMeter) -> Event:
+    def _remove(self, remove: Callable[[Tensor], Removal], stage: Stage, learner: Learner, meter: LossMeter) -> Event:
+        """The dead units, at the end of a round or in the middle of a long one."""
         self._require_finite(meter, stage, learner)  # or the check of the outputs would blame the removal
         learner.remember()
-        removal = self.pruning.finish_round(self._check_images())
+        removal = remove(self._check_images())
         to_fast_layout_(self.model)
         learner.shrink_(lambda name, value: take(value, removal.kept.get(name, {})))
         self.progress.difference = max(self.progress.difference, removal.difference)
@@ -299,53 +265,55 @@ class Run:
         reading = self._require_finite(meter, stage, learner)
         meter.reset_()
         return self.metrics.write(
-            {
-                "event": "epoch",
-                "stage": stage.name,
-                "epoch": self.progress.step // self.steps_per_epoch,
-                "epochs": stage.training.epochs,
-                "step": self.progress.step,
-                "loss": reading.mean,
-                "validation_accuracy": self._validate(),
-                "lr": learner.learning_rate(self.progress.step - 1),
-                "images_per_second": reading.images / max(seconds, 1e-9),
-                "seconds": seconds,
-            }
+            epoch_event(
+                stage=stage.name,
+                epoch=self.progress.step // self.steps_per_epoch,
+                epochs=stage.training.epochs,
+                step=self.progress.step,
+                loss=reading.mean,
+                validation_accuracy=self._validate(),
+                lr=learner.learning_rate(self.progress.step - 1),
+                images=reading.images,
+                seconds=seconds,
+            )
         )
 
     def _finish(self) -> Events:
-        """The model is slim and trained: settle its statistics, save, export, measure."""
-        recipe, started = self.recipe, time.monotonic()
+        """The model is slim and trained: export, measure, report, save."""
         slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
+        delivery = Delivery(
+            self.recipe,
+            self.splits,
+            arch=self.arch,
+            output=self.output,
+            device=self.device,
+            dense=self.dense,
+            groups=self.dense_groups,
+            image=self._check_images()[:1].cpu(),
+        )
+        seconds, started = self.progress.seconds, time.monotonic()
         exports = []
-        for format in recipe.export:
-            path = self.output / EXPORT_NAMES[format]
-            try:
-                made = export_model(
-                    slim,
-                    self._image(),
-                    format=format,
-                    path=path,
-                    metadata=self._metadata(),
-                    opset=recipe.opset,
-                )
-            except RunError as error:
-                raise RunError(
-                    f"{error}; the training is kept: --resume with --set export=[] does without it"
-                ) from error
-            exports.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
-            yield self.metrics.write(
-                {"event": "export", "format": format, "path": str(path), "max_difference": made.max_difference}
-            )
-        self.progress.seconds["export"] = time.monotonic() - started
-        started = time.monotonic()
+        for made in delivery.export(slim):
+            exports.append(made)
+            place = {"format": made.format, "path": made.path}
+            yield self.metrics.write({"event": "export"} | place | {"max_difference": made.max_difference})
+        seconds["export"] = time.monotonic() - started
         yield {"event": "measure", "what": "accuracy and latency of the dense and the slim model"}
-        dense, compared = self._measure(self.dense, slim, exports)
-        self.progress.seconds["measure"] = time.monotonic() - started
-        self.report = self._make_report(dense, compared, slim, exports)
-        self._save_slim(slim)
-        write_atomic(self.output / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
-        write_atomic(self.output / "report.json", lambda path: _write_text(path, self.report.to_json() + "\n"))
+        started = time.monotonic()
+        measured = delivery.measure(slim, exports)
+        seconds["measure"] = time.monotonic() - started
+        self.report = delivery.make_report(
+            measured,
+            self.pruning,
+            exports,
+            difference=self.progress.difference,
+            seconds=seconds,
+            precision=self.precision.name,
+            validation_accuracy=self._validate(),
+            floor=self.floor,
+            notes=self.notes,
+        )
+        delivery.save(slim, self.report)
 
     # --------------------------------------------------------------------------------------- the accuracy floor
 
@@ -405,7 +373,7 @@ class Run:
 
     @property
     def _stage_after_pruning(self) -> int:
-        return next(index for index, stage in enumerate(self.stages, 1) if stage.name == "train")
+        return max(index for index, stage in enumerate(self.stages, 1) if stage.prunes)
 
     # --------------------------------------------------------------------------------------------------- pieces
 
@@ -449,6 +417,11 @@ class Run:
         self.model.train()
         return learner
 
+    def _steps_before(self, stage: Stage) -> int:
+        """Steps of the stages that prune, before this one."""
+        earlier = [other for other in self.stages if other.prunes and other.first_epoch < stage.first_epoch]
+        return sum(other.training.epochs for other in earlier) * self.steps_per_epoch
+
     def _batches(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of a stage's training batches, from the step the run stands at."""
         per_epoch = self.steps_per_epoch
@@ -480,9 +453,6 @@ class Run:
         images, _ = next(held_out.batches(CHECK_IMAGES, seed=0, epoch=0, augment=None))
         return images
 
-    def _image(self) -> Tensor:
-        return self._check_images()[:1].cpu()
-
     def _require_finite(self, meter: LossMeter, stage: Stage, learner: Learner) -> LossReading:
         """Call before every checkpoint, which must not hold what cannot be continued from."""
         reading = meter.read()
@@ -492,10 +462,10 @@ class Run:
         place = f"at step {bad}" if bad is not None else f"before step {self.progress.step}"
         last = self.output / CHECKPOINT
         kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
-        lr = "prune.sparse_lr" if stage.name == "sparse" else f"{stage.name}.lr"
-        clip_grad = "train.clip_grad" if stage.name == "sparse" else f"{stage.name}.clip_grad"
+        clip_grad = "finetune.clip_grad" if stage.name == "finetune" else "train.clip_grad"
         raise RunError(
-            f"the loss or a weight is not finite in stage {stage.name} {place}: lower {lr} or set {clip_grad}; {kept}"
+            f"the loss or a weight is not finite in stage {stage.name} {place}: lower {stage.settings}lr or set "
+            f"{clip_grad}; {kept}"
         )
 
     def _count_seconds(self, stage: Stage, started: float) -> None:
@@ -583,191 +553,9 @@ class Run:
         restore_rng(state["rng"])
         self._metrics_bytes = max(0, int(state["metrics_bytes"]))
 
-    # ------------------------------------------------------------------------------------------------- outcomes
-
-    def _measure(self, dense: nn.Module, slim: nn.Module, exports: list[ExportedFile]) -> tuple[Measured, Measured]:
-        """Accuracy on the test set, once, and latencies in turns."""
-        image = self._image()
-        dense = copy.deepcopy(dense).to(memory_format=torch.contiguous_format).eval()
-        runs: dict[str, Callable[[Tensor], object]] = {"dense torch": dense, "slim torch": slim}
-        with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
-            for made in exports:
-                if made.format == "onnx":
-                    path = Path(folder) / "dense.onnx"
-                    export_model(dense, image, format="onnx", path=path, metadata={})
-                    runs |= {"dense onnxruntime": open_exported(path), "slim onnxruntime": open_exported(made.path)}
-            latencies = measure_in_turns(runs, image)
-        measured = []
-        for name, network in (("dense", dense), ("slim", slim)):
-            on_device = copy.deepcopy(network).to(self.device)
-            score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
-            measured.append(
-                Measured(
-                    macs=count_macs(network, image, self.recipe.counter),
-                    params=count_parameters(network),
-                    bytes=count_bytes(network),
-                    accuracy=score.accuracy,
-                    loss=score.loss,
-                    latency={
-                        key.split()[1]: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms)
-                        for key, latency in latencies.items()
-                        if key.startswith(name)
-                    },
-                )
-            )
-        return measured[0], measured[1]
-
-    def _make_report(self, dense: Measured, slim: Measured, module: nn.Module, exports: list[ExportedFile]) -> Report:
-        pruning, target = self.pruning, self.recipe.prune.target
-        predicted = pruning.groups.cost.macs(pruning.all_alive), pruning.groups.cost.parameters(pruning.all_alive)
-        if self.recipe.counter != "flop_counter":
-            self.notes.append(f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's")
-        elif predicted != (slim.macs, slim.params):
-            self.notes.append(f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}")
-        if len(self.splits.corrupt):
-            self.notes.append(self.splits.corrupt.note)
-        if self.splits.test_held_out:
-            self.notes.append(
-                "the folder has no test images: a fixed tenth of the training images served as the test set"
-            )
-        floor = None
-        if self.floor:
-            reached = self.floor
-            floor = FloorReport(reached.max_drop, reached.dense, reached.limit, self._is_floor_broken, reached.broken)
-            self.notes += [reached.broken] if reached.broken else []
-        return Report(
-            arch=self.arch,
-            base=self.recipe.prune.base,
-            dense=dense,
-            slim=slim,
-            target=TargetReport(target.kind, target.amount, pruning.limit, pruning.dense_cost, pruning.cost()),
-            units=UnitCounts(
-                self.dense_groups.units,
-                pruning.chosen,
-                pruning.released,
-                self.dense_groups.units - pruning.groups.units,
-            ),
-            widths=list(_compare_widths(self.dense, module, self.dense_groups)),
-            kept=[KeptLayer(kept.layer, kept.reason) for kept in self.dense_groups.kept],
-            compact_difference=self.progress.difference,
-            exports=exports,
-            files={
-                name: str(self.output / file)
-                for name, file in (
-                    ("slim", "slim.pt"),
-                    ("report", "report.json"),
-                    ("recipe", "recipe.yaml"),
-                    ("metrics", "metrics.jsonl"),
-                )
-            },
-            seconds={name: round(seconds, 2) for name, seconds in self.progress.seconds.items()},
-            seed=self.recipe.seed,
-            device=str(self.device),
-            precision=self.precision.name,
-            recipe_hash=self.recipe.hash,
-            versions=dict(hardware()),
-            validation_accuracy=self._validate(),
-            notes=self.notes,
-            floor=floor,
-        )
-
-    @property
-    def _is_floor_broken(self) -> bool:
-        """Whether the floor kept the run from its target."""
-        return self._went_back and self.pruning.cost() > self.pruning.limit
-
-    def _save_slim(self, slim: nn.Module) -> None:
-        save_slim(
-            self.output / "slim.pt",
-            slim,
-            arch=self.arch,
-            classes=self.recipe.model.classes,
-            shape=self.recipe.model.input,
-            recipe=dump_recipe(self.recipe),
-            report=self.report.to_dict(),
-            mean=self.splits.mean,
-            std=self.splits.std,
-            dense=self.dense if self.arch is None else None,
-        )
-
-    def _metadata(self) -> dict[str, str]:
-        return {
-            "dpm_recipe": self.recipe.hash,
-            "arch": self.arch or "",
-            "classes": str(self.recipe.model.classes),
-            "mean": json.dumps(self.splits.mean),
-            "std": json.dumps(self.splits.std),
-            "input": json.dumps(self.recipe.model.input),
-        }
-
-
-class Metrics:
-    """metrics.jsonl: one object a line, flushed as it happens; cut back to the checkpoint on resume."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        self._path, self._start = path, start
-
-    def __enter__(self) -> "Metrics":
-        try:
-            self._file = self._path.open("a" if self._start else "w", encoding="utf-8")
-            self._file.truncate(min(self._start, self._path.stat().st_size))
-        except OSError as error:
-            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # what a full disk did not take was reported when it was written
-            self._file.close()
-
-    def write(self, event: Event) -> Event:
-        try:
-            self._file.write(json.dumps(event) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
-        return event
-
-    def flush_to_disk(self) -> int:
-        """Call before the checkpoint that counts on it. Returns the bytes written."""
-        try:
-            os.fsync(self._file.fileno())
-            return self._path.stat().st_size
-        except OSError as error:
-            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
-
-
-def plan_stages(recipe: Recipe) -> list[Stage]:
-    """Sparse learning (if asked for), pruning, fine-tuning; each with the number of its first epoch."""
-    stages, epoch = [], 0
-    sparse = recipe.train.model_copy(
-        # The penalty takes the place of weight decay, as in DepGraph's own sparse learning.
-        update={"epochs": recipe.prune.sparse_epochs, "lr": recipe.prune.sparse_lr, "weight_decay": 0.0}
-    )
-    for name, training in (("sparse", sparse), ("train", recipe.train), ("finetune", recipe.finetune)):
-        if training.epochs:
-            stages.append(Stage(name, training, epoch))
-            epoch += training.epochs
-    return stages
-
 
 def augmentation(recipe: Recipe) -> Augmentation:
     return Augmentation(**recipe.data.augment.model_dump())
-
-
-def _compare_widths(dense: nn.Module, slim: nn.Module, groups: Groups) -> Iterator[Width]:
-    """Output channels of every layer that could lose some."""
-    for layer in dict.fromkeys(layer for group in groups for layer in group.layers):
-        if any(layer == name for name, _ in dense.named_modules()):
-            before, after = (_width(network.get_submodule(layer)) for network in (dense, slim))
-            if before and after:
-                yield Width(layer, before, after)
-
-
-def _width(layer: nn.Module) -> int | None:
-    for attribute in ("out_channels", "out_features", "embedding_dim"):
-        if isinstance(width := getattr(layer, attribute, None), int):
-            return width
-    return None
 
 
 def _changed_lines(old: str, new: str) -> str:
@@ -797,7 +585,3 @@ def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> str:
             left, right = (text.partition(",")[0][:100] for text in (there, here))
             return f"{name}: {left} there, {right} here" if left != right else f"{name}: {left}, but not the same"
     return "more of it there"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -1,14 +1,14 @@
 """DepGraph (Fang et al., CVPR 2023): group-norm importance with global ranking, and its sparse learning.
 
 Importance: for every layer of a group, Σ w² of the unit's rows, of its columns, or γ²; averaged over the layers;
-divided by the group's mean or maximum so that groups can be ranked together. Biases are not counted.
+divided by the group's mean or maximum so that groups can be ranked together. Biases are not counted. Other importances
+and penalties go by name: they need the same groups. `mixed` is ours: the sum of the ranks by group norm and by Taylor.
 
 How this differs from the reference implementation: victims of a round are taken from one ranking, where the reference
 removes in up to 400 small steps and ranks anew after each; and equal importances within a group give a finite penalty.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from functools import reduce
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -16,9 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.budget import Scores
-from dpm_cli.graph import Groups, Role, Slice
+from dpm_cli.graph import Groups, Role, Slice, Units
+from dpm_cli.pruners.base import BasePruner, Indices
+from dpm_cli.pruners.stack import Stack, stackable
+from dpm_cli.stages import StageName
 
 Normalizer = Literal["mean", "max"]
+Importance = Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"]
+Penalty = Literal["group-norm", "slimming", "growing"]
 
 
 class GroupNorm:
@@ -35,7 +40,7 @@ class GroupNorm:
             is_vector = part.role in counted and model.get_parameter(part.tensor).dim() == 1
             if part.role in counted and (part.role is Role.NORM) == is_vector:
                 slices.setdefault(part.tensor, []).append(part)
-        batches = list(_batches(slices, model))
+        batches = list(stackable(slices, model))
         self._stacks = [
             Stack([model.get_parameter(name) for name in names], [part.axis for part in slices[names[0]]])
             for names in batches
@@ -53,18 +58,27 @@ class GroupNorm:
             layers[np.unique(groups.group_of_unit[part.units[part.units < groups.units]])] += 1
         self._layers = torch.from_numpy(layers).to(device)[self._group_of_unit].clamp_min(1)  # (units,)
 
-    def importance(self) -> Tensor:
-        """(units,) mean over the group's layers of the unit's sum of squares; not normalised."""
-        return self._importance([stack.weights() for stack in self._stacks])
+    def importance(self, power: Literal[1, 2] = 2) -> Tensor:
+        """(units,) mean over the group's layers of the unit's sum of |w|^power; not normalised."""
+        return self._importance([stack.weights() for stack in self._stacks], power)
 
-    def scores(self, normalizer: Normalizer) -> Scores:
+    def scores(self, normalizer: Normalizer, power: Literal[1, 2] = 2) -> Scores:
         """(units,) importance relative to its group's mean or maximum; low is redundant. Waits for the device."""
-        importance = self.importance().double()
+        importance = self.importance(power).double()
         scale = torch.zeros(self.groups, dtype=importance.dtype, device=importance.device)
         scale = scale.scatter_reduce(
             0, self._group_of_unit, importance, "mean" if normalizer == "mean" else "amax", include_self=False
         )
         return (importance / scale.clamp_min(1e-30)[self._group_of_unit]).cpu().numpy()
+
+    def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(units,) twice: the largest and the smallest value of each unit's group. values: (units,)"""
+        zeros = torch.zeros(self.groups, dtype=values.dtype, device=values.device)
+        top, bottom = (
+            zeros.scatter_reduce(0, self._group_of_unit, values, extreme, include_self=False)[self._group_of_unit]
+            for extreme in ("amax", "amin")
+        )
+        return top, bottom
 
     @torch.no_grad()
     def penalise_(self, strength: float, alpha: float = 4.0) -> None:
@@ -74,107 +88,162 @@ class GroupNorm:
         """
         weights = [stack.weights() for stack in self._stacks]
         root = self._importance(weights).sqrt()
-        top, bottom = (
-            torch.zeros(self.groups, device=root.device).scatter_reduce(
-                0, self._group_of_unit, root, extreme, include_self=False
-            )[self._group_of_unit]
-            for extreme in ("amax", "amin")
-        )
-        gamma = torch.exp2(alpha * (top - root) / (top - bottom + 1e-8))  # (units,)
-        gamma = torch.cat([strength * gamma, gamma.new_zeros(1)])
-        factors = iter(torch.split(gamma[self._units], [size for stack in self._stacks for size in stack.sizes]))
-        for stack, weight in zip(self._stacks, weights):
-            stack.push_(weight, [next(factors) for _ in stack.sizes])
+        top, bottom = self.extremes(root)
+        self._pull_(weights, strength * torch.exp2(alpha * (top - root) / (top - bottom + 1e-8)))
 
-    def _importance(self, weights: Sequence[Tensor]) -> Tensor:
+    @torch.no_grad()
+    def pull_(self, strengths: Tensor) -> None:
+        """Add strengths · w to the gradients of both sides of every unit. strengths: (units,)"""
+        self._pull_([stack.weights() for stack in self._stacks], strengths)
+
+    def _importance(self, weights: Sequence[Tensor], power: Literal[1, 2] = 2) -> Tensor:
         sums = torch.zeros(self.count + 1, device=self._units.device)
         if weights:
-            squares = [part for stack, weight in zip(self._stacks, weights) for part in stack.sums(weight.square())]
-            sums = sums.index_add_(0, self._units, torch.cat(squares))
+            powers = (weight.abs() if power == 1 else weight.square() for weight in weights)
+            entries = [part for stack, each in zip(self._stacks, powers) for part in stack.sums(each)]
+            sums = sums.index_add_(0, self._units, torch.cat(entries))
         return sums[: self.count] / self._layers
 
-
-STACKED = 1 << 18  # entries of a stack; to copy more costs more than the kernels that it saves
-
-
-def _batches(slices: Mapping[str, Sequence[Slice]], model: nn.Module) -> Iterator[list[str]]:
-    """Names of what one `Stack` may hold: all vectors, and some tensors of the same shape and axes."""
-    alike: dict[object, list[str]] = {}
-    for name, parts in slices.items():
-        parameter = model.get_parameter(name)
-        shape = parameter.shape if parameter.dim() > 1 else None
-        alike.setdefault((parameter.dtype, shape, tuple(part.axis for part in parts)), []).append(name)
-    for names in alike.values():
-        size = max(1, STACKED // model.get_parameter(names[0]).numel())
-        yield from (names[first : first + size] for first in range(0, len(names), size))
+    def _pull_(self, weights: Sequence[Tensor], strengths: Tensor) -> None:
+        strengths = torch.cat([strengths, strengths.new_zeros(1)])
+        factors = iter(torch.split(strengths[self._units], [size for stack in self._stacks for size in stack.sizes]))
+        for stack, weight in zip(self._stacks, weights):
+            stack.pull_(weight, [next(factors) for _ in stack.sizes])
 
 
-class Stack:
-    """Some parameters of one shape, end to end along their first axis, so that one kernel takes them all; or vectors
-    of any length.
+class DepGraph(BasePruner):
+    """The base pruner `depgraph`: one ranking over all groups, with or without sparse learning before the first round.
+
+    importance: what ranks units. penalty, strength: of sparse learning. growth: of the penalty "growing", per epoch.
+    observe_steps: over so many training steps `taylor` and `mixed` average, before the first round and later.
     """
 
-    def __init__(self, parameters: Sequence[nn.Parameter], axes: Sequence[int]) -> None:
-        """axes: of each parameter, those whose indices belong to units."""
-        self.parameters, self.axes = list(parameters), list(axes)
-        self.sizes = [sum(parameter.shape[axis] for parameter in parameters) for axis in axes]
-        self._rows = [len(parameter) for parameter in parameters]
+    def __init__(
+        self,
+        *,
+        importance: Importance = "group-norm",
+        normalizer: Normalizer = "mean",
+        penalty: Penalty = "group-norm",
+        strength: float = 0.0,
+        growth: float = 0.0,
+        observe_steps: int = 50,
+        seed: int = 0,
+    ) -> None:
+        self.importance, self.normalizer, self.seed = importance, normalizer, seed
+        self.penalty, self.strength, self.growth = penalty, strength, growth
+        self.observes = importance in ("taylor", "mixed")
+        self.observe_steps = self.warm_up = observe_steps if self.observes else 0
+        self._stage: StageName = "train"
 
-    def weights(self) -> Tensor:
-        """(sum of rows, …), a copy if there are several; in the memory format of the parameters."""
-        tensors = [parameter.detach() for parameter in self.parameters]
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
+    def choosable(self, groups: Groups, model: nn.Module) -> Groups:
+        """`bn-scale` only judges units behind a normalisation with a weight."""
+        if self.importance != "bn-scale":
+            return groups
+        scaled = Scales(groups, model).per_unit.cpu().numpy() > 0
+        bare = {
+            i: "bn-scale needs a BatchNorm behind every channel"
+            for i, g in enumerate(groups)
+            if not scaled[g.range].all()
+        }
+        return groups.without(bare)
 
-    def sums(self, entries: Tensor) -> list[Tensor]:
-        """For each axis the sums over all others, (its size in all parameters,); the tensor is read once."""
-        if entries.dim() > 2 and max(self.axes) < 2:
-            entries = entries.sum(tuple(range(2, entries.dim())))
-        if entries.dim() == 1:
-            return [entries]
-        each = self._apart(entries)  # (B, rows, columns, …)
-        return [each.sum([k for k in range(1, each.dim()) if k != axis + 1]).flatten() for axis in self.axes]
-
-    def push_(self, weights: Tensor, factors: Sequence[Tensor]) -> None:
-        """Add to each gradient its weight times a factor per index of each axis, as long as in `sums`.
-
-        A weight that makes one unit and reads another is pushed by both at once. Uses `weights` up.
-        """
-        each = weights if weights.dim() == 1 else self._apart(weights)
-        shapes = [[size if k in (0, axis + 1) else 1 for k, size in enumerate(each.shape)] for axis in self.axes]
-        factor = reduce(torch.add, [values.view(shape) for values, shape in zip(factors, shapes)]).to(each.dtype)
-        if len(self.parameters) == 1:
-            if (gradient := self.parameters[0].grad) is not None:
-                gradient.addcmul_(weights, factor.view(factor.shape[-weights.dim() :]))
-            return
-        each.mul_(factor)
-        pushes = [
-            (p.grad, push) for p, push in zip(self.parameters, torch.split(weights, self._rows)) if p.grad is not None
-        ]
-        if pushes:
-            torch._foreach_add_([gradient for gradient, _ in pushes], [push for _, push in pushes])
-
-    def _apart(self, tensor: Tensor) -> Tensor:
-        """(sum of rows, …) -> (B, rows, …)"""
-        return tensor.view(len(self.parameters), -1, *tensor.shape[1:])
-
-
-class DepGraph:
-    """The base pruner `depgraph`: group norms, with or without sparse learning before the first round."""
-
-    def __init__(self, *, normalizer: Normalizer, strength: float) -> None:
-        self.normalizer, self.strength = normalizer, strength
-
-    def bind(self, groups: Groups, model: nn.Module) -> None:
+    def bind(self, groups: Groups, model: nn.Module, survivors: Indices | None = None) -> None:
         self.norms = GroupNorm(groups, model)
+        self.units = Units(groups, model)
+        self.scales = Scales(groups, model)
+        if survivors is None:
+            device = self.units.device
+            self.taylor = torch.zeros(groups.units, device=device)  # mean |<x, g>|
+            self.seen = 0  # steps in it
+            self.pulls = torch.full((groups.units,), self.strength, device=device)  # of the penalty "growing"
+            drawn = torch.rand(groups.units, generator=torch.Generator().manual_seed(self.seed))
+            self.drawn = drawn.to(device)  # the scores of "random"
+        else:
+            index = torch.from_numpy(survivors).to(self.units.device)
+            self.taylor, self.pulls, self.drawn = self.taylor[index], self.pulls[index], self.drawn[index]
 
-    def penalise_(self) -> None:
-        self.norms.penalise_(self.strength)
+    def enter(self, stage: StageName, model: nn.Module, step: int) -> None:
+        self._stage = stage
+
+    def before_step_(self) -> None:
+        if self._stage == "sparse":
+            self._penalise_()
+        elif self.observes:
+            values = self.units.dot(self.units.weights(), self.units.gradients()).abs()  # (units,)
+            self.seen += 1
+            self.taylor = self.taylor + (values - self.taylor) / min(self.seen, self.observe_steps)
+
+    def _penalise_(self) -> None:
+        match self.penalty:
+            case "group-norm":
+                self.norms.penalise_(self.strength)
+            case "slimming":
+                self.scales.penalise_(self.strength)
+            case "growing":
+                self.norms.pull_(self.pulls)
+
+    def end_epoch(self) -> None:
+        """Pull harder at what is smaller, each epoch of sparse learning (Wang et al., ICLR 2021)."""
+        if self._stage == "sparse" and self.penalty == "growing":
+            importance = self.norms.importance()
+            top, bottom = self.norms.extremes(importance)
+            self.pulls = self.pulls + self.growth * (top - importance) / (top - bottom + 1e-8)
 
     def scores(self) -> Scores:
-        return self.norms.scores(self.normalizer)
+        match self.importance:
+            case "group-norm":
+                return self.norms.scores(self.normalizer)
+            case "l1":
+                return self.norms.scores(self.normalizer, power=1)
+            case "bn-scale":
+                return self.scales.mean().double().cpu().numpy()
+            case "taylor":
+                return self.taylor.double().cpu().numpy()
+            case "mixed":
+                taylor: Scores = self.taylor.double().cpu().numpy()
+                return ranks(self.norms.scores(self.normalizer)) + ranks(taylor)
+            case "random":
+                return self.drawn.double().cpu().numpy()
 
     def state_dict(self) -> dict[str, Any]:
-        return {}
+        return {"taylor": self.taylor, "seen": self.seen, "pulls": self.pulls, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Nothing to restore: everything is read from the weights."""
+        for name in ("taylor", "pulls", "drawn"):
+            if state[name].shape != getattr(self, name).shape:
+                raise ValueError(f"{name} of {tuple(state[name].shape)} for {len(self.taylor)} units")
+            setattr(self, name, state[name].to(self.units.device))
+        self.seen = int(state["seen"])
+
+
+class Scales:
+    """The normalisation weights of every unit: what network slimming ranks by and shrinks (Liu et al., ICCV 2017)."""
+
+    def __init__(self, groups: Groups, model: nn.Module) -> None:
+        vectors = {
+            part.tensor
+            for part in groups.slices
+            if part.role is Role.NORM and model.get_parameter(part.tensor).dim() == 1
+        }
+        self.units = Units(groups, model, only=vectors)
+        self.per_unit = self.units.entries()  # (units,) how many share a unit
+
+    def mean(self) -> Tensor:
+        """(units,) mean of |γ| over the layers that share the unit."""
+        return self.units.total([weight.abs() for weight in self.units.weights()]) / self.per_unit.clamp_min(1)
+
+    def penalise_(self, strength: float) -> None:
+        """Add the gradient of strength · Σ √(mean γ²), a lasso over the scales that share a unit: γ / √(mean γ²)."""
+        weights = self.units.weights()
+        squares = self.units.total([weight.square() for weight in weights]) / self.per_unit.clamp_min(1)
+        factors = self.units.spread(strength / (squares + 1e-9).sqrt(), rest=0.0)
+        for parameter, factor in zip(self.units.parameters, factors):
+            if parameter.grad is not None:
+                parameter.grad.addcmul_(parameter.detach(), factor)
+
+
+def ranks(scores: Scores) -> Scores:
+    """(units,) 0 for the lowest."""
+    order = np.empty(len(scores))
+    order[np.argsort(scores, kind="stable")] = np.arange(len(scores))
+    return order
