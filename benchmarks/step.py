@@ -63,7 +63,7 @@ class Contender:
 
 def floor_seconds(units: Units) -> float:
     """The time of the bytes that must move: one read of weights and of gradients, one write of the decaying rows."""
-    size = sum(parameter.numel() for parameter in units.parameters) * 4 // 4
+    size = sum(parameter.numel() for parameter in units.parameters)
     source = torch.ones(3, size, device=units.device)
     target = torch.empty(size, device=units.device)
     times = time_in_turns({"move": lambda: torch.add(source[0], source[1], out=target)}, turns=20)
