@@ -23,7 +23,7 @@ KINDS = ("plain", "prune")
 def recipe(root: Path, arch: str) -> dict[str, Any]:
     return {
         "model": {"arch": arch},
-        "data": {"name": "folder", "root": str(root), "limit": 4096},
+        "data": {"name": "folder", "root": str(root), "limit": 1280},
         "prune": {"target": {"macs": 0.5}, "rounds": 2, "end": 0.6},
         "decay": {"steps": 5},
         "train": {"epochs": 2},
