@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.data import Splits, load_data
+from dpm_cli.data import Splits, Waiting, load_data
 from dpm_cli.delivery import EXPORT_NAMES
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
@@ -174,11 +174,11 @@ def _train_dense(
     tell({"event": "stage", "name": "dense"})
     validation: Score | None = None
     for epoch in range(training.epochs):
-        meter, epoch_started = LossMeter(torch_device), time.monotonic()
+        meter, waiting, epoch_started = LossMeter(torch_device), Waiting(), time.monotonic()
         batches = splits.train.batches(
             batch, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=len(splits.train) >= batch
         )
-        for step, (images, labels) in enumerate(batches, epoch * per_epoch):
+        for step, (images, labels) in enumerate(waiting.timed(batches), epoch * per_epoch):
             meter.add_(learner.step_(images, labels, step=step), images=len(labels), step=step)
             tell(step_event(stage="dense", step=step + 1, steps=learner.steps, steps_per_epoch=per_epoch))
         reading = meter.read()
@@ -200,6 +200,7 @@ def _train_dense(
                 lr=learner.learning_rate((epoch + 1) * per_epoch - 1),
                 images=reading.images,
                 seconds=time.monotonic() - epoch_started,
+                waited=waiting.seconds,
             )
         )
     test = evaluate_module(module, splits.test, batch=batch * 4)

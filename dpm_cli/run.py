@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.budget import resolve_limit
-from dpm_cli.data import Augmentation, Splits
+from dpm_cli.data import Augmentation, Splits, Waiting
 from dpm_cli.delivery import Delivery
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
@@ -191,14 +191,16 @@ class Run:
         first_step = self._steps_before(stage)
         before = [self.pruning.base.before_step_] if stage.name == "sparse" else []
         yield {"event": "stage", "name": stage.name}
+        waiting = Waiting()
         started = epoch_started = time.monotonic()
         if self._restored:
             with _foreign_state(self.output / CHECKPOINT):
                 learner.load_state_dict(self._restored["optimizer"])
                 meter.load_state_dict(self._restored["meter"])
                 epoch_started -= float(self._restored["epoch_seconds"])
+                waiting.seconds = float(self._restored["waited_seconds"])
             self._restored = None
-        for images, labels in self._batches(stage):
+        for images, labels in waiting.timed(self._batches(stage)):
             step = self.progress.step
             (count,) = self.world.sum(len(labels))
             if pruning and pruning.is_due(first_step + step):
@@ -233,7 +235,7 @@ class Run:
                     yield self._remove(pruning.remove_dead, stage, learner, meter)
                 if stage.name != "finetune":
                     self.pruning.base.end_epoch()
-                yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started)
+                yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started, waiting.take())
                 yield from self._tell_corrupt()
                 epoch_started = time.monotonic()
             stopping = self.world.largest(self.should_stop())
@@ -246,6 +248,7 @@ class Run:
                         "optimizer": learner.state_dict(),
                         "meter": meter.state_dict(),
                         "epoch_seconds": started - epoch_started,
+                        "waited_seconds": waiting.seconds,
                     }
                 )
             if stopping:
@@ -281,7 +284,7 @@ class Run:
             }
         )
 
-    def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float) -> Event:
+    def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float, waited: float) -> Event:
         reading = self._require_finite(meter, stage, learner)
         self._require_agreement(f"the model after step {self.progress.step}")
         meter.reset_()
@@ -296,6 +299,7 @@ class Run:
                 lr=learner.learning_rate(self.progress.step - 1),
                 images=reading.images,
                 seconds=seconds,
+                waited=waited,
             )
         )
 

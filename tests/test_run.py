@@ -127,7 +127,11 @@ def metrics(output):
 def timeless(events):
     """What two runs that do the same must agree on."""
     return [
-        {key: value for key, value in event.items() if key not in ("seconds", "images_per_second", "path")}
+        {
+            key: value
+            for key, value in event.items()
+            if key not in ("seconds", "images_per_second", "waiting_for_data", "path")
+        }
         for event in events
     ]
 
