@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.data import Splits, load_data
+from dpm_cli.delivery import EXPORT_NAMES
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
@@ -33,6 +34,7 @@ from dpm_cli.errors import (
 from dpm_cli.export import export_model, open_exported
 from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
+from dpm_cli.metrics import epoch_event, step_event
 from dpm_cli.models import apply_edits_, build, find_edits, load_model, load_slim
 from dpm_cli.models.outputs import find_failure, relative_difference, sample_images
 from dpm_cli.models.own_code import one_line
@@ -41,7 +43,7 @@ from dpm_cli.models.structure import named_tensors
 from dpm_cli.plan import Plan
 from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
 from dpm_cli.report import Event, ExportedFile, Report
-from dpm_cli.run import EXPORT_NAMES, Run, augmentation
+from dpm_cli.run import Run, augmentation
 from dpm_cli.sensitivity import measure_sensitivity, take_images
 
 AnyRecipe = Recipe | str | Path | Mapping[str, Any]
@@ -161,8 +163,7 @@ def _train_dense(
         )
         for step, (images, labels) in enumerate(batches, epoch * per_epoch):
             meter.add_(learner.step_(images, labels, step=step), images=len(labels), step=step)
-            place = {"step": step + 1, "steps": learner.steps, "epoch": epoch + 1, "epochs": training.epochs}
-            tell({"event": "step", "stage": "dense"} | place)
+            tell(step_event(stage="dense", step=step + 1, steps=learner.steps, steps_per_epoch=per_epoch))
         reading = meter.read()
         if reading.first_bad_step is not None or not all_finite(learner.tensors()):
             bad = reading.first_bad_step
@@ -171,20 +172,18 @@ def _train_dense(
             raise RunError(f"the loss or a weight is not finite {when}: lower {section}.lr or set {section}.clip_grad")
         if len(splits.validation):
             validation = evaluate_module(module, splits.validation, batch=batch * 4, precision=precision)
-        seconds = time.monotonic() - epoch_started
         tell(
-            {
-                "event": "epoch",
-                "stage": "dense",
-                "epoch": epoch + 1,
-                "epochs": training.epochs,
-                "step": (epoch + 1) * per_epoch,
-                "loss": reading.mean,
-                "validation_accuracy": validation.accuracy if validation else None,
-                "lr": learner.learning_rate((epoch + 1) * per_epoch - 1),
-                "images_per_second": reading.images / seconds,
-                "seconds": seconds,
-            }
+            epoch_event(
+                stage="dense",
+                epoch=epoch + 1,
+                epochs=training.epochs,
+                step=(epoch + 1) * per_epoch,
+                loss=reading.mean,
+                validation_accuracy=validation.accuracy if validation else None,
+                lr=learner.learning_rate((epoch + 1) * per_epoch - 1),
+                images=reading.images,
+                seconds=time.monotonic() - epoch_started,
+            )
         )
     test = evaluate_module(module, splits.test, batch=batch * 4)
     if len(splits.corrupt):

@@ -1,6 +1,5 @@
 """What a recipe would make of a model: groups, reachable costs, widths. Nothing is trained or changed."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -17,11 +16,10 @@ from dpm_cli.budget import (
     find_floors,
     find_limit,
 )
-from dpm_cli.graph import Groups, Role, find_groups
+from dpm_cli.graph import Groups, find_groups
 from dpm_cli.graph.labels import Flags
 from dpm_cli.pruners import make_base
 from dpm_cli.recipe import Recipe
-from dpm_cli.report import Width
 
 KINDS: tuple[Kind, ...] = ("macs", "params", "channels")
 
@@ -42,11 +40,7 @@ class Plan:
         self.dense = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
         self.lowest = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
         self.limit = find_limit(self.dense[self.kind], amount)
-        base = make_base(
-            prune.base,
-            normalizer=prune.normalizer or ("max" if prune.sparse_epochs else "mean"),
-            strength=prune.sparse_strength,
-        )
+        base = make_base(recipe)
         base.bind(self.groups, module)
         self.scores: Scores = base.scores()  # (units,) of the weights as they are
 
@@ -82,17 +76,6 @@ class Plan:
                 values["planned"] = int(alive[group.range].sum())
             result["planned"] = {kind: cost_of(self.groups.cost, kind, alive) for kind in KINDS}
             result["widths"] = [
-                {"layer": width.layer, "before": width.before, "after": width.after}
-                for width in find_widths(self.groups, alive)
+                {"layer": layer, "before": before, "after": after} for layer, before, after in self.groups.widths(alive)
             ]
         return result
-
-
-def find_widths(groups: Groups, alive: Flags) -> Iterator[Width]:
-    """Rows of every layer that makes units, before and after. alive: (units,)"""
-    stays, seen = np.append(alive, True), set[str]()
-    for part in groups.slices:
-        layer = part.tensor.rpartition(".")[0] or part.tensor
-        if part.role is Role.PRODUCER and layer not in seen:
-            seen.add(layer)
-            yield Width(layer, len(part.units), int(stays[part.units].sum()))

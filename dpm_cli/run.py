@@ -3,9 +3,6 @@
 import contextlib
 import copy
 import hashlib
-import json
-import os
-import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +15,7 @@ from torch import Tensor, nn
 
 from dpm_cli.budget import Floors, choose_round_to, find_floors, resolve_limit
 from dpm_cli.data import Augmentation, Splits
+from dpm_cli.delivery import Delivery
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
 from dpm_cli.engine.evaluate import evaluate_module
@@ -25,47 +23,20 @@ from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RunError, TargetError
-from dpm_cli.export import Format, export_model, open_exported
-from dpm_cli.files import CHECKPOINT, write_atomic
+from dpm_cli.files import CHECKPOINT
 from dpm_cli.floor import Floor
 from dpm_cli.graph import Groups, find_groups, take
-from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
-from dpm_cli.models import save_slim
+from dpm_cli.metrics import Metrics, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
 from dpm_cli.pruners import make_base
 from dpm_cli.pruning import Pruning, plan_rounds
-from dpm_cli.recipe import Recipe, Training, dump_recipe
+from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.rectify import Rectifier
-from dpm_cli.report import (
-    Event,
-    ExportedFile,
-    FloorReport,
-    KeptLayer,
-    Measured,
-    Milliseconds,
-    Report,
-    TargetReport,
-    UnitCounts,
-    Width,
-)
+from dpm_cli.report import Event
+from dpm_cli.stages import Stage, plan_stages
 
 Events = Generator[Event, None, None]
-EXPORT_NAMES: dict[Format, str] = {
-    "torchscript": "model.ts",
-    "onnx": "model.onnx",
-    "onnx-fp16": "model.fp16.onnx",
-    "pt2": "model.pt2",
-}
 CHECK_IMAGES = 8  # real inputs on which outputs before and after compaction are compared
-
-
-@dataclass(frozen=True)
-class Stage:
-    """One stretch of training with settings of its own."""
-
-    name: str  # sparse | train | finetune
-    training: Training
-    first_epoch: int  # over the whole run: data order never repeats between stages
 
 
 @dataclass
@@ -146,11 +117,7 @@ class Run:
         return Pruning(
             self.model,
             groups,
-            make_base(
-                prune.base,
-                normalizer=prune.normalizer or ("max" if prune.sparse_epochs else "mean"),
-                strength=prune.sparse_strength,
-            ),
+            make_base(self.recipe),
             kind=prune.target.kind,
             limit=limit,
             floors=floors,
@@ -208,7 +175,7 @@ class Run:
 
     def _train(self, stage: Stage) -> Events:
         learner, meter = self._make_learner(stage), LossMeter(self.device)
-        pruning = self.pruning if stage.name == "train" else None
+        pruning = self.pruning if stage.prunes else None
         before = [self.pruning.base.penalise_] if stage.name == "sparse" else []
         yield {"event": "stage", "name": stage.name}
         started = epoch_started = time.monotonic()
@@ -241,14 +208,7 @@ class Run:
             self.progress.step = step = step + 1
             if pruning and pruning.is_over:
                 yield self._finish_round(stage, learner, meter)
-            yield {
-                "event": "step",
-                "stage": stage.name,
-                "step": step,
-                "steps": learner.steps,
-                "epoch": (step - 1) // self.steps_per_epoch + 1,
-                "epochs": stage.training.epochs,
-            }
+            yield step_event(stage=stage.name, step=step, steps=learner.steps, steps_per_epoch=self.steps_per_epoch)
             if step % self.steps_per_epoch == 0:
                 yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started)
                 yield from self._tell_corrupt()
@@ -299,53 +259,55 @@ class Run:
         reading = self._require_finite(meter, stage, learner)
         meter.reset_()
         return self.metrics.write(
-            {
-                "event": "epoch",
-                "stage": stage.name,
-                "epoch": self.progress.step // self.steps_per_epoch,
-                "epochs": stage.training.epochs,
-                "step": self.progress.step,
-                "loss": reading.mean,
-                "validation_accuracy": self._validate(),
-                "lr": learner.learning_rate(self.progress.step - 1),
-                "images_per_second": reading.images / max(seconds, 1e-9),
-                "seconds": seconds,
-            }
+            epoch_event(
+                stage=stage.name,
+                epoch=self.progress.step // self.steps_per_epoch,
+                epochs=stage.training.epochs,
+                step=self.progress.step,
+                loss=reading.mean,
+                validation_accuracy=self._validate(),
+                lr=learner.learning_rate(self.progress.step - 1),
+                images=reading.images,
+                seconds=seconds,
+            )
         )
 
     def _finish(self) -> Events:
-        """The model is slim and trained: settle its statistics, save, export, measure."""
-        recipe, started = self.recipe, time.monotonic()
+        """The model is slim and trained: export, measure, report, save."""
         slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
+        delivery = Delivery(
+            self.recipe,
+            self.splits,
+            arch=self.arch,
+            output=self.output,
+            device=self.device,
+            dense=self.dense,
+            groups=self.dense_groups,
+            image=self._check_images()[:1].cpu(),
+        )
+        seconds, started = self.progress.seconds, time.monotonic()
         exports = []
-        for format in recipe.export:
-            path = self.output / EXPORT_NAMES[format]
-            try:
-                made = export_model(
-                    slim,
-                    self._image(),
-                    format=format,
-                    path=path,
-                    metadata=self._metadata(),
-                    opset=recipe.opset,
-                )
-            except RunError as error:
-                raise RunError(
-                    f"{error}; the training is kept: --resume with --set export=[] does without it"
-                ) from error
-            exports.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
-            yield self.metrics.write(
-                {"event": "export", "format": format, "path": str(path), "max_difference": made.max_difference}
-            )
-        self.progress.seconds["export"] = time.monotonic() - started
-        started = time.monotonic()
+        for made in delivery.export(slim):
+            exports.append(made)
+            place = {"format": made.format, "path": made.path}
+            yield self.metrics.write({"event": "export"} | place | {"max_difference": made.max_difference})
+        seconds["export"] = time.monotonic() - started
         yield {"event": "measure", "what": "accuracy and latency of the dense and the slim model"}
-        dense, compared = self._measure(self.dense, slim, exports)
-        self.progress.seconds["measure"] = time.monotonic() - started
-        self.report = self._make_report(dense, compared, slim, exports)
-        self._save_slim(slim)
-        write_atomic(self.output / "recipe.yaml", lambda path: _write_text(path, dump_recipe(recipe)))
-        write_atomic(self.output / "report.json", lambda path: _write_text(path, self.report.to_json() + "\n"))
+        started = time.monotonic()
+        measured = delivery.measure(slim, exports)
+        seconds["measure"] = time.monotonic() - started
+        self.report = delivery.make_report(
+            measured,
+            self.pruning,
+            exports,
+            difference=self.progress.difference,
+            seconds=seconds,
+            precision=self.precision.name,
+            validation_accuracy=self._validate(),
+            floor=self.floor,
+            notes=self.notes,
+        )
+        delivery.save(slim, self.report)
 
     # --------------------------------------------------------------------------------------- the accuracy floor
 
@@ -405,7 +367,7 @@ class Run:
 
     @property
     def _stage_after_pruning(self) -> int:
-        return next(index for index, stage in enumerate(self.stages, 1) if stage.name == "train")
+        return next(index for index, stage in enumerate(self.stages, 1) if stage.prunes)
 
     # --------------------------------------------------------------------------------------------------- pieces
 
@@ -479,9 +441,6 @@ class Run:
         held_out = self.splits.validation if len(self.splits.validation) else self.splits.train
         images, _ = next(held_out.batches(CHECK_IMAGES, seed=0, epoch=0, augment=None))
         return images
-
-    def _image(self) -> Tensor:
-        return self._check_images()[:1].cpu()
 
     def _require_finite(self, meter: LossMeter, stage: Stage, learner: Learner) -> LossReading:
         """Call before every checkpoint, which must not hold what cannot be continued from."""
@@ -583,191 +542,9 @@ class Run:
         restore_rng(state["rng"])
         self._metrics_bytes = max(0, int(state["metrics_bytes"]))
 
-    # ------------------------------------------------------------------------------------------------- outcomes
-
-    def _measure(self, dense: nn.Module, slim: nn.Module, exports: list[ExportedFile]) -> tuple[Measured, Measured]:
-        """Accuracy on the test set, once, and latencies in turns."""
-        image = self._image()
-        dense = copy.deepcopy(dense).to(memory_format=torch.contiguous_format).eval()
-        runs: dict[str, Callable[[Tensor], object]] = {"dense torch": dense, "slim torch": slim}
-        with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
-            for made in exports:
-                if made.format == "onnx":
-                    path = Path(folder) / "dense.onnx"
-                    export_model(dense, image, format="onnx", path=path, metadata={})
-                    runs |= {"dense onnxruntime": open_exported(path), "slim onnxruntime": open_exported(made.path)}
-            latencies = measure_in_turns(runs, image)
-        measured = []
-        for name, network in (("dense", dense), ("slim", slim)):
-            on_device = copy.deepcopy(network).to(self.device)
-            score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
-            measured.append(
-                Measured(
-                    macs=count_macs(network, image, self.recipe.counter),
-                    params=count_parameters(network),
-                    bytes=count_bytes(network),
-                    accuracy=score.accuracy,
-                    loss=score.loss,
-                    latency={
-                        key.split()[1]: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms)
-                        for key, latency in latencies.items()
-                        if key.startswith(name)
-                    },
-                )
-            )
-        return measured[0], measured[1]
-
-    def _make_report(self, dense: Measured, slim: Measured, module: nn.Module, exports: list[ExportedFile]) -> Report:
-        pruning, target = self.pruning, self.recipe.prune.target
-        predicted = pruning.groups.cost.macs(pruning.all_alive), pruning.groups.cost.parameters(pruning.all_alive)
-        if self.recipe.counter != "flop_counter":
-            self.notes.append(f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's")
-        elif predicted != (slim.macs, slim.params):
-            self.notes.append(f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}")
-        if len(self.splits.corrupt):
-            self.notes.append(self.splits.corrupt.note)
-        if self.splits.test_held_out:
-            self.notes.append(
-                "the folder has no test images: a fixed tenth of the training images served as the test set"
-            )
-        floor = None
-        if self.floor:
-            reached = self.floor
-            floor = FloorReport(reached.max_drop, reached.dense, reached.limit, self._is_floor_broken, reached.broken)
-            self.notes += [reached.broken] if reached.broken else []
-        return Report(
-            arch=self.arch,
-            base=self.recipe.prune.base,
-            dense=dense,
-            slim=slim,
-            target=TargetReport(target.kind, target.amount, pruning.limit, pruning.dense_cost, pruning.cost()),
-            units=UnitCounts(
-                self.dense_groups.units,
-                pruning.chosen,
-                pruning.released,
-                self.dense_groups.units - pruning.groups.units,
-            ),
-            widths=list(_compare_widths(self.dense, module, self.dense_groups)),
-            kept=[KeptLayer(kept.layer, kept.reason) for kept in self.dense_groups.kept],
-            compact_difference=self.progress.difference,
-            exports=exports,
-            files={
-                name: str(self.output / file)
-                for name, file in (
-                    ("slim", "slim.pt"),
-                    ("report", "report.json"),
-                    ("recipe", "recipe.yaml"),
-                    ("metrics", "metrics.jsonl"),
-                )
-            },
-            seconds={name: round(seconds, 2) for name, seconds in self.progress.seconds.items()},
-            seed=self.recipe.seed,
-            device=str(self.device),
-            precision=self.precision.name,
-            recipe_hash=self.recipe.hash,
-            versions=dict(hardware()),
-            validation_accuracy=self._validate(),
-            notes=self.notes,
-            floor=floor,
-        )
-
-    @property
-    def _is_floor_broken(self) -> bool:
-        """Whether the floor kept the run from its target."""
-        return self._went_back and self.pruning.cost() > self.pruning.limit
-
-    def _save_slim(self, slim: nn.Module) -> None:
-        save_slim(
-            self.output / "slim.pt",
-            slim,
-            arch=self.arch,
-            classes=self.recipe.model.classes,
-            shape=self.recipe.model.input,
-            recipe=dump_recipe(self.recipe),
-            report=self.report.to_dict(),
-            mean=self.splits.mean,
-            std=self.splits.std,
-            dense=self.dense if self.arch is None else None,
-        )
-
-    def _metadata(self) -> dict[str, str]:
-        return {
-            "dpm_recipe": self.recipe.hash,
-            "arch": self.arch or "",
-            "classes": str(self.recipe.model.classes),
-            "mean": json.dumps(self.splits.mean),
-            "std": json.dumps(self.splits.std),
-            "input": json.dumps(self.recipe.model.input),
-        }
-
-
-class Metrics:
-    """metrics.jsonl: one object a line, flushed as it happens; cut back to the checkpoint on resume."""
-
-    def __init__(self, path: Path, start: int) -> None:
-        self._path, self._start = path, start
-
-    def __enter__(self) -> "Metrics":
-        try:
-            self._file = self._path.open("a" if self._start else "w", encoding="utf-8")
-            self._file.truncate(min(self._start, self._path.stat().st_size))
-        except OSError as error:
-            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        with contextlib.suppress(OSError):  # what a full disk did not take was reported when it was written
-            self._file.close()
-
-    def write(self, event: Event) -> Event:
-        try:
-            self._file.write(json.dumps(event) + "\n")
-            self._file.flush()
-        except OSError as error:
-            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
-        return event
-
-    def flush_to_disk(self) -> int:
-        """Call before the checkpoint that counts on it. Returns the bytes written."""
-        try:
-            os.fsync(self._file.fileno())
-            return self._path.stat().st_size
-        except OSError as error:
-            raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
-
-
-def plan_stages(recipe: Recipe) -> list[Stage]:
-    """Sparse learning (if asked for), pruning, fine-tuning; each with the number of its first epoch."""
-    stages, epoch = [], 0
-    sparse = recipe.train.model_copy(
-        # The penalty takes the place of weight decay, as in DepGraph's own sparse learning.
-        update={"epochs": recipe.prune.sparse_epochs, "lr": recipe.prune.sparse_lr, "weight_decay": 0.0}
-    )
-    for name, training in (("sparse", sparse), ("train", recipe.train), ("finetune", recipe.finetune)):
-        if training.epochs:
-            stages.append(Stage(name, training, epoch))
-            epoch += training.epochs
-    return stages
-
 
 def augmentation(recipe: Recipe) -> Augmentation:
     return Augmentation(**recipe.data.augment.model_dump())
-
-
-def _compare_widths(dense: nn.Module, slim: nn.Module, groups: Groups) -> Iterator[Width]:
-    """Output channels of every layer that could lose some."""
-    for layer in dict.fromkeys(layer for group in groups for layer in group.layers):
-        if any(layer == name for name, _ in dense.named_modules()):
-            before, after = (_width(network.get_submodule(layer)) for network in (dense, slim))
-            if before and after:
-                yield Width(layer, before, after)
-
-
-def _width(layer: nn.Module) -> int | None:
-    for attribute in ("out_channels", "out_features", "embedding_dim"):
-        if isinstance(width := getattr(layer, attribute, None), int):
-            return width
-    return None
 
 
 def _changed_lines(old: str, new: str) -> str:
@@ -797,7 +574,3 @@ def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> str:
             left, right = (text.partition(",")[0][:100] for text in (there, here))
             return f"{name}: {left} there, {right} here" if left != right else f"{name}: {left}, but not the same"
     return "more of it there"
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -33,7 +33,7 @@ from dpm_cli.recipe import Prune
 
 @pytest.fixture(autouse=True)
 def _short_latencies(monkeypatch):
-    monkeypatch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+    monkeypatch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
     monkeypatch.setattr("dpm_cli.api.measure_latency", partial(api.measure_latency, seconds=0.002))
 
 
@@ -73,7 +73,7 @@ def finished(dense_file, tmp_path_factory):
     """The folder of a finished run, and its report."""
     folder = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        patch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
         report = api.prune(dense_file, recipe(export=["torchscript"]), output=folder)
     return folder, report
 

@@ -34,7 +34,7 @@ from dpm_cli.report import Report
 
 @pytest.fixture(autouse=True)
 def _short_latencies_and_own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+    monkeypatch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
     monkeypatch.setenv("DPM_CACHE", str(tmp_path / "cache"))
 
 
@@ -68,7 +68,7 @@ def whole(model, tmp_path_factory):
     """The weights of a run to which nothing happened."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        patch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
         api.prune(model, recipe(), output=folder)
     return load(folder / "slim.pt").state_dict()
 
@@ -153,7 +153,7 @@ def test_disk_full_while_an_export_is_written(model, whole, tmp_path, format):
 
 @pytest.mark.parametrize("name", ["slim.pt", "recipe.yaml", "report.json"])
 def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch, name):
-    from dpm_cli import run as story
+    from dpm_cli import delivery
 
     with contextlib.ExitStack() as stack:
 
@@ -162,12 +162,12 @@ def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch
                 stack.enter_context(no_more_than(100))
             write_atomic(path, write)
 
-        write_atomic = story.write_atomic
-        monkeypatch.setattr("dpm_cli.run.write_atomic", fill_disk_before)
+        write_atomic = delivery.write_atomic
+        monkeypatch.setattr("dpm_cli.delivery.write_atomic", fill_disk_before)
         monkeypatch.setattr("dpm_cli.models.slim.write_atomic", fill_disk_before)
         with pytest.raises(RunError, match=rf"{name} cannot be written: File too large") as error:
             api.prune(model, recipe(), output=tmp_path)
-    monkeypatch.setattr("dpm_cli.run.write_atomic", write_atomic)
+    monkeypatch.setattr("dpm_cli.delivery.write_atomic", write_atomic)
     monkeypatch.setattr("dpm_cli.models.slim.write_atomic", write_atomic)
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)

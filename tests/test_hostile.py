@@ -65,7 +65,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.save(build("digits", classes=10, shape=(1, 8, 8)).state_dict(), folder / "model.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        patch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
         api.prune(folder / "model.pt", recipe_values(), output=folder / "out")
     steps = iter(range(100))
     with pytest.raises(Interrupted):

@@ -12,7 +12,7 @@ from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision, to_fast_layout_
 from dpm_cli.errors import RecipeError, RunError
 from dpm_cli.graph import find_groups, take
-from dpm_cli.pruners import make_base
+from dpm_cli.pruners import DepGraph
 from dpm_cli.pruning import Pruning, plan_rounds
 from dpm_cli.rectify import Rectifier
 
@@ -49,7 +49,7 @@ def make(*, steps=4, starts=(0, 4, 8), amount=0.5, kind="macs", rectify=None, ro
     pruning = Pruning(
         model,
         GROUPS,
-        make_base("depgraph", normalizer="mean", strength=0.0),
+        DepGraph(normalizer="mean", strength=0.0),
         kind=kind,
         limit=resolve_limit(GROUPS, floors, kind=kind, amount=amount),
         floors=floors,

@@ -17,10 +17,12 @@ from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.measure import count_macs, count_parameters, measure_in_turns
+from dpm_cli.metrics import Metrics
 from dpm_cli.models import load_slim
 from dpm_cli.recipe import parse_recipe
 from dpm_cli.report import Report
-from dpm_cli.run import Metrics, Run, plan_stages
+from dpm_cli.run import Run
+from dpm_cli.stages import plan_stages
 
 FP32 = choose_precision("fp32", torch.device("cpu"))
 BATCH, PER_EPOCH = 32, 6  # 230 training images
@@ -64,7 +66,7 @@ def load_digits(**changes):
 
 @pytest.fixture(autouse=True)
 def _short_latencies(monkeypatch):
-    monkeypatch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+    monkeypatch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
 
 
 def make_recipe(*overrides):
@@ -379,7 +381,7 @@ def whole(splits, tmp_path_factory):
         if variant not in made:
             made[variant] = tmp_path_factory.mktemp("whole")
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("dpm_cli.run.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+                patch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
                 go(made[variant], make_recipe(*VARIANTS[variant]), splits)
         return made[variant]
 
@@ -514,7 +516,7 @@ def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatc
     def fail(*args, **settings):
         raise RunError("model.onnx was not written: an operator is not supported")
 
-    monkeypatch.setattr("dpm_cli.run.export_model", fail)
+    monkeypatch.setattr("dpm_cli.delivery.export_model", fail)
     with pytest.raises(RunError, match=r"not supported; the training is kept: --resume with --set export=\[\]"):
         go(tmp_path, make_recipe("export=[onnx]"), splits)
     _, events = go(tmp_path, make_recipe(), splits, resume=True)

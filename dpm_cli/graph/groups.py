@@ -104,6 +104,15 @@ class Groups:
                     positions.setdefault(name, {})[part.axis] = np.flatnonzero(mask)
         return positions
 
+    def widths(self, alive: Flags) -> Iterator[tuple[str, int, int]]:
+        """Every layer that makes units: its name, its rows now, and those of them that stay. alive: (units,)"""
+        stays, seen = np.append(alive, True), set[str]()
+        for part in self.slices:
+            layer = part.tensor.rpartition(".")[0] or part.tensor
+            if part.role is Role.PRODUCER and layer not in seen:
+                seen.add(layer)
+                yield layer, len(part.units), int(stays[part.units].sum())
+
     def new_numbers(self, alive: Flags) -> dict[str, list[NumberChange]]:
         """Layer -> how numbers of its own change. alive: (units,)"""
         stays = np.append(alive, True)

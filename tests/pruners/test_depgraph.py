@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from dpm_cli.graph import Role, find_groups
-from dpm_cli.pruners import DepGraph, make_base
+from dpm_cli.pruners import DepGraph
 from dpm_cli.pruners.depgraph import GroupNorm
 
 
@@ -79,7 +79,7 @@ def test_a_residual_group_counts_rows_norms_and_columns(net, groups):
 
 @pytest.mark.parametrize(("normalizer", "reduce"), [("mean", np.mean), ("max", np.max)])
 def test_scores_are_relative_to_the_group(net, groups, normalizer, reduce):
-    base = make_base("depgraph", normalizer=normalizer, strength=0.0)
+    base = DepGraph(normalizer=normalizer, strength=0.0)
     base.bind(groups, net)
     scores = base.scores()
     for group in groups:

@@ -1,0 +1,199 @@
+"""What a run hands over: exported files, measurements, the report and the slim file, all in one folder."""
+
+import copy
+import json
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.data import Splits
+from dpm_cli.engine.evaluate import evaluate_module
+from dpm_cli.errors import RunError
+from dpm_cli.export import Format, export_model, open_exported
+from dpm_cli.files import write_atomic
+from dpm_cli.floor import Floor
+from dpm_cli.graph import Groups
+from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
+from dpm_cli.models import save_slim
+from dpm_cli.pruning import Pruning
+from dpm_cli.recipe import Recipe, dump_recipe
+from dpm_cli.report import (
+    ExportedFile,
+    FloorReport,
+    KeptLayer,
+    Measured,
+    Milliseconds,
+    Report,
+    TargetReport,
+    UnitCounts,
+    Width,
+)
+
+EXPORT_NAMES: dict[Format, str] = {
+    "torchscript": "model.ts",
+    "onnx": "model.onnx",
+    "onnx-fp16": "model.fp16.onnx",
+    "pt2": "model.pt2",
+}
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """How the results of one run leave it. Every module that is handed over is in eval mode on the CPU."""
+
+    recipe: Recipe
+    splits: Splits
+    arch: str | None  # none: the model is not what `model.arch` builds
+    output: Path
+    device: torch.device  # where accuracy is measured
+    dense: nn.Module
+    groups: Groups  # of the dense model
+    image: Tensor  # (1, C, H, W) a real input, on the CPU
+
+    def export(self, slim: nn.Module) -> Iterator[ExportedFile]:
+        """Write each file that the recipe asks for, load it again and compare. Raises RunError."""
+        for format in self.recipe.export:
+            path = self.output / EXPORT_NAMES[format]
+            try:
+                made = export_model(
+                    slim, self.image, format=format, path=path, metadata=self._metadata(), opset=self.recipe.opset
+                )
+            except RunError as error:
+                raise RunError(
+                    f"{error}; the training is kept: --resume with --set export=[] does without it"
+                ) from error
+            yield ExportedFile(format, str(path), made.bytes, made.max_difference)
+
+    def measure(self, slim: nn.Module, exports: Sequence[ExportedFile]) -> tuple[Measured, Measured]:
+        """The dense and the slim model: accuracy on the test set, once, and latencies in turns."""
+        image = self.image
+        dense = copy.deepcopy(self.dense).to(memory_format=torch.contiguous_format).eval()
+        runs: dict[str, Callable[[Tensor], object]] = {"dense torch": dense, "slim torch": slim}
+        with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
+            for made in exports:
+                if made.format == "onnx":
+                    path = Path(folder) / "dense.onnx"
+                    export_model(dense, image, format="onnx", path=path, metadata={})
+                    runs |= {"dense onnxruntime": open_exported(path), "slim onnxruntime": open_exported(made.path)}
+            latencies = measure_in_turns(runs, image)
+        measured = []
+        for name, network in (("dense", dense), ("slim", slim)):
+            on_device = copy.deepcopy(network).to(self.device)
+            score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
+            measured.append(
+                Measured(
+                    macs=count_macs(network, image, self.recipe.counter),
+                    params=count_parameters(network),
+                    bytes=count_bytes(network),
+                    accuracy=score.accuracy,
+                    loss=score.loss,
+                    latency={
+                        key.split()[1]: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms)
+                        for key, latency in latencies.items()
+                        if key.startswith(name)
+                    },
+                )
+            )
+        return measured[0], measured[1]
+
+    def make_report(
+        self,
+        measured: tuple[Measured, Measured],
+        pruning: Pruning,
+        exports: Sequence[ExportedFile],
+        *,
+        difference: float,
+        seconds: Mapping[str, float],
+        precision: str,
+        validation_accuracy: float | None,
+        floor: Floor | None,
+        notes: Sequence[str],
+    ) -> Report:
+        """measured: dense, slim. difference: the largest at any compaction. seconds: by stage."""
+        recipe, target = self.recipe, self.recipe.prune.target
+        dense, slim = measured
+        return Report(
+            arch=self.arch,
+            base=recipe.prune.base,
+            dense=dense,
+            slim=slim,
+            target=TargetReport(target.kind, target.amount, pruning.limit, pruning.dense_cost, pruning.cost()),
+            units=UnitCounts(
+                self.groups.units, pruning.chosen, pruning.released, self.groups.units - pruning.groups.units
+            ),
+            widths=[Width(*width) for width in self.groups.widths(pruning.survivors)],
+            kept=[KeptLayer(kept.layer, kept.reason) for kept in self.groups.kept],
+            compact_difference=difference,
+            exports=list(exports),
+            files={
+                name: str(self.output / file)
+                for name, file in (
+                    ("slim", "slim.pt"),
+                    ("report", "report.json"),
+                    ("recipe", "recipe.yaml"),
+                    ("metrics", "metrics.jsonl"),
+                )
+            },
+            seconds={name: round(spent, 2) for name, spent in seconds.items()},
+            seed=recipe.seed,
+            device=str(self.device),
+            precision=precision,
+            recipe_hash=recipe.hash,
+            versions=dict(hardware()),
+            validation_accuracy=validation_accuracy,
+            notes=[*notes, *self._remarks(pruning, slim), *([floor.broken] if floor and floor.broken else [])],
+            floor=_report_floor(floor, pruning) if floor else None,
+        )
+
+    def _remarks(self, pruning: Pruning, slim: Measured) -> Iterator[str]:
+        """What a reader of the figures must know."""
+        cost = pruning.groups.cost
+        predicted = cost.macs(pruning.all_alive), cost.parameters(pruning.all_alive)
+        if self.recipe.counter != "flop_counter":
+            yield f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's"
+        elif predicted != (slim.macs, slim.params):
+            yield f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}"
+        if len(self.splits.corrupt):
+            yield self.splits.corrupt.note
+        if self.splits.test_held_out:
+            yield "the folder has no test images: a fixed tenth of the training images served as the test set"
+
+    def save(self, slim: nn.Module, report: Report) -> None:
+        """Write slim.pt, recipe.yaml and, last, report.json: with it the run is finished."""
+        save_slim(
+            self.output / "slim.pt",
+            slim,
+            arch=self.arch,
+            classes=self.recipe.model.classes,
+            shape=self.recipe.model.input,
+            recipe=dump_recipe(self.recipe),
+            report=report.to_dict(),
+            mean=self.splits.mean,
+            std=self.splits.std,
+            dense=self.dense if self.arch is None else None,
+        )
+        write_atomic(self.output / "recipe.yaml", lambda path: _write_text(path, dump_recipe(self.recipe)))
+        write_atomic(self.output / "report.json", lambda path: _write_text(path, report.to_json() + "\n"))
+
+    def _metadata(self) -> dict[str, str]:
+        return {
+            "dpm_recipe": self.recipe.hash,
+            "arch": self.arch or "",
+            "classes": str(self.recipe.model.classes),
+            "mean": json.dumps(self.splits.mean),
+            "std": json.dumps(self.splits.std),
+            "input": json.dumps(self.recipe.model.input),
+        }
+
+
+def _report_floor(floor: Floor, pruning: Pruning) -> FloorReport:
+    kept_from_target = floor.broken is not None and pruning.cost() > pruning.limit
+    return FloorReport(floor.max_drop, floor.dense, floor.limit, kept_from_target, floor.broken)
+
+
+def _write_text(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8")
