@@ -306,7 +306,7 @@ def change(path: Path, **changed: Any) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"version": 2}, "format version 2, this dpm reads 1: update it"),
+        ({"version": 3}, "format version 3, this dpm reads 2: update it"),
         ({"version": "1"}, "damaged: 'version'"),
         ({"version": 0}, "damaged: 'version'"),
         ({"version": True}, "damaged: 'version'"),
