@@ -21,6 +21,7 @@ from dpm_cli.graph.labels import Flags
 from dpm_cli.pruners.base import BasePruner
 from dpm_cli.rectify import Rectifier
 
+FoldMeans = Callable[[Groups, Flags], None]  # (groups, alive): let the readers of units that go take their means
 MakeRectifier = Callable[[Tensor, int], Rectifier]  # (group of each unit, number of groups) -> a fresh one
 COMPACT_TOLERANCE = 1e-5  # relative to the largest output
 
@@ -31,10 +32,11 @@ def plan_rounds(
     """The first step of every round in a stage of `steps`. start, end: fractions of the stage.
 
     Rounds are spread evenly; each takes `decay_steps` (one-step pruning takes none). With releases, one more round
-    must fit after the last to top up. Raises RecipeError if they do not fit.
+    must fit after the last to top up. A stage of no steps has one round, which cuts at once. Raises RecipeError if
+    they do not fit.
     """
     if not steps:
-        raise RecipeError("train.epochs is 0, but that is the stage in which units are chosen and decay: raise it")
+        return (0,)
     taken = 0 if decay_steps == 1 else decay_steps
     first, last = round(start * steps), round(end * steps)
     room = (last - first) // rounds
@@ -81,10 +83,12 @@ class Pruning:
         decay_steps: int,
         envelope: Any = "exact",
         make_rectifier: MakeRectifier | None = None,
+        fold_means: FoldMeans | None = None,
     ) -> None:
+        """fold_means: called before units are cut at once; units that decay leave nothing behind."""
         self.model, self.groups, self.base = model, groups, base
         self.kind, self.limit, self.floors = kind, limit, floors
-        self.starts = tuple(starts)
+        self.starts, self.fold_means = tuple(starts), fold_means
         self.dense_cost = self.cost()
         self.survivors = np.ones(groups.units, bool)  # of the dense model's units
         self.round = 0  # rounds started
@@ -138,6 +142,8 @@ class Pruning:
         victims = choose_victims(
             self.groups, self.floors, self.base.scores(), kind=self.kind, limit=limit, eligible=eligible
         )
+        if self.fold_means and self.decay.steps == 1:
+            self.fold_means(self.groups, ~victims)
         self.decay.start(victims, rectify=planned)
         self.in_round = True
         self.chosen += int(victims.sum())

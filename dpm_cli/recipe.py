@@ -172,6 +172,13 @@ class Decay(Section):
         return None if value is False else {} if value is True else value
 
 
+class Compact(Section):
+    """What happens to the means of removed units, when these are cut at once rather than decay."""
+
+    fold_mean: bool | None = None  # into the layers that read them; none: when no training follows
+    fold_batches: Positive = 20  # of training images, to measure the means; no labels are needed
+
+
 class Training(Section):
     """One stage of training."""
 
@@ -213,6 +220,7 @@ class Recipe(Section):
     prune: Prune
     decay: Decay = Decay()
     train: Training = Training()  # while units are chosen and decay
+    compact: Compact = Compact()
     finetune: Training = Training(lr=0.02)  # the slim model
     dense: Training | None = None  # `dpm train`; none: as `train`
     export: tuple[ExportFormat, ...] = ("torchscript", "onnx")
@@ -228,6 +236,22 @@ class Recipe(Section):
         if self.prune.max_drop is not None and not self.data.validation:
             raise ValueError("prune.max_drop is judged on validation images: raise data.validation above 0")
         return self
+
+    @model_validator(mode="after")
+    def _folds_what_is_cut(self) -> "Recipe":
+        if self.compact.fold_mean and self.train.epochs and self.decay.steps > 1:
+            raise ValueError(
+                "compact.fold_mean folds what is cut at once, but units that decay leave nothing behind: set "
+                "decay.steps: 1 or train.epochs: 0"
+            )
+        return self
+
+    @property
+    def folds_means(self) -> bool:
+        """Whether the means of removed units go into the layers that read them."""
+        if self.compact.fold_mean is not None:
+            return self.compact.fold_mean
+        return not self.train.epochs and not self.finetune.epochs
 
     @property
     def hash(self) -> str:

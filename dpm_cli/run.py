@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RunError, Ta
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.floor import Floor
 from dpm_cli.graph import Groups, find_groups, take
+from dpm_cli.graph.folding import find_shifts, fold_means_, give_biases_
+from dpm_cli.graph.labels import Flags
 from dpm_cli.metrics import Metrics, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
 from dpm_cli.pruners import make_base
@@ -70,7 +73,7 @@ class Run:
         """
         self.recipe, self.splits, self.arch, self.output = recipe, splits, arch, output
         self.device, self.precision, self.should_stop = device, precision, should_stop
-        self.dense = model
+        self.dense, self._start = model, model
         self.stages = plan_stages(recipe)
         self.steps_per_epoch = max(1, len(splits.train) // recipe.data.batch)
         self.progress = Progress()
@@ -82,6 +85,11 @@ class Run:
         example = torch.zeros(2, *recipe.model.input)
         self.dense_groups = find_groups(model, example, recipe.prune.keep)
         prune = recipe.prune
+        if recipe.folds_means:
+            self._shifts = find_shifts(model, example)
+            self._start = copy.deepcopy(model)
+            if give_biases_(self._start, self.dense_groups, self._shifts):
+                self.dense_groups = find_groups(self._start, example, prune.keep)
         self.round_to = choose_round_to(
             self.dense_groups,
             prune.round_to,
@@ -100,7 +108,7 @@ class Run:
 
     def _begin_dense(self) -> None:
         """The model as it was given, and all of its pruning still to come."""
-        self.model = copy.deepcopy(self.dense).to(self.device)
+        self.model = copy.deepcopy(self._start).to(self.device)
         to_fast_layout_(self.model)
         self.pruning = self._plan_pruning(self.dense_groups, self.floors)
 
@@ -113,7 +121,8 @@ class Run:
     def _plan_pruning(self, groups: Groups, floors: Floors) -> Pruning:
         prune, decay = self.recipe.prune, self.recipe.decay
         limit = resolve_limit(groups, floors, kind=prune.target.kind, amount=prune.target.amount)
-        rectify = decay.rectify
+        trains = self.recipe.train.epochs > 0
+        rectify = decay.rectify if trains else None
         return Pruning(
             self.model,
             groups,
@@ -129,9 +138,10 @@ class Run:
                 end=prune.end,
                 rectify=rectify is not None,
             ),
-            decay_steps=decay.steps,
+            decay_steps=decay.steps if trains else 1,
             envelope=decay.envelope,
             make_rectifier=partial(Rectifier, **rectify.model_dump()) if rectify else None,
+            fold_means=self._fold_means if self.recipe.folds_means else None,
         )
 
     # ------------------------------------------------------------------------------------------------ the story
@@ -170,7 +180,7 @@ class Run:
             raise TargetError(
                 f"target {self.pruning.kind} <= {self.pruning.limit:,} was not met: {self.pruning.cost():,} is left"
             )
-        batches = self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
+        batches = self._calibration_batches()
         recalibrate_batchnorm_(self.model, batches, count=self.recipe.recalibrate_batches, precision=self.precision)
 
     def _train(self, stage: Stage) -> Events:
@@ -227,9 +237,20 @@ class Run:
                 )
             if stopping:
                 raise Interrupted(f"stopped in stage {stage.name} at step {step}; continue with --resume")
+        if pruning and not learner.steps and pruning.is_due(0):  # no training: all units are cut at once
+            yield self.metrics.write({"event": "round", "stage": stage.name, "step": 0} | pruning.start_round())
+            yield self._finish_round(stage, learner, meter)
         if pruning and pruning.is_done and self._holds_floor():
             self._remember_state()
         self._count_seconds(stage, started)
+
+    def _fold_means(self, groups: Groups, alive: Flags) -> None:
+        """Before units are cut at once: what they gave on average goes into the layers that read them."""
+        batches = islice(self._calibration_batches(), self.recipe.compact.fold_batches)
+        left = fold_means_(self.model, groups, alive, (images for images, _ in batches), self._shifts)
+        if left:
+            shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            self.notes.append(f"no means were folded into {shown}, whose weights are used by other code than their own")
 
     def _finish_round(self, stage: Stage, learner: Learner, meter: LossMeter) -> Event:
         self._require_finite(meter, stage, learner)  # or the check of the outputs would blame the removal
@@ -428,6 +449,10 @@ class Run:
             start=start,
             drop_last=len(train) >= batch,
         )
+
+    def _calibration_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training images of an epoch that no stage has."""
+        return self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
 
     def _validate(self) -> float | None:
         if not len(self.splits.validation):

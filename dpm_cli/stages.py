@@ -23,7 +23,10 @@ class Stage:
 
 
 def plan_stages(recipe: Recipe) -> list[Stage]:
-    """Sparse learning (if asked for), pruning, fine-tuning; those without epochs are left out."""
+    """Sparse learning (if asked for), pruning, fine-tuning; those without epochs are left out.
+
+    Pruning without epochs stays: all units are cut at once in it.
+    """
     sparse = recipe.train.model_copy(
         # The penalty takes the place of weight decay, as in DepGraph's own sparse learning.
         update={"epochs": recipe.prune.sparse_epochs, "lr": recipe.prune.sparse_lr, "weight_decay": 0.0}
@@ -35,7 +38,7 @@ def plan_stages(recipe: Recipe) -> list[Stage]:
     ]
     stages, epoch = [], 0
     for name, training in planned:
-        if training.epochs:
+        if training.epochs or name == "train":
             stages.append(Stage(name, training, epoch))
             epoch += training.epochs
     return stages
