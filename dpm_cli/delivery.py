@@ -83,14 +83,16 @@ class Delivery:
         measured = []
         for name, network in (("dense", dense), ("slim", slim)):
             on_device = copy.deepcopy(network).to(self.device)
-            score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
+            score = None
+            if self.splits.labelled:
+                score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
             measured.append(
                 Measured(
                     macs=count_macs(network, image, self.recipe.counter),
                     params=count_parameters(network),
                     bytes=count_bytes(network),
-                    accuracy=score.accuracy,
-                    loss=score.loss,
+                    accuracy=score.accuracy if score else None,
+                    loss=score.loss if score else None,
                     latency={
                         key.split()[1]: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms)
                         for key, latency in latencies.items()
@@ -157,6 +159,8 @@ class Delivery:
             yield f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's"
         elif predicted != (slim.macs, slim.params):
             yield f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}"
+        if not self.splits.labelled:
+            yield "data.labels is false: no accuracy was measured"
         if len(self.splits.corrupt):
             yield self.splits.corrupt.note
         if self.splits.test_held_out:

@@ -95,6 +95,7 @@ class Data(Section):
     max_corrupt: NonNegative = 0  # folder: so many unreadable images are left out; one more stops the run
     download: bool = True
     limit: Positive | None = None  # use only this many training images (a seeded subset)
+    labels: bool = True  # false: any folder of images serves; nothing is trained, no accuracy is measured
 
 
 class Target(Section):
@@ -244,6 +245,20 @@ class Recipe(Section):
                 "compact.fold_mean folds what is cut at once, but units that decay leave nothing behind: set "
                 "decay.steps: 1 or train.epochs: 0"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_with_labels(self) -> "Recipe":
+        epochs = {
+            "train.epochs": self.train.epochs,
+            "finetune.epochs": self.finetune.epochs,
+            "prune.sparse_epochs": self.prune.sparse_epochs,
+        }
+        if not self.data.labels and any(epochs.values()):
+            wanted = " and ".join(f"{name}: 0" for name, count in epochs.items() if count)
+            raise ValueError(f"data.labels is false, but training needs labels: set {wanted}")
+        if not self.data.labels and self.prune.max_drop is not None:
+            raise ValueError("data.labels is false, but prune.max_drop is judged by labels: leave one of them out")
         return self
 
     @property

@@ -455,7 +455,7 @@ class Run:
         return self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
 
     def _validate(self) -> float | None:
-        if not len(self.splits.validation):
+        if not (self.splits.labelled and len(self.splits.validation)):
             return None
         score = evaluate_module(
             self.model, self.splits.validation, batch=self.recipe.data.batch * 4, precision=self.precision

@@ -51,14 +51,11 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
             numbers.count(slim.params),
             numbers.cost_change(dense.params, slim.params),
         ),
-        (
-            "test accuracy",
-            numbers.percent(dense.accuracy),
-            numbers.percent(slim.accuracy),
-            numbers.points_change(dense.accuracy, slim.accuracy),
-        ),
         ("weights", numbers.size(dense.bytes), numbers.size(slim.bytes), numbers.cost_change(dense.bytes, slim.bytes)),
     ]
+    if dense.accuracy is not None or slim.accuracy is not None:
+        change = numbers.points_change(dense.accuracy, slim.accuracy)
+        table.insert(2, ("test accuracy", numbers.percent(dense.accuracy), numbers.percent(slim.accuracy), change))
     for runtime, latency in dense.latency.items():
         before, after = latency.median, slim.latency.get(runtime)
         if after is not None:
