@@ -362,7 +362,9 @@ def inspect(
         splits = load_splits(recipe, torch_device)
         held_out = bool(len(splits.validation))
         some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch * 4)
-        dense, rows = measure_sensitivity(module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity)
+        dense, rows = measure_sensitivity(
+            plan.module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity
+        )
         result["sensitivity"] = {
             "share": sensitivity,
             "split": "validation" if held_out else "train",

@@ -4,7 +4,8 @@ A victim's norm follows an exactly linear envelope to zero over N optimizer step
 direction is free. As published: L_init = ‖x‖ when the decay starts, L_s = L_init / N, and after each optimizer step
 x ← x̃ · (N − n) L_s / ‖x̃‖. Ours: every unit has its own age n, incremented before use, so the norm is zero at n = N;
 x is the union of the unit's producer side (rows, biases, norm weight and bias), so that a dead unit's output is
-exactly zero.
+exactly zero. The "multiplicative" envelope is HESSO's, x ← x̃ · (N − n)/(N − n + 1): there the gradient's part survives
+in proportion, where DPM fixes the norm.
 """
 
 from typing import Any, Literal
@@ -16,6 +17,8 @@ from torch import Tensor
 from dpm_cli.graph import Units
 from dpm_cli.graph.labels import Flags
 from dpm_cli.rectify import Rectifier
+
+Envelope = Literal["exact", "shrink-only", "multiplicative"]
 
 
 class Decay:
@@ -30,10 +33,13 @@ class Decay:
         units: Units,
         *,
         steps: int,
-        envelope: Literal["exact", "shrink-only"] = "exact",
+        envelope: Envelope = "exact",
         rectifier: Rectifier | None = None,
+        whole: Units | None = None,
     ) -> None:
-        self.units, self.steps, self.envelope, self.rectifier = units, steps, envelope, rectifier
+        """units: what shrinks. whole: what is zero in the end, if that is more."""
+        self.units, self.whole, self.steps = units, whole or units, steps
+        self.envelope, self.rectifier = envelope, rectifier
         none = torch.zeros(units.count, dtype=torch.bool, device=units.device)
         self.decaying, self.dead = none.clone(), none.clone()
         self.released = none.clone()  # since the last `start`: they rest until the next one is over
@@ -44,22 +50,26 @@ class Decay:
         self.remaining = 0  # calls of `advance_` until every decay that was started is over
 
     def start(self, victims: Flags | Tensor, *, rectify: bool = True) -> None:
+        """A round begins with these victims. rectify=False: none can be released any more, so the round surely ends."""
+        self.released = torch.zeros_like(self.released)
+        self.rectifying = rectify and self.rectifier is not None
+        self.add(victims)
+
+    def add(self, victims: Flags | Tensor) -> None:
         """Let these units decay from now on. With `steps` = 1 they are dead at once: one-step pruning.
 
-        victims: (units,). rectify=False: none of them can be released any more, so the round surely ends.
+        victims: (units,).
         """
         chosen = torch.as_tensor(np.asarray(victims) if not isinstance(victims, Tensor) else victims)
         chosen = chosen.to(self.units.device) & ~self.dead & ~self.decaying
         norms = self.units.norm()
         self.initial = torch.where(chosen, norms, self.initial)
         self.age = torch.where(chosen, 0, self.age)
-        self.released = torch.zeros_like(self.released)
-        self.rectifying = rectify and self.rectifier is not None
         self.remaining = self.steps if self.steps > 1 else 0
         gone = chosen if self.steps == 1 else chosen & (norms == 0)
         self.dead |= gone
         self.decaying |= chosen & ~gone
-        self.units.scale_(torch.where(self.dead, 0.0, 1.0))
+        self.whole.scale_(torch.where(self.dead, 0.0, 1.0))
 
     def observe(self) -> None:
         """Before the optimizer's step, while gradients are those of the loss alone."""
@@ -77,24 +87,32 @@ class Decay:
             self.released = self.released | resists
             self.releases = self.releases + resists
             self.decaying = self.decaying & ~resists
-        wanted = self.initial * ((self.steps - self.age).clamp_min(0) / self.steps)
-        factor = torch.where(norms > 0, wanted / norms, 0.0)
+        left = (self.steps - self.age).clamp_min(0)
+        if self.envelope == "multiplicative":
+            factor = left / (left + 1)
+        else:
+            factor = torch.where(norms > 0, self.initial * (left / self.steps) / norms, 0.0)
         if self.envelope == "shrink-only":
             factor = factor.clamp(max=1.0)
         finished = self.decaying & ((self.age >= self.steps) | (norms == 0))
         self.dead = self.dead | finished
         self.decaying = self.decaying & ~finished
+        shrunk = torch.where(self.decaying, factor, 1.0)
         # Momentum and weight decay keep pushing dead units, so they are zeroed after every step.
-        self.units.scale_(torch.where(self.dead, 0.0, torch.where(self.decaying, factor, 1.0)))
+        if self.whole is self.units:
+            self.units.scale_(torch.where(self.dead, 0.0, shrunk))
+        else:
+            self.units.scale_(shrunk)
+            self.whole.scale_(torch.where(self.dead, 0.0, 1.0))
 
-    def rebind(self, units: Units, survivors: Flags) -> None:
+    def rebind(self, units: Units, survivors: Flags, whole: Units | None = None) -> None:
         """Go on with the compacted model's units. survivors: (units before,)"""
         index = torch.from_numpy(np.flatnonzero(survivors)).to(self.units.device)
         for name in STATE:
             setattr(self, name, getattr(self, name)[index])
         if self.rectifier:
             self.rectifier.select(index)
-        self.units = units
+        self.units, self.whole = units, whole or units
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {name: getattr(self, name) for name in STATE}

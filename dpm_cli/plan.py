@@ -3,23 +3,19 @@
 from typing import Any
 
 import numpy as np
-import torch
 from torch import nn
 
 from dpm_cli.budget import (
-    Floors,
     Kind,
     Scores,
-    choose_round_to,
     choose_victims,
     cost_of,
-    find_floors,
     find_limit,
 )
-from dpm_cli.graph import Groups, find_groups
 from dpm_cli.graph.labels import Flags
 from dpm_cli.pruners import make_base
 from dpm_cli.recipe import Recipe
+from dpm_cli.survey import survey
 
 KINDS: tuple[Kind, ...] = ("macs", "params", "channels")
 
@@ -30,18 +26,16 @@ class Plan:
     def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         """module: in eval mode on the CPU."""
         self.prune = prune = recipe.prune
-        self.groups: Groups = find_groups(module, torch.zeros(2, *recipe.model.input), prune.keep)
         self.kind, amount = prune.target.kind, prune.target.amount
-        self.round_to = choose_round_to(
-            self.groups, prune.round_to, min_keep=prune.min_keep, kind=self.kind, amount=amount
-        )
-        self.floors: Floors = find_floors(self.groups, round_to=self.round_to, min_keep=prune.min_keep)
+        found = survey(module, recipe)
+        self.module, self.groups = found.module, found.groups
+        self.round_to, self.floors = found.round_to, found.floors
         everything, lowest = np.ones(self.groups.units, bool), self.floors.lowest(self.groups)
         self.dense = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
         self.lowest = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
         self.limit = find_limit(self.dense[self.kind], amount)
         base = make_base(recipe)
-        base.bind(self.groups, module)
+        base.bind(self.groups, self.module)
         self.scores: Scores = base.scores()  # (units,) of the weights as they are
 
     @property

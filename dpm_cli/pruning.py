@@ -5,7 +5,8 @@ and a checkpoint can restore it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.budget import Floors, Kind, choose_victims, cost_of
-from dpm_cli.decay import Decay
-from dpm_cli.errors import RecipeError, RunError
+from dpm_cli.decay import Decay, Envelope
+from dpm_cli.errors import RunError
 from dpm_cli.graph import Groups, Units, compact_
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.labels import Flags
@@ -24,33 +25,6 @@ from dpm_cli.rectify import Rectifier
 FoldMeans = Callable[[Groups, Flags], None]  # (groups, alive): let the readers of units that go take their means
 MakeRectifier = Callable[[Tensor, int], Rectifier]  # (group of each unit, number of groups) -> a fresh one
 COMPACT_TOLERANCE = 1e-5  # relative to the largest output
-
-
-def plan_rounds(
-    steps: int, *, rounds: int, decay_steps: int, start: float, end: float, rectify: bool
-) -> tuple[int, ...]:
-    """The first step of every round in a stage of `steps`. start, end: fractions of the stage.
-
-    Rounds are spread evenly; each takes `decay_steps` (one-step pruning takes none). With releases, one more round
-    must fit after the last to top up. A stage of no steps has one round, which cuts at once. Raises RecipeError if
-    they do not fit.
-    """
-    if not steps:
-        return (0,)
-    taken = 0 if decay_steps == 1 else decay_steps
-    first, last = round(start * steps), round(end * steps)
-    room = (last - first) // rounds
-    if room < max(taken, 1):
-        raise RecipeError(
-            f"{rounds} rounds of {decay_steps} decay steps do not fit between prune.start and prune.end (steps {first} "
-            f"to {last} of {steps}): lower prune.rounds or decay.steps, or raise train.epochs or prune.end"
-        )
-    if rectify and last + taken > steps:
-        raise RecipeError(
-            f"no room for {decay_steps} decay steps after prune.end (step {last} of {steps}) to replace released "
-            "units: lower prune.end or decay.steps, raise train.epochs, or set decay.rectify: false"
-        )
-    return tuple(first + i * room for i in range(rounds))
 
 
 @dataclass(frozen=True)
@@ -66,8 +40,8 @@ class Removal:
 class Pruning:
     """The structure of one model during a run. `model` is changed in place.
 
-    Drive it from a stage's loop: `start_round` when `is_due`, `decay.observe` and `decay.advance_` around the
-    optimizer's step, `finish_round` when `is_over`.
+    Drive it from a stage's loop: `start_round` when `is_due`, `before_step_` and `after_step_` around the optimizer's
+    step, `finish_round` when `is_over`. Steps are counted over all stages that prune.
     """
 
     def __init__(
@@ -80,24 +54,31 @@ class Pruning:
         limit: int,
         floors: Floors,
         starts: Sequence[int],
+        end: int,
         decay_steps: int,
-        envelope: Any = "exact",
+        envelope: Envelope = "exact",
         make_rectifier: MakeRectifier | None = None,
         fold_means: FoldMeans | None = None,
     ) -> None:
-        """fold_means: called before units are cut at once; units that decay leave nothing behind."""
-        self.model, self.groups, self.base = model, groups, base
+        """starts: the first step of every round. end: the step from which on nothing is condemned any more. fold_means:
+        called before units are cut at once; units that decay leave nothing behind.
+        """
+        self.model, self.base = model, base
+        self.groups = groups = base.prepare_(model, groups)
+        self.is_prepared = True
         self.kind, self.limit, self.floors = kind, limit, floors
-        self.starts, self.fold_means = tuple(starts), fold_means
+        self.starts, self.end, self.fold_means = tuple(starts), end, fold_means
         self.dense_cost = self.cost()
         self.survivors = np.ones(groups.units, bool)  # of the dense model's units
         self.round = 0  # rounds started
         self.in_round = False  # victims were chosen, and not all of them are dead or released
+        self.is_condemning = False  # the round goes on for as long as units are wanted, until `end`
         self.chosen = self.released = 0
-        self.units = Units(groups, model)
+        self.topped_up = 0  # chosen beyond the planned rounds
+        self.units, whole = self._find_units()
         group_of_unit = torch.from_numpy(groups.group_of_unit).to(self.units.device)
         rectifier = make_rectifier(group_of_unit, len(groups)) if make_rectifier else None
-        self.decay = Decay(self.units, steps=decay_steps, envelope=envelope, rectifier=rectifier)
+        self.decay = Decay(self.units, steps=decay_steps, envelope=envelope, rectifier=rectifier, whole=whole)
         base.bind(groups, model)
 
     def cost(self, alive: Flags | None = None) -> int:
@@ -110,16 +91,18 @@ class Pruning:
         return np.ones(self.groups.units, bool)
 
     @property
-    def is_done(self) -> bool:
-        """All rounds are over, the target is met, and releases have left no width between two allowed ones."""
+    def is_met(self) -> bool:
+        """The model as it is meets the target, and releases have left no width between two allowed ones."""
         present = np.array([group.size for group in self.groups], np.int64)
-        planned = self.round >= len(self.starts) and not self.in_round
-        return planned and self.cost() <= self.limit and bool(self.floors.are_widths_allowed(present).all())
+        return self.cost() <= self.limit and bool(self.floors.are_widths_allowed(present).all())
+
+    @property
+    def is_done(self) -> bool:
+        """The target is met, and all rounds are over that would go beyond it if need be."""
+        return not self.in_round and (self.base.condemns or self.round >= len(self.starts)) and self.is_met
 
     def is_due(self, step: int) -> bool:
-        """Whether a round starts before this step of the stage: a planned one, or one more to replace released
-        units.
-        """
+        """Whether a round starts before this step: a planned one, or one more to replace released units."""
         if self.in_round or self.is_done:
             return False
         return step >= self.starts[self.round] if self.round < len(self.starts) else True
@@ -127,46 +110,112 @@ class Pruning:
     @property
     def is_over(self) -> bool:
         """Whether the current round's decays are all finished."""
-        return self.in_round and self.decay.remaining == 0
+        return self.in_round and not self.is_condemning and self.decay.remaining == 0
 
     def start_round(self) -> dict[str, int]:
-        """Choose victims for this round's share of the target and let them decay."""
+        """Choose victims for this round's share of the target and let them decay.
+
+        A base that condemns has its own pace, and only the target bounds it. The rounds beyond the planned ones take
+        what is missing by the scores alone, and nothing is released in them.
+        """
         self.round += 1
         rounds = len(self.starts)
-        planned = self.round <= rounds
-        limit = self.limit
-        if planned:
-            limit = self.dense_cost - (self.dense_cost - self.limit) * self.round // rounds
-        # A released unit rests for one round; the topping-up round takes what it must.
-        eligible = ~self.decay.released.cpu().numpy() if planned else None
-        victims = choose_victims(
-            self.groups, self.floors, self.base.scores(), kind=self.kind, limit=limit, eligible=eligible
-        )
+        is_planned = self.round <= rounds
+        scores = self.base.scores()
+        limit, eligible = self.limit, None
+        if is_planned:
+            eligible = ~self.decay.released.cpu().numpy()  # a released unit rests for one round
+            if self.base.condemns:
+                eligible &= self.base.condemned().cpu().numpy()
+            else:
+                limit = self.dense_cost - (self.dense_cost - self.limit) * self.round // rounds
+        choose = partial(choose_victims, self.groups, self.floors, scores, kind=self.kind)
+        self.is_condemning = is_planned and self.base.condemns_each_step
+        if self.is_condemning:
+            self.base.start_round(int(choose(limit=limit).sum()), self.end - self.starts[0])
+        victims = choose(limit=limit, eligible=eligible)
         if self.fold_means and self.decay.steps == 1:
             self.fold_means(self.groups, ~victims)
-        self.decay.start(victims, rectify=planned)
+        self.decay.start(victims, rectify=is_planned)
         self.in_round = True
         self.chosen += int(victims.sum())
+        self.topped_up += 0 if is_planned else int(victims.sum())
         return {
             "round": self.round,
             "rounds": rounds,
             "chosen": int(victims.sum()),
+            "condemning": self.is_condemning,
             "limit": limit,
             "predicted_macs": self.groups.cost.macs(~victims),
             "predicted_params": self.groups.cost.parameters(~victims),
         }
+
+    def before_step_(self) -> None:
+        """Between backward and the optimizer's step."""
+        if self.in_round:
+            self.decay.observe()
+        self.base.before_step_()
+
+    def after_step_(self, step: int, lr: float) -> None:
+        """After the optimizer's step, with its learning rate."""
+        decay = self.decay
+        is_wanted = self.is_condemning and self.cost(self._present) > self.limit
+        self.base.after_step_(lr, decay.decaying | decay.dead, is_wanted)
+        if is_wanted:
+            self._condemn()
+        if self.in_round:
+            decay.advance_()
+        if self.is_condemning and (step + 1 >= self.end or (not decay.remaining and self._meets_target())):
+            self.is_condemning = False
+
+    def _condemn(self) -> None:
+        """Let the units decay that the base has condemned, as far as the target needs them."""
+        present = self._present
+        eligible = self.base.condemned().cpu().numpy() & present & ~self.decay.released.cpu().numpy()
+        if not eligible.any():
+            return
+        victims = choose_victims(
+            self.groups,
+            self.floors,
+            self.base.scores(),
+            kind=self.kind,
+            limit=self.limit,
+            alive=present,
+            eligible=eligible,
+        )
+        if victims.any():
+            self.decay.add(victims)
+            self.chosen += int(victims.sum())
+
+    @property
+    def _present(self) -> Flags:
+        """(units,) neither decaying nor dead. Waits for the device."""
+        present: Flags = (~(self.decay.decaying | self.decay.dead)).cpu().numpy()
+        return present
+
+    def _meets_target(self) -> bool:
+        return self.cost(self._present) <= self.limit
 
     def finish_round(self, images: Tensor) -> Removal:
         """Remove the dead units physically and check that nothing else changed.
 
         images: (B, C, H, W) real inputs for the check. Raises RunError if outputs differ by more than 1e-5.
         """
-        dead = self.decay.dead.cpu().numpy()
         released = int(self.decay.released.sum())
         self.in_round = False
         self.released += released
+        return replace(self.remove_dead(images), released=released)
+
+    @property
+    def has_dead(self) -> bool:
+        """Whether units can be removed in the middle of a round: a base that condemns each step goes on for long."""
+        return self.is_condemning and bool(self.decay.dead.any())
+
+    def remove_dead(self, images: Tensor) -> Removal:
+        """The dead units leave; the others go on decaying. As `finish_round`."""
+        dead = self.decay.dead.cpu().numpy()
         if not dead.any():
-            return Removal(0, released, 0.0, {})
+            return Removal(0, 0, 0.0, {})
         before = _outputs(self.model, images)
         kept = compact_(self.model, self.groups, ~dead)
         difference = _relative_difference(before, _outputs(self.model, images))
@@ -176,17 +225,28 @@ class Pruning:
                 f"{COMPACT_TOLERANCE:.0e}), so the run stops; please report this model"
             )
         self._rebind(~dead)
-        return Removal(int(dead.sum()), released, difference, kept)
+        return Removal(int(dead.sum()), 0, difference, kept)
+
+    def restore_(self) -> None:
+        """Pruning is over: the model loses what the base pruner put into it."""
+        if self.is_prepared:
+            self.base.restore_(self.model)
+            self.is_prepared = False
+
+    def _find_units(self) -> tuple[Units, Units]:
+        """What shrinks, and what is zero in the end."""
+        whole = Units(self.groups, self.model)
+        return self.base.decays(self.groups, self.model) or whole, whole
 
     def _rebind(self, alive: Flags) -> None:
         self.survivors[np.flatnonzero(self.survivors)[~alive]] = False
         self.groups = self.groups.survivors(alive)
-        self.units = Units(self.groups, self.model)
-        self.decay.rebind(self.units, alive)
+        self.units, whole = self._find_units()
+        self.decay.rebind(self.units, alive, whole)
         if self.decay.rectifier:
             group_of_unit = torch.from_numpy(self.groups.group_of_unit).to(self.units.device)
             self.decay.rectifier.bind(group_of_unit, len(self.groups))
-        self.base.bind(self.groups, self.model)
+        self.base.bind(self.groups, self.model, np.flatnonzero(alive))
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the weights."""
@@ -194,8 +254,11 @@ class Pruning:
             "survivors": torch.from_numpy(self.survivors),
             "round": self.round,
             "in_round": self.in_round,
+            "is_condemning": self.is_condemning,
+            "is_prepared": self.is_prepared,
             "chosen": self.chosen,
             "released": self.released,
+            "topped_up": self.topped_up,
             "decay": self.decay.state_dict(),
             "base": self.base.state_dict(),
         }
@@ -208,9 +271,13 @@ class Pruning:
         compact_(self.model, self.groups, alive)
         self._rebind(alive)
         self.round, self.in_round = int(state["round"]), bool(state["in_round"])
+        self.is_condemning = bool(state["is_condemning"])
         self.chosen, self.released = int(state["chosen"]), int(state["released"])
+        self.topped_up = int(state["topped_up"])
         self.decay.load_state_dict(state["decay"])
         self.base.load_state_dict(state["base"])
+        if not state["is_prepared"]:
+            self.restore_()
 
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:

@@ -123,10 +123,36 @@ class Target(Section):
         return amount
 
 
+class Otov2(Section):
+    """The base `otov2`. Left out, `amplify` and `ceiling` are the reference's for the optimizer of `train`."""
+
+    variant: Literal["dhspg", "hesso"] = "dhspg"
+    strength: float | None = Field(default=None, gt=0, le=1e4)  # of the penalty (the reference: 1e-3); none: by length
+    amplify: float | None = Field(default=None, gt=0, le=1e6)  # of what a unit that grows needs; none: 2, 20
+    ceiling: float | None = Field(default=None, ge=1, le=1e9)  # largest penalty over `strength`; none: 10, 1000
+    epsilon: float = Field(default=0.95, ge=0, lt=1)  # a unit is projected when less of it is left along itself
+    tolerance: Fraction = 0.05  # of all units marked as redundant beyond what the target needs
+
+
+class Gates(Section):
+    """The base `gate-decorator`. `prune.rounds` is the number of ticks, `train` one tock."""
+
+    tick_epochs: Positive = 1
+    tick_lr: LearningRate = 1e-3
+    ticks_per_tock: Positive = 10
+    strength: float = Field(default=1e-3, ge=0, le=100)  # of the L1 penalty on gates in tocks
+    fraction: float | None = Field(default=None, gt=0, lt=1)  # of the gates, per tick; none: equal shares of the target
+
+
 class Prune(Section):
     """Which units go, and when."""
 
-    base: Literal["depgraph"] = "depgraph"
+    base: Literal["depgraph", "otov2", "gate-decorator"] = "depgraph"
+    importance: Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"] = "group-norm"  # depgraph
+    observe_steps: Positive = 50  # taylor, mixed: training steps to average over before the first round
+    penalty: Literal["group-norm", "slimming", "growing"] = "group-norm"  # depgraph: in sparse learning
+    otov2: Otov2 = Otov2()
+    gates: Gates = Gates()
     target: Target
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 5
     start: Fraction = 0.0  # of the train stage: the first round
@@ -137,6 +163,7 @@ class Prune(Section):
     normalizer: Literal["mean", "max"] | None = None  # of importances; none: max with sparse learning, else mean
     sparse_epochs: NonNegative = 0  # sparse learning before the first round
     sparse_strength: float = Field(default=5e-4, ge=0, le=100)
+    sparse_growth: float = Field(default=1e-5, ge=0, le=100)  # penalty growing: added to the strength each epoch
     sparse_lr: LearningRate = 0.01
     max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; none: no floor
 
@@ -164,7 +191,7 @@ class Decay(Section):
     """Smooth Pruning: N optimizer steps to zero. `steps: 1` with `rectify: false` is the base pruner."""
 
     steps: Positive = 200
-    envelope: Literal["exact", "shrink-only"] = "exact"
+    envelope: Literal["exact", "shrink-only", "multiplicative"] = "exact"  # multiplicative: HESSO's
     rectify: Rectify | None = Rectify()
 
     @field_validator("rectify", mode="before")
@@ -184,11 +211,11 @@ class Training(Section):
     """One stage of training."""
 
     epochs: NonNegative = 20
-    optimizer: Literal["sgd", "adamw"] = "sgd"
+    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
     lr: LearningRate = 0.05
     momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd
     nesterov: bool = False
-    schedule: Literal["cosine", "step", "multistep", "constant"] = "cosine"
+    schedule: Literal["cosine", "step", "multistep", "triangular", "constant"] = "cosine"
     milestones: tuple[Fraction, ...] = (0.6, 0.8)  # multistep: fractions of the stage
     step_size: Positive = 30  # step: epochs
     gamma: float = Field(default=0.1, gt=0, le=1)  # step, multistep
@@ -240,6 +267,8 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _folds_what_is_cut(self) -> "Recipe":
+        if self.compact.fold_mean and self.prune.base == "otov2":
+            raise ValueError("compact.fold_mean folds what is cut at once, but otov2 shrinks units first: leave it out")
         if self.compact.fold_mean and self.train.epochs and self.decay.steps > 1:
             raise ValueError(
                 "compact.fold_mean folds what is cut at once, but units that decay leave nothing behind: set "

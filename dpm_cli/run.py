@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.budget import Floors, choose_round_to, find_floors, resolve_limit
+from dpm_cli.budget import resolve_limit
 from dpm_cli.data import Augmentation, Splits
 from dpm_cli.delivery import Delivery
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
@@ -26,17 +26,19 @@ from dpm_cli.engine.step import LossMeter, LossReading, all_finite
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RunError, TargetError
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.floor import Floor
-from dpm_cli.graph import Groups, find_groups, take
-from dpm_cli.graph.folding import find_shifts, fold_means_, give_biases_
+from dpm_cli.graph import Groups, take
+from dpm_cli.graph.folding import fold_means_
 from dpm_cli.graph.labels import Flags
 from dpm_cli.metrics import Metrics, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
-from dpm_cli.pruners import make_base
-from dpm_cli.pruning import Pruning, plan_rounds
+from dpm_cli.pruners import BasePruner, make_base
+from dpm_cli.pruning import Pruning, Removal
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.rectify import Rectifier
 from dpm_cli.report import Event
+from dpm_cli.rounds import Rounds, plan_condemning, plan_rounds, plan_ticks
 from dpm_cli.stages import Stage, plan_stages
+from dpm_cli.survey import survey
 
 Events = Generator[Event, None, None]
 CHECK_IMAGES = 8  # real inputs on which outputs before and after compaction are compared
@@ -73,7 +75,7 @@ class Run:
         """
         self.recipe, self.splits, self.arch, self.output = recipe, splits, arch, output
         self.device, self.precision, self.should_stop = device, precision, should_stop
-        self.dense, self._start = model, model
+        self.dense = model
         self.stages = plan_stages(recipe)
         self.steps_per_epoch = max(1, len(splits.train) // recipe.data.batch)
         self.progress = Progress()
@@ -82,24 +84,11 @@ class Run:
         self._corrupt_told = 0
         torch.manual_seed(recipe.seed)
 
-        example = torch.zeros(2, *recipe.model.input)
-        self.dense_groups = find_groups(model, example, recipe.prune.keep)
-        prune = recipe.prune
-        if recipe.folds_means:
-            self._shifts = find_shifts(model, example)
-            self._start = copy.deepcopy(model)
-            if give_biases_(self._start, self.dense_groups, self._shifts):
-                self.dense_groups = find_groups(self._start, example, prune.keep)
-        self.round_to = choose_round_to(
-            self.dense_groups,
-            prune.round_to,
-            min_keep=prune.min_keep,
-            kind=prune.target.kind,
-            amount=prune.target.amount,
-        )
-        if prune.round_to == "auto":
+        found = survey(model, recipe)
+        self.dense_groups, self.round_to, self.floors = found.groups, found.round_to, found.floors
+        self._start, self._shifts = found.module, found.shifts
+        if recipe.prune.round_to == "auto":
             self.notes.append(f"prune.round_to is auto: widths are multiples of {self.round_to}")
-        self.floors = find_floors(self.dense_groups, round_to=self.round_to, min_keep=prune.min_keep)
         self.floor: Floor | None = None  # of the accuracy, once the dense model was measured
         self._begin_dense()
         self.teacher = None
@@ -110,7 +99,7 @@ class Run:
         """The model as it was given, and all of its pruning still to come."""
         self.model = copy.deepcopy(self._start).to(self.device)
         to_fast_layout_(self.model)
-        self.pruning = self._plan_pruning(self.dense_groups, self.floors)
+        self.pruning = self._plan_pruning()
 
     def _restore_model(self, pruning: dict[str, Any], weights: dict[str, Any]) -> None:
         """An earlier state of a model that is dense now."""
@@ -118,31 +107,42 @@ class Run:
         to_fast_layout_(self.model)
         self.model.load_state_dict(weights)
 
-    def _plan_pruning(self, groups: Groups, floors: Floors) -> Pruning:
+    def _plan_pruning(self) -> Pruning:
         prune, decay = self.recipe.prune, self.recipe.decay
-        limit = resolve_limit(groups, floors, kind=prune.target.kind, amount=prune.target.amount)
-        trains = self.recipe.train.epochs > 0
+        groups, floors, base = self.dense_groups, self.floors, make_base(self.recipe)
+        rounds = self._plan_rounds(base)
+        trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
         rectify = decay.rectify if trains else None
         return Pruning(
             self.model,
             groups,
-            make_base(self.recipe),
+            base,
             kind=prune.target.kind,
-            limit=limit,
+            limit=resolve_limit(groups, floors, kind=prune.target.kind, amount=prune.target.amount),
             floors=floors,
-            starts=plan_rounds(
-                self.recipe.train.epochs * self.steps_per_epoch,
-                rounds=prune.rounds,
-                decay_steps=decay.steps,
-                start=prune.start,
-                end=prune.end,
-                rectify=rectify is not None,
-            ),
+            starts=rounds.starts,
+            end=rounds.end,
             decay_steps=decay.steps if trains else 1,
             envelope=decay.envelope,
             make_rectifier=partial(Rectifier, **rectify.model_dump()) if rectify else None,
             fold_means=self._fold_means if self.recipe.folds_means else None,
         )
+
+    def _plan_rounds(self, base: BasePruner) -> Rounds:
+        prune, decay = self.recipe.prune, self.recipe.decay
+        rectify, steps = decay.rectify is not None, self.recipe.train.epochs * self.steps_per_epoch
+        if prune.base == "gate-decorator":
+            per_epoch = self.steps_per_epoch
+            return plan_ticks(self.stages, steps_per_epoch=per_epoch, decay_steps=decay.steps, rectify=rectify)
+        plan = partial(
+            plan_rounds if not base.condemns_each_step else plan_condemning,
+            steps,
+            decay_steps=decay.steps,
+            start=prune.start,
+            end=prune.end,
+            warm_up=base.warm_up,
+        )
+        return plan() if base.condemns_each_step else plan(rounds=prune.rounds, rectify=rectify)
 
     # ------------------------------------------------------------------------------------------------ the story
 
@@ -173,8 +173,12 @@ class Run:
     def _train_stages(self) -> Events:
         """What is left of the stages; then the BatchNorm statistics are settled."""
         while self.progress.stage < len(self.stages):
-            yield from self._train(self.stages[self.progress.stage])
+            stage = self.stages[self.progress.stage]
+            if not (stage.ends_with_pruning and self.pruning.is_done):
+                yield from self._train(stage)
             self.progress.stage, self.progress.step = self.progress.stage + 1, 0
+            if self.progress.stage >= self._stage_after_pruning:
+                self.pruning.restore_()
             yield self._save_checkpoint(None)
         if not self.pruning.is_done and not self._went_back:
             raise TargetError(
@@ -184,9 +188,12 @@ class Run:
         recalibrate_batchnorm_(self.model, batches, count=self.recipe.recalibrate_batches, precision=self.precision)
 
     def _train(self, stage: Stage) -> Events:
+        if stage.name != "finetune":
+            self.pruning.base.enter(stage.name, self.model, self.progress.step)
         learner, meter = self._make_learner(stage), LossMeter(self.device)
         pruning = self.pruning if stage.prunes else None
-        before = [self.pruning.base.penalise_] if stage.name == "sparse" else []
+        first_step = self._steps_before(stage)
+        before = [self.pruning.base.before_step_] if stage.name == "sparse" else []
         yield {"event": "stage", "name": stage.name}
         started = epoch_started = time.monotonic()
         if self._restored:
@@ -197,7 +204,7 @@ class Run:
             self._restored = None
         for images, labels in self._batches(stage):
             step = self.progress.step
-            if pruning and pruning.is_due(step):
+            if pruning and pruning.is_due(first_step + step):
                 if self._holds_floor():
                     self._remember_state()
                 elif pruning.round:
@@ -205,21 +212,26 @@ class Run:
                     break
                 yield self.metrics.write({"event": "round", "stage": stage.name, "step": step} | pruning.start_round())
             if pruning and pruning.is_over:  # one-step pruning
-                yield self._finish_round(stage, learner, meter)
-            decaying = pruning is not None and pruning.in_round
+                yield self._remove(pruning.finish_round, stage, learner, meter)
             loss = learner.step_(
                 images,
                 labels,
                 step=step,
-                before=[self.pruning.decay.observe] if decaying else before,
-                after=[self.pruning.decay.advance_] if decaying else (),
+                before=[pruning.before_step_] if pruning and not pruning.is_done else before,
+                after=[partial(pruning.after_step_, first_step + step, learner.learning_rate(step))]
+                if pruning and not pruning.is_done
+                else (),
             )
             meter.add_(loss, images=len(labels), step=step)
             self.progress.step = step = step + 1
             if pruning and pruning.is_over:
-                yield self._finish_round(stage, learner, meter)
+                yield self._remove(pruning.finish_round, stage, learner, meter)
             yield step_event(stage=stage.name, step=step, steps=learner.steps, steps_per_epoch=self.steps_per_epoch)
             if step % self.steps_per_epoch == 0:
+                if pruning and pruning.has_dead:
+                    yield self._remove(pruning.remove_dead, stage, learner, meter)
+                if stage.name != "finetune":
+                    self.pruning.base.end_epoch()
                 yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started)
                 yield from self._tell_corrupt()
                 epoch_started = time.monotonic()
@@ -239,7 +251,7 @@ class Run:
                 raise Interrupted(f"stopped in stage {stage.name} at step {step}; continue with --resume")
         if pruning and not learner.steps and pruning.is_due(0):  # no training: all units are cut at once
             yield self.metrics.write({"event": "round", "stage": stage.name, "step": 0} | pruning.start_round())
-            yield self._finish_round(stage, learner, meter)
+            yield self._remove(pruning.finish_round, stage, learner, meter)
         if pruning and pruning.is_done and self._holds_floor():
             self._remember_state()
         self._count_seconds(stage, started)
@@ -252,10 +264,11 @@ class Run:
             shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
             self.notes.append(f"no means were folded into {shown}, whose weights are used by other code than their own")
 
-    def _finish_round(self, stage: Stage, learner: Learner, meter: LossMeter) -> Event:
+    def _remove(self, remove: Callable[[Tensor], Removal], stage: Stage, learner: Learner, meter: LossMeter) -> Event:
+        """The dead units, at the end of a round or in the middle of a long one."""
         self._require_finite(meter, stage, learner)  # or the check of the outputs would blame the removal
         learner.remember()
-        removal = self.pruning.finish_round(self._check_images())
+        removal = remove(self._check_images())
         to_fast_layout_(self.model)
         learner.shrink_(lambda name, value: take(value, removal.kept.get(name, {})))
         self.progress.difference = max(self.progress.difference, removal.difference)
@@ -388,7 +401,7 @@ class Run:
 
     @property
     def _stage_after_pruning(self) -> int:
-        return next(index for index, stage in enumerate(self.stages, 1) if stage.prunes)
+        return max(index for index, stage in enumerate(self.stages, 1) if stage.prunes)
 
     # --------------------------------------------------------------------------------------------------- pieces
 
@@ -431,6 +444,11 @@ class Run:
         )
         self.model.train()
         return learner
+
+    def _steps_before(self, stage: Stage) -> int:
+        """Steps of the stages that prune, before this one."""
+        earlier = [other for other in self.stages if other.prunes and other.first_epoch < stage.first_epoch]
+        return sum(other.training.epochs for other in earlier) * self.steps_per_epoch
 
     def _batches(self, stage: Stage) -> Iterator[tuple[Tensor, Tensor]]:
         """The rest of a stage's training batches, from the step the run stands at."""
@@ -476,10 +494,10 @@ class Run:
         place = f"at step {bad}" if bad is not None else f"before step {self.progress.step}"
         last = self.output / CHECKPOINT
         kept = f"the last good checkpoint is {last}" if last.exists() else "no checkpoint was written yet"
-        lr = "prune.sparse_lr" if stage.name == "sparse" else f"{stage.name}.lr"
-        clip_grad = "train.clip_grad" if stage.name == "sparse" else f"{stage.name}.clip_grad"
+        clip_grad = "finetune.clip_grad" if stage.name == "finetune" else "train.clip_grad"
         raise RunError(
-            f"the loss or a weight is not finite in stage {stage.name} {place}: lower {lr} or set {clip_grad}; {kept}"
+            f"the loss or a weight is not finite in stage {stage.name} {place}: lower {stage.settings}lr or set "
+            f"{clip_grad}; {kept}"
         )
 
     def _count_seconds(self, stage: Stage, started: float) -> None:

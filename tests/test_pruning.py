@@ -13,8 +13,9 @@ from dpm_cli.engine.precision import choose_precision, to_fast_layout_
 from dpm_cli.errors import RecipeError, RunError
 from dpm_cli.graph import find_groups, take
 from dpm_cli.pruners import DepGraph
-from dpm_cli.pruning import Pruning, plan_rounds
+from dpm_cli.pruning import Pruning
 from dpm_cli.rectify import Rectifier
+from dpm_cli.rounds import plan_rounds
 
 
 class Net(nn.Module):
@@ -54,6 +55,7 @@ def make(*, steps=4, starts=(0, 4, 8), amount=0.5, kind="macs", rectify=None, ro
         limit=resolve_limit(GROUPS, floors, kind=kind, amount=amount),
         floors=floors,
         starts=starts,
+        end=starts[-1] + steps,
         decay_steps=steps,
         make_rectifier=partial(Rectifier, **rectify) if rectify else None,
     )
@@ -76,8 +78,8 @@ def drive(learner, pruning, step):
         happened.append(pruning.start_round())
     if pruning.is_over:
         happened.append(finish(learner, pruning))
-    hooks = ([pruning.decay.observe], [pruning.decay.advance_]) if pruning.in_round else ((), ())
-    learner.step_(IMAGES, LABELS, step=step, before=hooks[0], after=hooks[1])
+    after = partial(pruning.after_step_, step, learner.learning_rate(step))
+    learner.step_(IMAGES, LABELS, step=step, before=[pruning.before_step_], after=[after])
     if pruning.is_over:
         happened.append(finish(learner, pruning))
     return happened
@@ -101,13 +103,13 @@ RELEASE_ALL = {"rate": -float("inf"), "length": -float("inf"), "start": 0.0, "li
 
 
 def test_rounds_are_spread_evenly_between_start_and_end():
-    assert plan_rounds(100, rounds=4, decay_steps=10, start=0.2, end=0.6, rectify=False) == (20, 30, 40, 50)
-    assert plan_rounds(100, rounds=2, decay_steps=10, start=0.0, end=0.5, rectify=True) == (0, 25)
-    assert plan_rounds(10, rounds=10, decay_steps=1, start=0.0, end=1.0, rectify=False) == tuple(range(10))
+    assert plan_rounds(100, rounds=4, decay_steps=10, start=0.2, end=0.6, rectify=False).starts == (20, 30, 40, 50)
+    assert plan_rounds(100, rounds=2, decay_steps=10, start=0.0, end=0.5, rectify=True).starts == (0, 25)
+    assert plan_rounds(10, rounds=10, decay_steps=1, start=0.0, end=1.0, rectify=False).starts == tuple(range(10))
 
 
 def test_without_training_there_is_one_round():
-    assert plan_rounds(0, rounds=4, decay_steps=10, start=0.2, end=0.6, rectify=True) == (0,)
+    assert plan_rounds(0, rounds=4, decay_steps=10, start=0.2, end=0.6, rectify=True).starts == (0,)
 
 
 @pytest.mark.parametrize(
@@ -127,7 +129,7 @@ def test_rounds_that_do_not_fit_are_refused(changes, message):
 
 
 def test_a_plan_that_just_fits_ends_at_the_last_step():
-    starts = plan_rounds(50, rounds=4, decay_steps=10, start=0.0, end=0.8, rectify=True)
+    starts = plan_rounds(50, rounds=4, decay_steps=10, start=0.0, end=0.8, rectify=True).starts
     _, learner, pruning = make(steps=10, starts=starts, rectify=RELEASE_ALL)
     run(learner, pruning, 50)
     assert pruning.is_done

@@ -49,7 +49,9 @@ def describe(event: Event) -> str | None:
         case "epoch":
             return f"{event['stage']} {event['epoch']}/{event['epochs']}  " + "  ".join(_readings(event))
         case "round":
-            extra = " to make up for released units" if event["round"] > event["rounds"] else ""
+            if event["condemning"]:
+                return f"round {event['round']}/{event['rounds']}  units start to decay as soon as they are condemned"
+            extra = " to meet the target" if event["round"] > event["rounds"] else ""
             return (
                 f"round {event['round']}/{event['rounds']}  {event['chosen']} units start to decay{extra}  "
                 f"leads to {numbers.count(event['predicted_macs'])} MACs, "

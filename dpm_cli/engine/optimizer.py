@@ -9,7 +9,7 @@ from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dpm_cli.errors import RunError
 
@@ -19,7 +19,7 @@ OptimizerState = dict[str, dict[str, Tensor | float]]
 def make_optimizer(
     model: nn.Module,
     *,
-    name: Literal["sgd", "adamw"],
+    name: Literal["sgd", "adam", "adamw"],
     lr: float,
     momentum: float = 0.9,
     nesterov: bool = False,
@@ -30,6 +30,8 @@ def make_optimizer(
     match name:
         case "sgd":
             return SGD(parameters, lr, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay)
+        case "adam":
+            return Adam(parameters, lr, weight_decay=weight_decay)
         case "adamw":
             return AdamW(parameters, lr, weight_decay=weight_decay)
         case _:

@@ -9,7 +9,7 @@ No labels and no gradients are needed. Fold before the units are zeroed: a dead 
 
 import copy
 from collections import defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from dpm_cli.graph.trace import Example, find_layer_calls
 
 MatrixLayer = nn.Linear | nn.modules.conv._ConvNd
 ReadAxes = list[tuple[int, Ids]]  # (axis of a weight, unit of every index along it)
-Shifts = Mapping[str, str]  # layer -> the tensor through which a constant can be added to its outputs
+Shifts = dict[str, str]  # layer -> the tensor through which a constant can be added to its outputs
 
 
 def find_shifts(model: nn.Module, example: Example) -> Shifts:

@@ -1,6 +1,6 @@
 """The three reductions over all units at once that every training step needs: norm, dot, scale."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,9 @@ class Units:
     Bind anew after `compact_`, which replaces the parameters.
     """
 
-    def __init__(self, groups: Groups, model: nn.Module) -> None:
-        parts = [part for part in groups.slices if part.role.is_scaled]
+    def __init__(self, groups: Groups, model: nn.Module, only: Collection[str] | None = None) -> None:
+        """only: names of parameters; without it, all of the producer side."""
+        parts = [part for part in groups.slices if part.role.is_scaled and (only is None or part.tensor in only)]
         # Vectors first: they are joined into one tensor before any arithmetic.
         self.parameters = [model.get_parameter(part.tensor) for part in parts]
         order = sorted(range(len(parts)), key=lambda i: self.parameters[i].dim() > 1)
@@ -54,21 +55,37 @@ class Units:
         vectors = self._joined_vectors(left) * self._joined_vectors(right)
         return self._per_unit(torch.cat([vectors, *products]))
 
+    def total(self, tensors: Sequence[Tensor]) -> Tensor:
+        """(units,) sum of each unit's entries in tensors shaped like the parameters."""
+        sums = [_rows(tensor, axis).sum(1) for tensor, axis in self._matrices(tensors)]
+        return self._per_unit(self._joined(tensors, sums))
+
     @torch.no_grad()
     def scale_(self, factor: Tensor) -> None:
         """Multiply each unit's entries by its factor; exactly 1 leaves the bits alone. factor: (units,)"""
-        factor = torch.cat([factor, factor.new_ones(1)])
-        factors = torch.split(factor[self._units], self._sizes)
-        shaped = [
-            f.view([-1 if axis == k else 1 for k in range(p.dim())]).to(p.dtype)
-            for f, p, axis in zip(factors, self.parameters, self._axes)
-        ]
-        if shaped:
-            torch._foreach_mul_(self.weights(), shaped)
+        if self.parameters:
+            torch._foreach_mul_(self.weights(), self.spread(factor, rest=1.0))
+
+    @torch.no_grad()
+    def add_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
+        """Add to each unit's entries its factor times those of `tensors`, shaped like the parameters.
+
+        factor: (units,)
+        """
+        if self.parameters:
+            torch._foreach_addcmul_(self.weights(), list(tensors), self.spread(factor, rest=0.0))
 
     def entries(self) -> Tensor:
         """(units,) how many scalars each unit owns on its producer side."""
         return self.dot(*([[torch.ones_like(p) for p in self.parameters]] * 2))
+
+    def spread(self, values: Tensor, *, rest: float) -> list[Tensor]:
+        """One per parameter, to be broadcast over it: its units' values. rest: for entries that always stay."""
+        spread = torch.cat([values, values.new_full((1,), rest)])[self._units]
+        return [
+            part.view([-1 if axis == k else 1 for k in range(p.dim())]).to(p.dtype)
+            for part, p, axis in zip(torch.split(spread, self._sizes), self.parameters, self._axes)
+        ]
 
     def _matrices(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
         return list(zip(tensors[self._vectors :], self._axes[self._vectors :]))

@@ -38,6 +38,7 @@ ROUND: Event = {
     "round": 1,
     "rounds": 4,
     "chosen": 32,
+    "condemning": False,
     "limit": 1,
     "predicted_macs": 90_000_000,
     "predicted_params": 600_000,
@@ -87,10 +88,15 @@ def test_an_event_is_one_line(event: Event, line: str | None) -> None:
     assert describe(event) == line
 
 
-def test_a_round_that_replaces_released_units_says_so() -> None:
+def test_a_round_beyond_the_planned_ones_says_what_for() -> None:
     line = describe(ROUND | {"round": 5})
     assert line is not None
-    assert "released" in line
+    assert "to meet the target" in line
+
+
+def test_a_round_that_lasts_says_when_units_decay() -> None:
+    line = describe(ROUND | {"round": 1, "rounds": 1, "chosen": 0, "condemning": True})
+    assert line == "round 1/1  units start to decay as soon as they are condemned"
 
 
 def test_lines_in_a_pipe_are_plain_and_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:

@@ -108,7 +108,8 @@ def test_penalty_adds_strength_gamma_weight_to_rows_and_columns(net, groups):
         parameter.grad = torch.zeros_like(parameter)
     base = DepGraph(normalizer="max", strength=strength)
     base.bind(groups, net)
-    base.penalise_()
+    base.enter("sparse", net, 0)
+    base.before_step_()
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
     assert not net.depthwise.weight.grad.any()  # as in the reference
@@ -141,7 +142,8 @@ def test_equal_units_get_a_finite_penalty_and_finite_scores(net, groups):
             parameter.grad = torch.zeros_like(parameter)
         base = DepGraph(normalizer="mean", strength=1.0)
         base.bind(groups, model)
-        base.penalise_()
+        base.enter("sparse", model, 0)
+        base.before_step_()
         assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
         assert np.isfinite(base.scores()).all()
 
