@@ -179,7 +179,8 @@ class Rectify(Section):
 
     rate: float = 0.2  # T_rate
     length: float = 1.0  # T_len
-    criterion: Literal["cosine", "norm_per_update", "norm_per_decay", "norm_relative"] = "cosine"
+    # significance: `rate` counts standard errors of the mean outward direction over the decay so far
+    criterion: Literal["cosine", "norm_per_update", "norm_per_decay", "norm_relative", "significance"] = "cosine"
     combine: Literal["and", "or"] = "and"
     smoothing: float = Field(default=0.9, ge=0, lt=1)  # of both criteria over the steps; 0: each step alone
     start: Fraction = 0.1  # of the decay: not judged before

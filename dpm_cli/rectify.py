@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dpm_cli.graph import Units
 
-Criterion = Literal["cosine", "norm_per_update", "norm_per_decay", "norm_relative"]
+Criterion = Literal["cosine", "norm_per_update", "norm_per_decay", "norm_relative", "significance"]
 TINY = 1e-12
 
 
@@ -33,6 +33,12 @@ def norm_per_decay(updated: Tensor, weight: Tensor, decay: Tensor) -> Tensor:
 def norm_relative(updated: Tensor, weight: Tensor) -> Tensor:
     """(units,) (‖x̃‖ − ‖x‖) / ‖x‖."""
     return (updated - weight) / weight.clamp_min(TINY)
+
+
+def significance(mean: Tensor, mean_square: Tensor, count: Tensor) -> Tensor:
+    """(units,) a mean over `count` values in units of its own standard error; 0 for fewer than two."""
+    variance = (mean_square - mean.square()).clamp_min(0) / (count - 1).clamp_min(1)
+    return torch.where(count > 1, mean / variance.sqrt().clamp_min(TINY), 0.0)
 
 
 def relative_length(gradient: Tensor, group_of_unit: Tensor, groups: int) -> Tensor:
@@ -67,6 +73,7 @@ class Rectifier:
         self.bind(group_of_unit, groups)
         zeros = torch.zeros(len(group_of_unit), device=group_of_unit.device)
         self.mean_rate, self.mean_length = zeros.clone(), zeros.clone()  # (units,) smoothed, not yet bias-corrected
+        self.mean_square = zeros.clone()  # (units,) of the rate; only for "significance"
         self.hits = torch.zeros_like(group_of_unit)  # (units,) steps in a row that called for release
         self._weights: list[Tensor] = []
 
@@ -79,7 +86,7 @@ class Rectifier:
         weights, gradients = units.weights(), units.gradients()
         self._norm = units.norm(weights)
         self._gradient = units.norm(gradients)
-        if self.criterion == "cosine":
+        if self.criterion in ("cosine", "significance"):
             self._dot = units.dot(weights, gradients)
         if self.criterion == "norm_per_update":
             self._weights = [weight.clone() for weight in weights]
@@ -93,7 +100,7 @@ class Rectifier:
         initial: (units,) norms at the start of the decay. steps: N.
         """
         match self.criterion:
-            case "cosine":
+            case "cosine" | "significance":
                 rate = cosine_rate(self._dot, self._norm, self._gradient)
             case "norm_per_update":
                 moved = [after - before for after, before in zip(units.weights(), self._weights)]
@@ -103,10 +110,18 @@ class Rectifier:
             case "norm_relative":
                 rate = norm_relative(updated, self._norm)
         length = relative_length(self._gradient, self.group_of_unit, self.groups)
-        self.mean_rate = torch.where(decaying, self.smoothing * self.mean_rate + (1 - self.smoothing) * rate, 0.0)
-        self.mean_length = torch.where(decaying, self.smoothing * self.mean_length + (1 - self.smoothing) * length, 0.0)
         correction = 1 - self.smoothing ** age.clamp_min(1)
-        escapes, long = self.mean_rate > self.rate * correction, self.mean_length > self.length * correction
+        self.mean_length = torch.where(decaying, self.smoothing * self.mean_length + (1 - self.smoothing) * length, 0.0)
+        long = self.mean_length > self.length * correction
+        if self.criterion == "significance":  # a plain mean over the decay so far: only that has a standard error
+            share = 1 / age.clamp_min(1)
+            self.mean_rate = torch.where(decaying, self.mean_rate + share * (rate - self.mean_rate), 0.0)
+            squares = self.mean_square + share * (rate.square() - self.mean_square)
+            self.mean_square = torch.where(decaying, squares, 0.0)
+            escapes = significance(self.mean_rate, self.mean_square, age) > self.rate
+        else:
+            self.mean_rate = torch.where(decaying, self.smoothing * self.mean_rate + (1 - self.smoothing) * rate, 0.0)
+            escapes = self.mean_rate > self.rate * correction
         resists = (escapes & long) if self.combine == "and" else (escapes | long)
         resists &= decaying & (age > self.start * steps)
         self.hits = torch.where(resists, self.hits + 1, 0)
@@ -114,15 +129,18 @@ class Rectifier:
 
     def select(self, survivors: Tensor) -> None:
         """Keep the state of these units only. survivors: (kept,) indices."""
-        self.mean_rate, self.mean_length = self.mean_rate[survivors], self.mean_length[survivors]
-        self.hits = self.hits[survivors]
+        for name in STATE:
+            setattr(self, name, getattr(self, name)[survivors])
 
     def state_dict(self) -> dict[str, Any]:
-        return {"mean_rate": self.mean_rate, "mean_length": self.mean_length, "hits": self.hits}
+        return {name: getattr(self, name) for name in STATE}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         device, shape = self.group_of_unit.device, self.group_of_unit.shape
-        if any(state[name].shape != shape for name in ("mean_rate", "mean_length", "hits")):
+        if any(state[name].shape != shape for name in STATE):
             raise ValueError(f"the rectifier's state is not of {len(self.group_of_unit)} units")
-        self.mean_rate, self.mean_length = state["mean_rate"].to(device), state["mean_length"].to(device)
-        self.hits = state["hits"].to(device)
+        for name in STATE:
+            setattr(self, name, state[name].to(device))
+
+
+STATE = ("mean_rate", "mean_square", "mean_length", "hits")

@@ -1,6 +1,7 @@
 import copy
 import itertools
 import math
+import statistics
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from dpm_cli.decay import Decay
 from dpm_cli.graph import Units, find_groups
 from dpm_cli.rectify import Rectifier, cosine_rate, norm_per_decay, norm_per_update, norm_relative, relative_length
 
-CRITERIA = ["cosine", "norm_per_update", "norm_per_decay", "norm_relative"]
+CRITERIA = ["cosine", "norm_per_update", "norm_per_decay", "norm_relative", "significance"]
 
 
 class Net(nn.Module):
@@ -104,6 +105,7 @@ class SlowUnit:
         self.initial, self.s, self.steps = length, settings, steps
         self.age = self.hits = self.releases = 0
         self.mean_rate = self.mean_length = 0.0
+        self.rates = []
         self.state = "decaying"
 
     def advance(self, x, g, updated, mean_gradient):
@@ -117,11 +119,17 @@ class SlowUnit:
             "norm_per_update": grown / (updated - x).norm().item(),
             "norm_per_decay": grown * self.steps / self.initial,
             "norm_relative": grown / x.norm().item(),
-        }[s["criterion"]]
+        }[s["criterion"].replace("significance", "cosine")]
+        self.rates.append(rate)
         self.mean_rate = s["smoothing"] * self.mean_rate + (1 - s["smoothing"]) * rate
         self.mean_length = s["smoothing"] * self.mean_length + (1 - s["smoothing"]) * g.norm().item() / mean_gradient
         unbiased = 1 - s["smoothing"] ** self.age
-        both = (self.mean_rate / unbiased > s["rate"], self.mean_length / unbiased > s["length"])
+        escapes = self.mean_rate / unbiased > s["rate"]
+        if s["criterion"] == "significance":
+            n = len(self.rates)
+            error = statistics.stdev(self.rates) / n**0.5 if n > 1 else math.inf
+            escapes = statistics.mean(self.rates) / error > s["rate"]
+        both = (escapes, self.mean_length / unbiased > s["length"])
         calls = (all if s["combine"] == "and" else any)(both) and self.age > s["start"] * self.steps
         self.hits = self.hits + 1 if calls else 0
         if self.hits >= s["hits"] and self.releases < s["limit"]:
