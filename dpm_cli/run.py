@@ -5,12 +5,13 @@ import copy
 import hashlib
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -31,12 +32,13 @@ from dpm_cli.graph.folding import fold_means_
 from dpm_cli.graph.labels import Flags
 from dpm_cli.metrics import Metrics, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
-from dpm_cli.pruners import BasePruner, make_base
+from dpm_cli.pruners import BasePruner, OnTheFly, make_base
 from dpm_cli.pruning import Pruning, Removal
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.rectify import Rectifier
 from dpm_cli.report import Event
 from dpm_cli.rounds import Rounds, plan_condemning, plan_rounds, plan_ticks
+from dpm_cli.sparsities import CutModel, cut_model
 from dpm_cli.stages import Stage, plan_stages
 from dpm_cli.survey import survey
 
@@ -87,7 +89,7 @@ class Run:
         found = survey(model, recipe)
         self.dense_groups, self.round_to, self.floors = found.groups, found.round_to, found.floors
         self._start, self._shifts = found.module, found.shifts
-        if recipe.prune.round_to == "auto":
+        if recipe.prune.round_to == "auto" and not recipe.cuts_weights:
             self.notes.append(f"prune.round_to is auto: widths are multiples of {self.round_to}")
         self.floor: Floor | None = None  # of the accuracy, once the dense model was measured
         self._begin_dense()
@@ -110,6 +112,10 @@ class Run:
     def _plan_pruning(self) -> Pruning:
         prune, decay = self.recipe.prune, self.recipe.decay
         groups, floors, base = self.dense_groups, self.floors, make_base(self.recipe)
+        if self.recipe.cuts_weights:  # all units stay, so nothing is due and the target is met
+            everything = groups.cost.parameters(np.ones(groups.units, bool))
+            limits: dict[str, Any] = {"kind": "params", "limit": everything, "floors": floors}
+            return Pruning(self.model, groups, base, **limits, starts=(), end=0, decay_steps=1)
         rounds = self._plan_rounds(base)
         trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
         rectify = decay.rectify if trains else None
@@ -180,12 +186,12 @@ class Run:
             if self.progress.stage >= self._stage_after_pruning:
                 self.pruning.restore_()
             yield self._save_checkpoint(None)
+        self.pruning.restore_()
         if not self.pruning.is_done and not self._went_back:
             raise TargetError(
                 f"target {self.pruning.kind} <= {self.pruning.limit:,} was not met: {self.pruning.cost():,} is left"
             )
-        batches = self._calibration_batches()
-        recalibrate_batchnorm_(self.model, batches, count=self.recipe.recalibrate_batches, precision=self.precision)
+        self._recalibrate_(self.model)
 
     def _train(self, stage: Stage) -> Events:
         if stage.name != "finetune":
@@ -308,6 +314,12 @@ class Run:
 
     def _finish(self) -> Events:
         """The model is slim and trained: export, measure, report, save."""
+        cuts = []
+        if self.recipe.cuts_weights:
+            for cut in self._cut_weights():
+                cuts.append(cut)
+                yield self.metrics.write({"event": "cut"} | asdict(cut.report))
+            self.model = cuts[0].module
         slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
         delivery = Delivery(
             self.recipe,
@@ -340,8 +352,33 @@ class Run:
             validation_accuracy=self._validate(),
             floor=self.floor,
             notes=self.notes,
+            cuts=cuts,
         )
-        delivery.save(slim, self.report)
+        delivery.save(slim, self.report, cuts)
+
+    def _cut_weights(self) -> Iterator[CutModel]:
+        """The trained model, cut to every sparsity that the recipe names."""
+        settings, base = self.recipe.prune.on_the_fly, self.pruning.base
+        assert isinstance(base, OnTheFly)
+        sparsities = self.recipe.prune.target.sparsity or ()
+        for number, sparsity in enumerate(sparsities if settings.threshold is None else sparsities[:1]):
+            yield cut_model(
+                self.model,
+                base.layers,
+                sparsity=sparsity,
+                threshold=settings.threshold,
+                how=settings.recover,
+                per=settings.per,
+                recalibrate_=self._recalibrate_ if self.recipe.recalibrate_batches else None,
+                score=self._test,
+                file=str(self.output / (f"slim-{sparsity:g}.pt" if number else "slim.pt")),
+            )
+
+    def _test(self, model: nn.Module) -> float | None:
+        """Accuracy on the test set: to be reported, never to decide."""
+        if not self.splits.labelled:
+            return None
+        return evaluate_module(model, self.splits.test, batch=self.recipe.data.batch * 4).accuracy
 
     # --------------------------------------------------------------------------------------- the accuracy floor
 
@@ -401,7 +438,8 @@ class Run:
 
     @property
     def _stage_after_pruning(self) -> int:
-        return max(index for index, stage in enumerate(self.stages, 1) if stage.prunes)
+        stages = (index for index, stage in enumerate(self.stages, 1) if stage.prunes)
+        return max(stages, default=len(self.stages))
 
     # --------------------------------------------------------------------------------------------------- pieces
 
@@ -418,7 +456,9 @@ class Run:
                 for s in self.stages
             ],
             "round_to": self.round_to,
-            "target": {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
+            "target": {"kind": "sparsity", "asked": list(self.recipe.prune.target.sparsity)}
+            if self.recipe.prune.target.sparsity
+            else {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
             "dense": {
                 "macs": self.dense_groups.cost.macs(alive),
                 "params": self.dense_groups.cost.parameters(alive),
@@ -471,6 +511,10 @@ class Run:
     def _calibration_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Training images of an epoch that no stage has."""
         return self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
+
+    def _recalibrate_(self, model: nn.Module) -> None:
+        count = self.recipe.recalibrate_batches
+        recalibrate_batchnorm_(model, self._calibration_batches(), count=count, precision=self.precision)
 
     def _validate(self) -> float | None:
         if not (self.splits.labelled and len(self.splits.validation)):

@@ -34,5 +34,7 @@ def survey(module: nn.Module, recipe: Recipe) -> Survey:
             groups = find_groups(module, example, prune.keep)
     groups = make_base(recipe).choosable(groups, module)
     target = prune.target
+    if recipe.cuts_weights:
+        return Survey(module, groups, shifts, 1, find_floors(groups, round_to=1, min_keep=prune.min_keep))
     round_to = choose_round_to(groups, prune.round_to, min_keep=prune.min_keep, kind=target.kind, amount=target.amount)
     return Survey(module, groups, shifts, round_to, find_floors(groups, round_to=round_to, min_keep=prune.min_keep))

@@ -3,13 +3,14 @@
 The entries that were cut hold one number per filter (zero, or a mean), or two, told apart by one more bit each.
 """
 
+import io
 from collections.abc import Mapping
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Packed = dict[str, Tensor]  # shape, mask, values, fillings, and choices where there are two fillings
 
@@ -53,6 +54,15 @@ def unpack(packed: Mapping[str, Any]) -> Tensor:
     rows: Tensor = fillings.gather(1, chosen).to(packed["values"].dtype)
     rows[keeps] = packed["values"]
     return rows.view(shape)
+
+
+def count_packed_bytes(module: nn.Module, masks: Mapping[str, Tensor]) -> int:
+    """Size of the saved state dict with these parameters packed."""
+    state: dict[str, Any] = dict(module.state_dict())
+    state |= {name: pack(state[name], mask) for name, mask in masks.items()}
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.tell()
 
 
 def _to_bits(flags: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ are cut after training, and replaced by their mean. The formulas are ours, none 
 """
 
 import math
+from collections.abc import Iterable
 from typing import Literal, assert_never
 
 import torch
@@ -18,10 +19,14 @@ Recovery = Literal["none", "mean", "signed-mean", "split-mean"]
 def keep_largest(weight: Tensor, sparsity: float, per: Per) -> Tensor:
     """The mask of the (1 − sparsity) · n entries whose directions are largest in the layer; at least one."""
     size = normalise(weight.detach(), per).abs().flatten()
-    kept = max(1, weight.numel() - round(sparsity * weight.numel()))
     mask = torch.zeros_like(size, dtype=torch.bool)
-    mask[size.topk(kept, sorted=False).indices] = True
+    mask[size.topk(count_kept([weight], sparsity), sorted=False).indices] = True
     return mask.view_as(weight)
+
+
+def count_kept(tensors: Iterable[Tensor], sparsity: float) -> int:
+    """How many entries `keep_largest` keeps of all of them."""
+    return sum(max(1, tensor.numel() - round(sparsity * tensor.numel())) for tensor in tensors)
 
 
 def keep_above(weight: Tensor, threshold: float, per: Per) -> Tensor:
