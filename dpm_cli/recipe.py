@@ -173,7 +173,9 @@ class Prune(Section):
     base: Literal["depgraph", "otov2", "gate-decorator", "on-the-fly"] = "depgraph"
     importance: Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"] = "group-norm"  # depgraph
     observe_steps: Positive = 50  # taylor, mixed: training steps to average over before the first round
-    penalty: Literal["group-norm", "slimming", "growing"] = "group-norm"  # depgraph: in sparse learning
+    penalty: Literal["group-norm", "slimming", "growing", "channel-polar"] = (
+        "group-norm"  # depgraph: in sparse learning
+    )
     otov2: Otov2 = Otov2()
     gates: Gates = Gates()
     on_the_fly: OnTheFly = OnTheFly()
