@@ -131,6 +131,8 @@ def train(
     recipe, path = _resolve(recipe), Path(output)
     if is_launched():
         raise UsageError("dpm train runs in one process: start it without the launcher (dpm prune runs in several)")
+    if not recipe.data.labels:
+        raise RecipeError("data.labels is false, but training needs labels: set it to true")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
     if not path.parent.is_dir():
@@ -257,7 +259,7 @@ def _evaluate(
     runner: Any = _open_exported(path, trust_pickle)
     if runner:
         splits = load_splits(recipe, torch.device("cpu"))
-        score = score_runner(runner, splits.test, batch=batch)
+        score = score_runner(runner, splits.test, batch=batch) if splits.labelled else None
         name = {"onnx": "onnxruntime"}.get(runner.format, runner.format)
         result |= {"kind": runner.format, "bytes": path.stat().st_size}
     else:
@@ -271,7 +273,8 @@ def _evaluate(
         )
         runner, name = loaded.module, "torch"
         splits = load_splits(recipe, torch_device)
-        score = evaluate_module(copy.deepcopy(runner).to(torch_device), splits.test, batch=batch)
+        on_device = copy.deepcopy(runner).to(torch_device)
+        score = evaluate_module(on_device, splits.test, batch=batch) if splits.labelled else None
         example = torch.zeros(1, *recipe.model.input)
         result |= {
             "kind": "slim" if loaded.edits else "dense",
@@ -286,14 +289,15 @@ def _evaluate(
             },
         }
     result |= {
-        "accuracy": score.accuracy,
-        "loss": score.loss,
-        "images": score.images,
+        "accuracy": score.accuracy if score else None,
+        "loss": score.loss if score else None,
+        "images": score.images if score else 0,
         "unreadable": len(splits.corrupt),
     }
     result["latency"] = {}
     if latency:
-        image, _ = next(splits.test.batches(1, seed=0, epoch=0, augment=None))
+        some = splits.test if len(splits.test) else splits.train
+        image, _ = next(some.batches(1, seed=0, epoch=0, augment=None))
         result["latency"] = {name: _milliseconds(runner, image)}
         if latency_batch > 1:
             images = image.repeat(latency_batch, 1, 1, 1)
@@ -366,6 +370,8 @@ def inspect(
         raise UsageError(f"the share is {sensitivity:g}; it is a fraction of each group's units such as 0.5")
     if images < 1:
         raise UsageError(f"images is {images}; at least one is needed")
+    if sensitivity is not None and not recipe.data.labels:
+        raise UsageError("the sensitivity is measured with labels, but data.labels is false")
     module, arch = _load(model, recipe, trust_pickle)
     plan = Plan(module, recipe)
     result = {"arch": arch} | plan.to_dict()
@@ -374,7 +380,9 @@ def inspect(
         splits = load_splits(recipe, torch_device)
         held_out = bool(len(splits.validation))
         some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch * 4)
-        dense, rows = measure_sensitivity(module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity)
+        dense, rows = measure_sensitivity(
+            plan.module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity
+        )
         result["sensitivity"] = {
             "share": sensitivity,
             "split": "validation" if held_out else "train",
