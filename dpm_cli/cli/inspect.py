@@ -60,9 +60,14 @@ def inspect(
     if not target["achievable"]:
         kind = target["kind"]
         low, high = (numbers.cost(kind, each) for each in plan["achievable"][kind])
+        reach = (
+            f"from {low} to just below {high} can"
+            if plan["groups"]
+            else "no unit can be removed, for the reasons above"
+        )
         flush()
         print(
-            f"error: target {kind} {target['asked']:g} cannot be met: from {low} to just below {high} can; "
+            f"error: target {kind} {target['asked']:g} cannot be met: {reach}; "
             "change prune.target, prune.min_keep, prune.round_to or prune.keep",
             file=sys.stderr,
         )

@@ -96,7 +96,7 @@ def print_plan(plan: dict[str, Any]) -> None:
             KINDS[kind],
             numbers.cost(kind, high),
             numbers.cost(kind, low),
-            numbers.percent(100 * low / high, 1),
+            numbers.percent(100 * low / high if high else None, 1),
             numbers.NOTHING if reached is None else numbers.cost(kind, reached),
             numbers.NOTHING if reached is None else numbers.percent(100 * reached / high, 1),
         )

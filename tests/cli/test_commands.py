@@ -235,6 +235,19 @@ def test_inspect_of_an_impossible_target_shows_the_plan_and_fails(dpm: Any, stan
     assert (ended.code, json.loads(ended.out)["target"]["achievable"]) == (3, False)
 
 
+def test_inspect_of_a_model_without_units_says_why(dpm: Any, stand_in: Any) -> None:
+    nothing = {kind: [cost, cost] for kind, cost in (("macs", 9600), ("params", 800), ("channels", 0))}
+    reason = "gate-decorator needs a trainable BatchNorm behind every channel"
+    target = PLAN["target"] | {"achievable": False}
+    kept = [{"layer": "conv1", "reason": reason}]
+    stand_in("inspect", PLAN | {"achievable": nothing, "groups": [], "kept": kept, "target": target})
+    ended = dpm("inspect", "model.pt", "-r", "digits")
+    assert ended.code == 3
+    assert "gate-decorator needs a trainable BatchNorm" in ended.out
+    (line,) = [line for line in ended.err.splitlines() if line.startswith("error: ")]
+    assert "no unit can be removed" in line
+
+
 @pytest.fixture
 def trained_demo(stand_in: Any, report: Report) -> tuple[Recorder, Recorder]:
     return stand_in("train", TRAINED), stand_in("prune", report)
