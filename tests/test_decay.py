@@ -303,3 +303,38 @@ def test_state_round_trip_continues_identically(stop):
             assert torch.equal(left, right)
     assert torch.equal(decay.released, restored.released)
     assert 0 < decay.released.sum() < UNITS
+
+
+@pytest.mark.parametrize("steps", [1, 2, 7])
+def test_multiplicative_envelope_is_that_of_hesso(steps):
+    """Without training the norm falls linearly; a step of training survives in proportion, (N − n)/(N − n + 1)."""
+    model, _, decay = make(steps, envelope="multiplicative")
+    lengths = [unit_vector(model, unit).norm() for unit in range(UNITS)]
+    decay.start(ALL)
+    for age in range(1, steps + 1):
+        decay.advance_()
+        for unit, length in enumerate(lengths):
+            torch.testing.assert_close(unit_vector(model, unit).norm(), length * (steps - age) / steps)
+    assert decay.dead.all()
+
+    model, optimizer, decay = make(5, envelope="multiplicative")
+    decay.start(ALL)
+    for age in range(1, 6):
+        stepped = train_step_(model, optimizer, decay, age)
+        for unit, before in enumerate(stepped):
+            torch.testing.assert_close(unit_vector(model, unit), before * (5 - age) / (6 - age))
+
+
+def test_only_a_part_shrinks_and_the_whole_is_zero_in_the_end():
+    model, optimizer, _ = make(4)
+    part, whole = Units(GROUPS, model, only={"norm.weight", "inner_norm.weight"}), Units(GROUPS, model)
+    decay = Decay(part, steps=4, whole=whole)
+    decay.start(only(1, 9))
+    lengths = part.norm()[[1, 9]]
+    for age in range(1, 7):
+        stepped = train_step_(model, optimizer, decay, age)
+        torch.testing.assert_close(part.norm()[[1, 9]], lengths * max(4 - age, 0) / 4, rtol=1e-5, atol=0)
+        for unit in (1, 9):
+            changed = unit_vector(model, unit) != stepped[unit]
+            assert changed.sum() == 1 if age < 4 else not unit_vector(model, unit).any()
+        assert torch.equal(unit_vector(model, 0), stepped[0])

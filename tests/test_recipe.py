@@ -282,3 +282,10 @@ def test_the_hash_changes_with_any_setting(override: str) -> None:
 def test_a_wrong_round_to_is_one_mistake() -> None:
     (problem,) = problems_of(SMALLEST, "prune.round_to=0")
     assert problem == "recipe: prune.round_to is 0; must be a number of channels such as 8, or auto"
+
+
+@pytest.mark.parametrize("base", ["otov2", "gate-decorator"])
+@pytest.mark.parametrize("setting", ["importance=taylor", "penalty=growing", "sparse_epochs=3"])
+def test_settings_that_a_base_would_ignore_are_refused(base: str, setting: str) -> None:
+    with pytest.raises(RecipeError, match=rf"{setting.split('=')[0]} is a setting of the base depgraph"):
+        parse_recipe(SMALLEST, [f"prune.base={base}", f"prune.{setting}"])
