@@ -48,7 +48,7 @@ def synthetic(images):
 def go(folder, arch, monkeypatch, *overrides):
     """A run of a dozen steps."""
     net, groups = dense(arch)
-    monkeypatch.setattr("dpm_cli.survey.find_groups", lambda *_: groups)
+    monkeypatch.setattr("dpm_cli.survey.find_groups", lambda *_, **settings: groups)
     recipe = make_recipe(
         f"model.arch={arch}", "model.input=[3, 32, 32]", "data.batch=4", "prune.observe_steps=1",
         "prune.target.macs=0.5", "decay.steps=2", "train.lr=0.01", "recalibrate_batches=1", *overrides,
