@@ -1,19 +1,22 @@
 """The public functions. Each takes a recipe and returns plain values; nothing here prints."""
 
+import contextlib
 import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from dpm_cli.data import Splits, Waiting, load_data
 from dpm_cli.delivery import EXPORT_NAMES
+from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
+from dpm_cli.engine.distributed import is_launched, join
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
@@ -31,7 +34,7 @@ from dpm_cli.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from dpm_cli.export import export_model, open_exported
+from dpm_cli.export import ExportedModel, export_model, is_program, open_exported
 from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
 from dpm_cli.metrics import epoch_event, step_event
@@ -61,40 +64,52 @@ def prune(
     overwrite: bool = False,
     trust_pickle: bool = False,
     on_event: OnEvent = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], int] | None = None,
 ) -> Report:
     """Prune a trained model to the recipe's target; write slim.pt, the exports and the report into `output`.
 
     model: a file, or a module of the recipe's architecture (any module, if its code can be given again to `load`).
-    should_stop: asked after every step; when true the run writes a checkpoint and raises Interrupted.
+    should_stop: asked after every step; when true, or the exit code to stop with, the run writes a checkpoint and
+    raises Interrupted. Started by a launcher such as torchrun, all of its processes do this together; each calls
+    `on_event` and returns the report, the first one alone writes.
     Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError comes
     after everything was written, and brings the report.
     """
-    recipe, folder = _resolve(recipe), Path(output)
-    if resume and (folder / REPORT).exists() and not is_unfinished(folder):
-        return _earlier_report(folder, recipe)
-    torch_device = choose_device(device)
-    precision = choose_precision(recipe.precision, torch_device)
-    module, arch = _load(model, recipe, trust_pickle)
-    require_writable(folder)
-    # A run cannot go on with another batch.
-    with locked(folder), explaining_faults(recipe.data.batch, " --overwrite"):
-        prepare_output(folder, overwrite=overwrite, resume=resume)
+    with join(device) as world, contextlib.ExitStack() as stack:
+        recipe, folder = _resolve(recipe), Path(output)
+        if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder)):
+            return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
+        torch_device = choose_device(device)
+        precision = choose_precision(recipe.precision, torch_device)
+        module, arch = _load(model, recipe, trust_pickle)
+        # A run cannot go on with another batch.
+        stack.enter_context(explaining_faults(recipe.data.batch, " --overwrite"))
+        if world.is_main:
+            require_writable(folder)
+            stack.enter_context(locked(folder))
+            prepare_output(folder, overwrite=overwrite, resume=resume)
+        with world.main_first():
+            splits = load_splits(recipe, torch_device)
         run = Run(
             module,
             recipe,
-            load_splits(recipe, torch_device),
+            splits,
             arch=arch,
             output=folder,
             device=torch_device,
             precision=precision,
             should_stop=should_stop or (lambda: False),
+            world=world,
         )
+        if overwrite and world.is_main:
+            remove_checkpoints(folder)  # or a later --resume would go on with the run that was given up
         if arch is None:
             run.notes.append(
                 f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
                 "dpm_cli.load(path, model=...) and a freshly built dense module"
             )
+        if world.size > 1:
+            run.notes.append(f"trained by {world.size} processes")
         for event in run.events(resume=resume):
             if on_event:
                 on_event(event)
@@ -114,6 +129,10 @@ def train(
 ) -> dict[str, Any]:
     """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file."""
     recipe, path = _resolve(recipe), Path(output)
+    if is_launched():
+        raise UsageError("dpm train runs in one process: start it without the launcher (dpm prune runs in several)")
+    if not recipe.data.labels:
+        raise RecipeError("data.labels is false, but training needs labels: set it to true")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
     if not path.parent.is_dir():
@@ -221,7 +240,7 @@ def evaluate(
     latency: bool = True,
     latency_batch: int = 1,
 ) -> dict[str, Any]:
-    """Test accuracy, cost, size and latency of a dense, slim, TorchScript or ONNX file.
+    """Test accuracy, cost, size and latency of a dense, slim, TorchScript, ONNX or .pt2 file.
 
     Latency is of single images, and with `latency_batch` also of batches of that size; both on the CPU.
     """
@@ -237,10 +256,10 @@ def _evaluate(
 ) -> dict[str, Any]:
     batch = recipe.data.batch * 4
     result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
-    if _is_exported(path):
-        runner: Any = open_exported(path)
+    runner: Any = _open_exported(path, trust_pickle)
+    if runner:
         splits = load_splits(recipe, torch.device("cpu"))
-        score = score_runner(runner, splits.test, batch=batch)
+        score = score_runner(runner, splits.test, batch=batch) if splits.labelled else None
         name = {"onnx": "onnxruntime"}.get(runner.format, runner.format)
         result |= {"kind": runner.format, "bytes": path.stat().st_size}
     else:
@@ -254,7 +273,8 @@ def _evaluate(
         )
         runner, name = loaded.module, "torch"
         splits = load_splits(recipe, torch_device)
-        score = evaluate_module(copy.deepcopy(runner).to(torch_device), splits.test, batch=batch)
+        on_device = copy.deepcopy(runner).to(torch_device)
+        score = evaluate_module(on_device, splits.test, batch=batch) if splits.labelled else None
         example = torch.zeros(1, *recipe.model.input)
         result |= {
             "kind": "slim" if loaded.edits else "dense",
@@ -269,14 +289,15 @@ def _evaluate(
             },
         }
     result |= {
-        "accuracy": score.accuracy,
-        "loss": score.loss,
-        "images": score.images,
+        "accuracy": score.accuracy if score else None,
+        "loss": score.loss if score else None,
+        "images": score.images if score else 0,
         "unreadable": len(splits.corrupt),
     }
     result["latency"] = {}
     if latency:
-        image, _ = next(splits.test.batches(1, seed=0, epoch=0, augment=None))
+        some = splits.test if len(splits.test) else splits.train
+        image, _ = next(some.batches(1, seed=0, epoch=0, augment=None))
         result["latency"] = {name: _milliseconds(runner, image)}
         if latency_batch > 1:
             images = image.repeat(latency_batch, 1, 1, 1)
@@ -349,6 +370,8 @@ def inspect(
         raise UsageError(f"the share is {sensitivity:g}; it is a fraction of each group's units such as 0.5")
     if images < 1:
         raise UsageError(f"images is {images}; at least one is needed")
+    if sensitivity is not None and not recipe.data.labels:
+        raise UsageError("the sensitivity is measured with labels, but data.labels is false")
     module, arch = _load(model, recipe, trust_pickle)
     plan = Plan(module, recipe)
     result = {"arch": arch} | plan.to_dict()
@@ -357,7 +380,9 @@ def inspect(
         splits = load_splits(recipe, torch_device)
         held_out = bool(len(splits.validation))
         some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch * 4)
-        dense, rows = measure_sensitivity(module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity)
+        dense, rows = measure_sensitivity(
+            plan.module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity
+        )
         result["sensitivity"] = {
             "share": sensitivity,
             "split": "validation" if held_out else "train",
@@ -431,14 +456,14 @@ def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
     return relative_difference(module, built, spec.input) <= TOLERANCE
 
 
-def _is_exported(path: Path) -> bool:
+def _open_exported(path: Path, trust_pickle: bool) -> ExportedModel | None:
+    """A deployed file; nothing if the file may hold weights instead."""
     try:
-        open_exported(path)
-    except OSError:
-        return False
-    except Exception:
-        return False
-    return True
+        return open_exported(path, trust_pickle=trust_pickle)
+    except ModelFileError:
+        if is_program(path):
+            raise
+        return None
 
 
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:

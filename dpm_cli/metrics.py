@@ -44,6 +44,22 @@ class Metrics:
             raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
 
 
+class Unwritten(Metrics):
+    """In a process that writes no files."""
+
+    def __init__(self) -> None:
+        """Needs no path."""
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing to close."""
+
+    def write(self, event: Event) -> Event:
+        return event
+
+
 def epoch_event(
     *,
     stage: str,

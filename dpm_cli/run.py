@@ -2,14 +2,15 @@
 
 import contextlib
 import copy
-import hashlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -18,22 +19,27 @@ from dpm_cli.data import Augmentation, Splits, Waiting
 from dpm_cli.delivery import Delivery
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
+from dpm_cli.engine.digest import digest
+from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
-from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RunError, TargetError
+from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.floor import Floor
-from dpm_cli.graph import take
-from dpm_cli.metrics import Metrics, epoch_event, step_event
+from dpm_cli.graph import Groups, take
+from dpm_cli.graph.folding import fold_means_
+from dpm_cli.graph.labels import Flags
+from dpm_cli.metrics import Metrics, Unwritten, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
-from dpm_cli.pruners import make_base
+from dpm_cli.pruners import OnTheFly, make_base
 from dpm_cli.pruning import Pruning, Removal
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.rectify import Rectifier
-from dpm_cli.report import Event
+from dpm_cli.report import Event, Report
 from dpm_cli.rounds import plan as plan_rounds
+from dpm_cli.sparsities import CutModel, cut_model
 from dpm_cli.stages import Stage, plan_stages
 from dpm_cli.survey import survey
 
@@ -64,26 +70,35 @@ class Run:
         output: Path,
         device: torch.device,
         precision: Precision,
-        should_stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], int] = lambda: False,
+        world: World = ALONE,
     ) -> None:
         """model: dense (or slim from an earlier run), in eval mode on the CPU. It is copied, not changed.
 
+        should_stop: true, or the exit code to stop with. world: each of its processes has such a run.
         Raises UnsupportedModelError, RecipeError or TargetError before any training.
         """
         self.recipe, self.splits, self.arch, self.output = recipe, splits, arch, output
-        self.device, self.precision, self.should_stop = device, precision, should_stop
+        self.device, self.precision, self.should_stop, self.world = device, precision, should_stop, world
+        self.train_split, self.validation_split = world.slice(splits.train), world.slice(splits.validation)
         self.dense = model
         self.stages = plan_stages(recipe)
         self.steps_per_epoch = max(1, len(splits.train) // recipe.data.batch)
         self.progress = Progress()
         self._restored: dict[str, Any] | None = None  # a checkpoint's `in_stage`, until its stage goes on
         self.notes: list[str] = []
+        self.report: Report
         self._corrupt_told = 0
         torch.manual_seed(recipe.seed)
+        if world.size > min(recipe.data.batch, len(splits.train)):
+            raise RecipeError(
+                f"data.batch is {recipe.data.batch}, less than an image for each of {world.size} processes"
+            )
 
         found = survey(model, recipe)
         self.dense_groups, self.round_to, self.floors = found.groups, found.round_to, found.floors
-        if recipe.prune.round_to == "auto":
+        self._start, self._shifts = found.module, found.shifts
+        if recipe.prune.round_to == "auto" and not recipe.cuts_weights:
             self.notes.append(f"prune.round_to is auto: widths are multiples of {self.round_to}")
         self.floor: Floor | None = None  # of the accuracy, once the dense model was measured
         self._begin_dense()
@@ -93,7 +108,7 @@ class Run:
 
     def _begin_dense(self) -> None:
         """The model as it was given, and all of its pruning still to come."""
-        self.model = copy.deepcopy(self.dense).to(self.device)
+        self.model = copy.deepcopy(self._start).to(self.device)
         to_fast_layout_(self.model)
         self.pruning = self._plan_pruning()
 
@@ -106,6 +121,10 @@ class Run:
     def _plan_pruning(self) -> Pruning:
         prune, decay = self.recipe.prune, self.recipe.decay
         groups, floors, base = self.dense_groups, self.floors, make_base(self.recipe)
+        if self.recipe.cuts_weights:  # all units stay, so nothing is due and the target is met
+            everything = groups.cost.parameters(np.ones(groups.units, bool))
+            limits: dict[str, Any] = {"kind": "params", "limit": everything, "floors": floors}
+            return Pruning(self.model, groups, base, **limits, starts=(), end=0, decay_steps=1)
         rounds = plan_rounds(
             self.recipe,
             self.stages,
@@ -113,6 +132,8 @@ class Run:
             warm_up=base.warm_up,
             condemns_each_step=base.condemns_each_step,
         )
+        trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
+        rectify = decay.rectify if trains else None
         return Pruning(
             self.model,
             groups,
@@ -122,20 +143,22 @@ class Run:
             floors=floors,
             starts=rounds.starts,
             end=rounds.end,
-            decay_steps=decay.steps,
+            decay_steps=decay.steps if trains else 1,
             envelope=decay.envelope,
-            make_rectifier=partial(Rectifier, **decay.rectify.model_dump()) if decay.rectify else None,
+            make_rectifier=partial(Rectifier, **rectify.model_dump()) if rectify else None,
+            fold_means=self._fold_means if self.recipe.folds_means else None,
         )
 
     # ------------------------------------------------------------------------------------------------ the story
 
     def events(self, *, resume: bool = False) -> Events:
         yield self._started()
+        self.world.require_same("the recipe, the model file or the data", self._origin)
         self._measure_floor()
         if resume:
             yield from self._restore()
         yield from self._tell_corrupt()
-        with Metrics(self.output / "metrics.jsonl", self._metrics_bytes) as self.metrics:
+        with self._open_metrics() as self.metrics:
             yield from self._train_stages()
             while not self._holds_floor():
                 is_final = self._went_back or self._held_the_target
@@ -146,7 +169,8 @@ class Run:
                 yield self._save_checkpoint(None)
                 yield from self._train_stages()
             yield from self._finish()
-        remove_checkpoints(self.output)
+        if self.world.is_main:
+            remove_checkpoints(self.output)
         for note in self.notes:
             yield {"event": "note", "text": note}
         yield {"event": "done"}
@@ -163,12 +187,12 @@ class Run:
             if self.progress.stage >= self._stage_after_pruning:
                 self.pruning.restore_()
             yield self._save_checkpoint(None)
+        self.pruning.restore_()
         if not self.pruning.is_done and not self._went_back:
             raise TargetError(
                 f"target {self.pruning.kind} <= {self.pruning.limit:,} was not met: {self.pruning.cost():,} is left"
             )
-        batches = self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
-        recalibrate_batchnorm_(self.model, batches, count=self.recipe.recalibrate_batches, precision=self.precision)
+        self._recalibrate_(self.model)
 
     def _train(self, stage: Stage) -> Events:
         if stage.name != "finetune":
@@ -189,25 +213,30 @@ class Run:
             self._restored = None
         for images, labels in waiting.timed(self._batches(stage)):
             step = self.progress.step
+            (count,) = self.world.sum(len(labels))
             if pruning and pruning.is_due(first_step + step):
+                self._require_agreement(f"the model before round {pruning.round + 1}")
                 if self._holds_floor():
                     self._remember_state()
                 elif pruning.round:
                     yield self._go_back(f"round {pruning.round}")
                     break
-                yield self.metrics.write({"event": "round", "stage": stage.name, "step": step} | pruning.start_round())
+                chosen = pruning.start_round()
+                self._require_agreement(f"the victims of round {pruning.round}")
+                yield self.metrics.write({"event": "round", "stage": stage.name, "step": step} | chosen)
             if pruning and pruning.is_over:  # one-step pruning
                 yield self._remove(pruning.finish_round, stage, learner, meter)
             loss = learner.step_(
                 images,
                 labels,
                 step=step,
+                count=count,
                 before=[pruning.before_step_] if pruning and not pruning.is_done else before,
                 after=[partial(pruning.after_step_, first_step + step, learner.learning_rate(step))]
                 if pruning and not pruning.is_done
                 else (),
             )
-            meter.add_(loss, images=len(labels), step=step)
+            meter.add_(loss, images=int(count), step=step)
             self.progress.step = step = step + 1
             if pruning and pruning.is_over:
                 yield self._remove(pruning.finish_round, stage, learner, meter)
@@ -220,7 +249,7 @@ class Run:
                 yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started, waiting.take())
                 yield from self._tell_corrupt()
                 epoch_started = time.monotonic()
-            stopping = self.should_stop()
+            stopping = self.world.largest(self.should_stop())
             if stopping or (step % self.recipe.checkpoint.every == 0 and step < learner.steps):
                 self._require_finite(meter, stage, learner)
                 self._count_seconds(stage, started)
@@ -234,10 +263,22 @@ class Run:
                     }
                 )
             if stopping:
-                raise Interrupted(f"stopped in stage {stage.name} at step {step}; continue with --resume")
+                text = f"stopped in stage {stage.name} at step {step}; continue with --resume"
+                raise Interrupted(text, stopping if stopping > 1 else Interrupted.exit_code)
+        if pruning and not learner.steps and pruning.is_due(0):  # no training: all units are cut at once
+            yield self.metrics.write({"event": "round", "stage": stage.name, "step": 0} | pruning.start_round())
+            yield self._remove(pruning.finish_round, stage, learner, meter)
         if pruning and pruning.is_done and self._holds_floor():
             self._remember_state()
         self._count_seconds(stage, started)
+
+    def _fold_means(self, groups: Groups, alive: Flags) -> None:
+        """Before units are cut at once: what they gave on average goes into the layers that read them."""
+        batches = islice(self._calibration_batches(), self.recipe.compact.fold_batches)
+        left = fold_means_(self.model, groups, alive, (images for images, _ in batches), self._shifts)
+        if left:
+            shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            self.notes.append(f"no means were folded into {shown}, whose weights are used by other code than their own")
 
     def _remove(self, remove: Callable[[Tensor], Removal], stage: Stage, learner: Learner, meter: LossMeter) -> Event:
         """The dead units, at the end of a round or in the middle of a long one."""
@@ -246,6 +287,7 @@ class Run:
         removal = remove(self._check_images())
         to_fast_layout_(self.model)
         learner.shrink_(lambda name, value: take(value, removal.kept.get(name, {})))
+        self._require_agreement(f"what round {self.pruning.round} removed")
         self.progress.difference = max(self.progress.difference, removal.difference)
         groups = self.pruning.groups
         alive = self.pruning.all_alive
@@ -266,6 +308,7 @@ class Run:
 
     def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float, waited: float) -> Event:
         reading = self._require_finite(meter, stage, learner)
+        self._require_agreement(f"the model after step {self.progress.step}")
         meter.reset_()
         return self.metrics.write(
             epoch_event(
@@ -284,6 +327,18 @@ class Run:
 
     def _finish(self) -> Events:
         """The model is slim and trained: export, measure, report, save."""
+        cuts = []
+        if self.recipe.cuts_weights:
+            for cut in self._cut_weights():
+                cuts.append(cut)
+                yield self.metrics.write({"event": "cut"} | asdict(cut.report))
+            self.model = cuts[0].module
+        validation_accuracy = self._validate()
+        if self.world.is_main:
+            yield from self._deliver(validation_accuracy, cuts)
+        self.report = cast(Report, self.world.share(self.report if self.world.is_main else None))
+
+    def _deliver(self, validation_accuracy: float | None, cuts: Sequence[CutModel]) -> Events:
         slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
         delivery = Delivery(
             self.recipe,
@@ -313,11 +368,36 @@ class Run:
             difference=self.progress.difference,
             seconds=seconds,
             precision=self.precision.name,
-            validation_accuracy=self._validate(),
+            validation_accuracy=validation_accuracy,
             floor=self.floor,
             notes=self.notes,
+            cuts=cuts,
         )
-        delivery.save(slim, self.report)
+        delivery.save(slim, self.report, cuts)
+
+    def _cut_weights(self) -> Iterator[CutModel]:
+        """The trained model, cut to every sparsity that the recipe names."""
+        settings, base = self.recipe.prune.on_the_fly, self.pruning.base
+        assert isinstance(base, OnTheFly)
+        sparsities = self.recipe.prune.target.sparsity or ()
+        for number, sparsity in enumerate(sparsities if settings.threshold is None else sparsities[:1]):
+            yield cut_model(
+                self.model,
+                base.layers,
+                sparsity=sparsity,
+                threshold=settings.threshold,
+                how=settings.recover,
+                per=settings.per,
+                recalibrate_=self._recalibrate_ if self.recipe.recalibrate_batches else None,
+                score=self._test,
+                file=str(self.output / (f"slim-{sparsity:g}.pt" if number else "slim.pt")),
+            )
+
+    def _test(self, model: nn.Module) -> float | None:
+        """Accuracy on the test set: to be reported, never to decide."""
+        if not self.splits.labelled:
+            return None
+        return evaluate_module(model, self.splits.test, batch=self.recipe.data.batch * 4).accuracy
 
     # --------------------------------------------------------------------------------------- the accuracy floor
 
@@ -377,7 +457,8 @@ class Run:
 
     @property
     def _stage_after_pruning(self) -> int:
-        return max(index for index, stage in enumerate(self.stages, 1) if stage.prunes)
+        stages = (index for index, stage in enumerate(self.stages, 1) if stage.prunes)
+        return max(stages, default=len(self.stages))
 
     # --------------------------------------------------------------------------------------------------- pieces
 
@@ -394,7 +475,9 @@ class Run:
                 for s in self.stages
             ],
             "round_to": self.round_to,
-            "target": {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
+            "target": {"kind": "sparsity", "asked": list(self.recipe.prune.target.sparsity)}
+            if self.recipe.prune.target.sparsity
+            else {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
             "dense": {
                 "macs": self.dense_groups.cost.macs(alive),
                 "params": self.dense_groups.cost.parameters(alive),
@@ -402,8 +485,13 @@ class Run:
             },
         }
 
+    def _open_metrics(self) -> Metrics:
+        return Metrics(self.output / "metrics.jsonl", self._metrics_bytes) if self.world.is_main else Unwritten()
+
     def _tell_corrupt(self) -> Events:
         """If images were left out since the last call; streamed ones are found on the way."""
+        for paths in self.world.gather(self.splits.corrupt.paths):
+            self.splits.corrupt.adopt_(paths)
         if len(self.splits.corrupt) > self._corrupt_told:
             self._corrupt_told = len(self.splits.corrupt)
             yield {"event": "note", "text": self.splits.corrupt.note}
@@ -416,6 +504,7 @@ class Run:
             steps_per_epoch=self.steps_per_epoch,
             seed=self.recipe.seed * 1_000_003 + stage.first_epoch,
             teacher=self.teacher,
+            world=self.world,
             **stage.training.model_dump(exclude={"epochs"}),
         )
         self.model.train()
@@ -434,7 +523,7 @@ class Run:
 
     def _epoch_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Full batches only, unless the images do not fill one. epoch: over the whole run."""
-        train, batch, recipe = self.splits.train, self.recipe.data.batch, self.recipe
+        train, batch, recipe = self.train_split, self.recipe.data.batch, self.recipe
         return train.batches(
             batch,
             seed=recipe.seed,
@@ -444,13 +533,31 @@ class Run:
             drop_last=len(train) >= batch,
         )
 
+    def _calibration_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training images of an epoch that no stage has."""
+        return self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
+
+    def _recalibrate_(self, model: nn.Module) -> None:
+        count = self.recipe.recalibrate_batches
+        batches = self._calibration_batches()
+        recalibrate_batchnorm_(model, batches, count=count, precision=self.precision, world=self.world)
+
     def _validate(self) -> float | None:
-        if not len(self.splits.validation):
+        if not (self.splits.labelled and len(self.validation_split)):
             return None
         score = evaluate_module(
-            self.model, self.splits.validation, batch=self.recipe.data.batch * 4, precision=self.precision
+            self.model,
+            self.validation_split,
+            batch=self.recipe.data.batch * 4,
+            precision=self.precision,
+            world=self.world,
         )
         return score.accuracy
+
+    def _require_agreement(self, what: str) -> None:
+        """Several processes must decide alike. Raises RunError if they do not."""
+        self.world.share_buffers_(self.model)
+        self.world.require_same(what, [self.model.state_dict(), self.pruning.state_dict()])
 
     def _check_images(self) -> Tensor:
         held_out = self.splits.validation if len(self.splits.validation) else self.splits.train
@@ -480,11 +587,14 @@ class Run:
 
     def _save_checkpoint(self, in_stage: dict[str, Any] | None) -> Event:
         """in_stage: what only matters until the stage is over; none between stages."""
+        self._require_agreement(f"the model after step {self.progress.step}")
+        if self.world.is_main:
+            save_checkpoint(self.output, self._state(in_stage))
+        return {"event": "checkpoint", "step": self.progress.step, "path": str(self.output / CHECKPOINT)}
+
+    def _state(self, in_stage: dict[str, Any] | None) -> dict[str, Any]:
         scaler = self.precision.scaler
-        state = {
-            "recipe": self._settings,
-            "weights": self._fingerprint,
-            "data": dict(self.splits.fingerprints),
+        return self._origin | {
             "stage": self.progress.stage,
             "step": self.progress.step,
             "difference": self.progress.difference,
@@ -497,26 +607,21 @@ class Run:
             "rng": capture_rng(),
             "metrics_bytes": self.metrics.flush_to_disk(),
         }
-        save_checkpoint(self.output, state)
-        return {"event": "checkpoint", "step": self.progress.step, "path": str(self.output / CHECKPOINT)}
+
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        """What the run starts from: a resumed one must agree on it, and all processes."""
+        weights = digest(self.dense.state_dict())
+        return {"recipe": self._settings, "weights": weights, "data": dict(self.splits.fingerprints)}
 
     @property
     def _settings(self) -> str:
         """What a resumed run must agree on: all but the exports, so that an export that fails costs no training."""
         return dump_recipe(self.recipe.model_copy(update={"export": (), "opset": 18}))
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        """Of the weights that the run started from."""
-        digest = hashlib.sha256()
-        for name, tensor in self.dense.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
     def _restore(self) -> Events:
         """Continue from the last whole checkpoint of the output folder, if there is one."""
-        checkpoint = load_checkpoint(self.output)
+        checkpoint = self.world.share(load_checkpoint(self.output) if self.world.is_main else None)
         if checkpoint is None:
             yield {"event": "note", "text": f"{self.output} holds no checkpoint: the run starts at its beginning"}
             return
@@ -528,7 +633,7 @@ class Run:
             raise OutputError(
                 f"{checkpoint.path} was made with another recipe ({changed}): resume with the same one, or --overwrite"
             )
-        if weights != self._fingerprint:
+        if weights != self._origin["weights"]:
             raise OutputError(
                 f"{checkpoint.path} was made from another model file: resume with the same, or --overwrite"
             )

@@ -18,12 +18,13 @@ from torch import Tensor, nn
 from dpm_cli.budget import Scores
 from dpm_cli.graph import Groups, Role, Slice, Units
 from dpm_cli.pruners.base import BasePruner, Indices
+from dpm_cli.pruners.polarise import polar_pulls
 from dpm_cli.pruners.stack import Stack, stackable
 from dpm_cli.stages import StageName
 
 Normalizer = Literal["mean", "max"]
 Importance = Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"]
-Penalty = Literal["group-norm", "slimming", "growing"]
+Penalty = Literal["group-norm", "slimming", "growing", "channel-polar"]
 
 
 class GroupNorm:
@@ -52,11 +53,11 @@ class GroupNorm:
         device = self._stacks[0].parameters[0].device if self._stacks else torch.device("cpu")
         units = [torch.from_numpy(part.units) for part in parts] or [torch.zeros(0, dtype=torch.int64)]
         self._units = torch.cat(units).to(device)  # (entries,) every index along every axis -> its unit
-        self._group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
+        self.group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
         layers = np.zeros(len(groups), np.int64)
         for part in parts:
             layers[np.unique(groups.group_of_unit[part.units[part.units < groups.units]])] += 1
-        self._layers = torch.from_numpy(layers).to(device)[self._group_of_unit].clamp_min(1)  # (units,)
+        self._layers = torch.from_numpy(layers).to(device)[self.group_of_unit].clamp_min(1)  # (units,)
 
     def importance(self, power: Literal[1, 2] = 2) -> Tensor:
         """(units,) mean over the group's layers of the unit's sum of |w|^power; not normalised."""
@@ -67,15 +68,15 @@ class GroupNorm:
         importance = self.importance(power).double()
         scale = torch.zeros(self.groups, dtype=importance.dtype, device=importance.device)
         scale = scale.scatter_reduce(
-            0, self._group_of_unit, importance, "mean" if normalizer == "mean" else "amax", include_self=False
+            0, self.group_of_unit, importance, "mean" if normalizer == "mean" else "amax", include_self=False
         )
-        return (importance / scale.clamp_min(1e-30)[self._group_of_unit]).cpu().numpy()
+        return (importance / scale.clamp_min(1e-30)[self.group_of_unit]).cpu().numpy()
 
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """(units,) twice: the largest and the smallest value of each unit's group. values: (units,)"""
         zeros = torch.zeros(self.groups, dtype=values.dtype, device=values.device)
         top, bottom = (
-            zeros.scatter_reduce(0, self._group_of_unit, values, extreme, include_self=False)[self._group_of_unit]
+            zeros.scatter_reduce(0, self.group_of_unit, values, extreme, include_self=False)[self.group_of_unit]
             for extreme in ("amax", "amin")
         )
         return top, bottom
@@ -181,6 +182,9 @@ class DepGraph(BasePruner):
                 self.scales.penalise_(self.strength)
             case "growing":
                 self.norms.pull_(self.pulls)
+            case "channel-polar":
+                norms = self.norms.importance().sqrt()
+                self.norms.pull_(self.strength * polar_pulls(norms, self.norms.group_of_unit, self.norms.groups))
 
     def end_epoch(self) -> None:
         """Pull harder at what is smaller, each epoch of sparse learning (Wang et al., ICLR 2021)."""
