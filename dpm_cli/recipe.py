@@ -195,6 +195,13 @@ class Prune(Section):
     max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; none: no floor
 
     @model_validator(mode="after")
+    def _means_something_to_its_base(self) -> "Prune":
+        for name in ("importance", "penalty", "sparse_epochs"):
+            if self.base != "depgraph" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is a setting of the base depgraph and would change nothing in {self.base}")
+        return self
+
+    @model_validator(mode="after")
     def _aims_at_what_the_base_cuts(self) -> "Prune":
         if (self.base == "on-the-fly") != (self.target.sparsity is not None):
             raise ValueError("base on-the-fly cuts weights to a target.sparsity, the others units to macs or such")

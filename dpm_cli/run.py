@@ -125,13 +125,7 @@ class Run:
             everything = groups.cost.parameters(np.ones(groups.units, bool))
             limits: dict[str, Any] = {"kind": "params", "limit": everything, "floors": floors}
             return Pruning(self.model, groups, base, **limits, starts=(), end=0, decay_steps=1)
-        rounds = plan_rounds(
-            self.recipe,
-            self.stages,
-            steps_per_epoch=self.steps_per_epoch,
-            warm_up=base.warm_up,
-            condemns_each_step=base.condemns_each_step,
-        )
+        rounds = plan_rounds(self.recipe, self.stages, base, steps_per_epoch=self.steps_per_epoch)
         trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
         rectify = decay.rectify if trains else None
         return Pruning(
@@ -181,7 +175,8 @@ class Run:
         """What is left of the stages; then the BatchNorm statistics are settled."""
         while self.progress.stage < len(self.stages):
             stage = self.stages[self.progress.stage]
-            if not (stage.ends_with_pruning and self.pruning.is_done):
+            is_over = self.pruning.is_done or self._went_back
+            if self.progress.step or not (stage.ends_with_pruning and is_over):
                 yield from self._train(stage)
             self.progress.stage, self.progress.step = self.progress.stage + 1, 0
             if self.progress.stage >= self._stage_after_pruning:
@@ -435,6 +430,7 @@ class Run:
         if held:
             self._restore_model(copy.deepcopy(held["pruning"]), held["model"])
         pruning = self.pruning
+        pruning.restore_()
         if not floor.broken:
             floor.broken = (
                 f"{culprit} broke the accuracy floor and did not recover: validation {accuracy:.2f} %, floor "
