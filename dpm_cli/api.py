@@ -12,7 +12,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.data import Splits, load_data
+from dpm_cli.data import Splits, Waiting, load_data
 from dpm_cli.delivery import EXPORT_NAMES
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
@@ -34,7 +34,7 @@ from dpm_cli.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from dpm_cli.export import export_model, open_exported
+from dpm_cli.export import ExportedModel, export_model, is_program, open_exported
 from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
 from dpm_cli.metrics import epoch_event, step_event
@@ -131,6 +131,8 @@ def train(
     recipe, path = _resolve(recipe), Path(output)
     if is_launched():
         raise UsageError("dpm train runs in one process: start it without the launcher (dpm prune runs in several)")
+    if not recipe.data.labels:
+        raise RecipeError("data.labels is false, but training needs labels: set it to true")
     if path.exists() and not overwrite:
         raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
     if not path.parent.is_dir():
@@ -174,11 +176,11 @@ def _train_dense(
     tell({"event": "stage", "name": "dense"})
     validation: Score | None = None
     for epoch in range(training.epochs):
-        meter, epoch_started = LossMeter(torch_device), time.monotonic()
+        meter, waiting, epoch_started = LossMeter(torch_device), Waiting(), time.monotonic()
         batches = splits.train.batches(
             batch, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=len(splits.train) >= batch
         )
-        for step, (images, labels) in enumerate(batches, epoch * per_epoch):
+        for step, (images, labels) in enumerate(waiting.timed(batches), epoch * per_epoch):
             meter.add_(learner.step_(images, labels, step=step), images=len(labels), step=step)
             tell(step_event(stage="dense", step=step + 1, steps=learner.steps, steps_per_epoch=per_epoch))
         reading = meter.read()
@@ -200,6 +202,7 @@ def _train_dense(
                 lr=learner.learning_rate((epoch + 1) * per_epoch - 1),
                 images=reading.images,
                 seconds=time.monotonic() - epoch_started,
+                waited=waiting.seconds,
             )
         )
     test = evaluate_module(module, splits.test, batch=batch * 4)
@@ -237,7 +240,7 @@ def evaluate(
     latency: bool = True,
     latency_batch: int = 1,
 ) -> dict[str, Any]:
-    """Test accuracy, cost, size and latency of a dense, slim, TorchScript or ONNX file.
+    """Test accuracy, cost, size and latency of a dense, slim, TorchScript, ONNX or .pt2 file.
 
     Latency is of single images, and with `latency_batch` also of batches of that size; both on the CPU.
     """
@@ -253,10 +256,10 @@ def _evaluate(
 ) -> dict[str, Any]:
     batch = recipe.data.batch * 4
     result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
-    if _is_exported(path):
-        runner: Any = open_exported(path)
+    runner: Any = _open_exported(path, trust_pickle)
+    if runner:
         splits = load_splits(recipe, torch.device("cpu"))
-        score = score_runner(runner, splits.test, batch=batch)
+        score = score_runner(runner, splits.test, batch=batch) if splits.labelled else None
         name = {"onnx": "onnxruntime"}.get(runner.format, runner.format)
         result |= {"kind": runner.format, "bytes": path.stat().st_size}
     else:
@@ -270,7 +273,8 @@ def _evaluate(
         )
         runner, name = loaded.module, "torch"
         splits = load_splits(recipe, torch_device)
-        score = evaluate_module(copy.deepcopy(runner).to(torch_device), splits.test, batch=batch)
+        on_device = copy.deepcopy(runner).to(torch_device)
+        score = evaluate_module(on_device, splits.test, batch=batch) if splits.labelled else None
         example = torch.zeros(1, *recipe.model.input)
         result |= {
             "kind": "slim" if loaded.edits else "dense",
@@ -285,14 +289,15 @@ def _evaluate(
             },
         }
     result |= {
-        "accuracy": score.accuracy,
-        "loss": score.loss,
-        "images": score.images,
+        "accuracy": score.accuracy if score else None,
+        "loss": score.loss if score else None,
+        "images": score.images if score else 0,
         "unreadable": len(splits.corrupt),
     }
     result["latency"] = {}
     if latency:
-        image, _ = next(splits.test.batches(1, seed=0, epoch=0, augment=None))
+        some = splits.test if len(splits.test) else splits.train
+        image, _ = next(some.batches(1, seed=0, epoch=0, augment=None))
         result["latency"] = {name: _milliseconds(runner, image)}
         if latency_batch > 1:
             images = image.repeat(latency_batch, 1, 1, 1)
@@ -365,6 +370,8 @@ def inspect(
         raise UsageError(f"the share is {sensitivity:g}; it is a fraction of each group's units such as 0.5")
     if images < 1:
         raise UsageError(f"images is {images}; at least one is needed")
+    if sensitivity is not None and not recipe.data.labels:
+        raise UsageError("the sensitivity is measured with labels, but data.labels is false")
     module, arch = _load(model, recipe, trust_pickle)
     plan = Plan(module, recipe)
     result = {"arch": arch} | plan.to_dict()
@@ -373,7 +380,9 @@ def inspect(
         splits = load_splits(recipe, torch_device)
         held_out = bool(len(splits.validation))
         some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch * 4)
-        dense, rows = measure_sensitivity(module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity)
+        dense, rows = measure_sensitivity(
+            plan.module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity
+        )
         result["sensitivity"] = {
             "share": sensitivity,
             "split": "validation" if held_out else "train",
@@ -447,14 +456,14 @@ def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
     return relative_difference(module, built, spec.input) <= TOLERANCE
 
 
-def _is_exported(path: Path) -> bool:
+def _open_exported(path: Path, trust_pickle: bool) -> ExportedModel | None:
+    """A deployed file; nothing if the file may hold weights instead."""
     try:
-        open_exported(path)
-    except OSError:
-        return False
-    except Exception:
-        return False
-    return True
+        return open_exported(path, trust_pickle=trust_pickle)
+    except ModelFileError:
+        if is_program(path):
+            raise
+        return None
 
 
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:

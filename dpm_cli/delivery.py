@@ -4,7 +4,7 @@ import copy
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,6 +19,7 @@ from dpm_cli.floor import Floor
 from dpm_cli.graph import Groups
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import save_slim
+from dpm_cli.pruners.polarise import count_kept
 from dpm_cli.pruning import Pruning
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.report import (
@@ -32,6 +33,7 @@ from dpm_cli.report import (
     UnitCounts,
     Width,
 )
+from dpm_cli.sparsities import CutModel
 
 EXPORT_NAMES: dict[Format, str] = {
     "torchscript": "model.ts",
@@ -83,14 +85,16 @@ class Delivery:
         measured = []
         for name, network in (("dense", dense), ("slim", slim)):
             on_device = copy.deepcopy(network).to(self.device)
-            score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
+            score = None
+            if self.splits.labelled:
+                score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
             measured.append(
                 Measured(
                     macs=count_macs(network, image, self.recipe.counter),
                     params=count_parameters(network),
                     bytes=count_bytes(network),
-                    accuracy=score.accuracy,
-                    loss=score.loss,
+                    accuracy=score.accuracy if score else None,
+                    loss=score.loss if score else None,
                     latency={
                         key.split()[1]: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms)
                         for key, latency in latencies.items()
@@ -112,16 +116,19 @@ class Delivery:
         validation_accuracy: float | None,
         floor: Floor | None,
         notes: Sequence[str],
+        cuts: Sequence[CutModel] = (),
     ) -> Report:
         """measured: dense, slim. difference: the largest at any compaction. seconds: by stage."""
-        recipe, target = self.recipe, self.recipe.prune.target
+        recipe = self.recipe
         dense, slim = measured
+        if cuts:
+            slim = replace(slim, bytes=cuts[0].report.bytes)
         return Report(
             arch=self.arch,
             base=recipe.prune.base,
             dense=dense,
             slim=slim,
-            target=TargetReport(target.kind, target.amount, pruning.limit, pruning.dense_cost, pruning.cost()),
+            target=_report_cut(cuts[0], recipe.prune.on_the_fly.threshold) if cuts else self._report_target(pruning),
             units=UnitCounts(
                 self.groups.units, pruning.chosen, pruning.released, self.groups.units - pruning.groups.units
             ),
@@ -145,28 +152,52 @@ class Delivery:
             recipe_hash=recipe.hash,
             versions=dict(hardware()),
             validation_accuracy=validation_accuracy,
-            notes=[*notes, *self._remarks(pruning, slim), *([floor.broken] if floor and floor.broken else [])],
+            notes=[
+                *notes,
+                *self._remarks(pruning, slim, bool(cuts)),
+                *([floor.broken] if floor and floor.broken else []),
+            ],
             floor=_report_floor(floor, pruning) if floor else None,
+            sparsities=[cut.report for cut in cuts],
         )
 
-    def _remarks(self, pruning: Pruning, slim: Measured) -> Iterator[str]:
+    def _report_target(self, pruning: Pruning) -> TargetReport:
+        target = self.recipe.prune.target
+        return TargetReport(target.kind, target.amount, pruning.limit, pruning.dense_cost, pruning.cost())
+
+    def _remarks(self, pruning: Pruning, slim: Measured, is_sparse: bool) -> Iterator[str]:
         """What a reader of the figures must know."""
+        if is_sparse:
+            yield (
+                "single weights were cut: the file is smaller, but dense kernels compute zeros (and means) as fast as "
+                "any other number, so MACs and latency stay as they were; the other bases remove whole channels"
+            )
         cost = pruning.groups.cost
         predicted = cost.macs(pruning.all_alive), cost.parameters(pruning.all_alive)
         if self.recipe.counter != "flop_counter":
             yield f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's"
         elif predicted != (slim.macs, slim.params):
             yield f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}"
+        if not self.splits.labelled:
+            yield "data.labels is false: no accuracy was measured"
         if len(self.splits.corrupt):
             yield self.splits.corrupt.note
         if self.splits.test_held_out:
             yield "the folder has no test images: a fixed tenth of the training images served as the test set"
 
-    def save(self, slim: nn.Module, report: Report) -> None:
+    def save(self, slim: nn.Module, report: Report, cuts: Sequence[CutModel] = ()) -> None:
         """Write slim.pt, recipe.yaml and, last, report.json: with it the run is finished."""
+        if not cuts:
+            self._save_slim(self.output / "slim.pt", slim, report, {})
+        for cut in cuts:
+            self._save_slim(Path(cut.report.file), cut.module, report, cut.masks)
+        write_atomic(self.output / "recipe.yaml", lambda path: _write_text(path, dump_recipe(self.recipe)))
+        write_atomic(self.output / "report.json", lambda path: _write_text(path, report.to_json() + "\n"))
+
+    def _save_slim(self, path: Path, module: nn.Module, report: Report, masks: Mapping[str, Tensor]) -> None:
         save_slim(
-            self.output / "slim.pt",
-            slim,
+            path,
+            copy.deepcopy(module).cpu().to(memory_format=torch.contiguous_format).eval(),
             arch=self.arch,
             classes=self.recipe.model.classes,
             shape=self.recipe.model.input,
@@ -175,9 +206,8 @@ class Delivery:
             mean=self.splits.mean,
             std=self.splits.std,
             dense=self.dense if self.arch is None else None,
+            masks=masks,
         )
-        write_atomic(self.output / "recipe.yaml", lambda path: _write_text(path, dump_recipe(self.recipe)))
-        write_atomic(self.output / "report.json", lambda path: _write_text(path, report.to_json() + "\n"))
 
     def _metadata(self) -> dict[str, str]:
         return {
@@ -188,6 +218,16 @@ class Delivery:
             "std": json.dumps(self.splits.std),
             "input": json.dumps(self.recipe.model.input),
         }
+
+
+def _report_cut(cut: CutModel, threshold: float | None) -> TargetReport:
+    """As weights that are left, of those that may be cut. With a threshold, whatever it leaves is what was asked."""
+    weights = sum(mask.numel() for mask in cut.masks.values())
+    kept = sum(int(mask.sum()) for mask in cut.masks.values())
+    if threshold is not None:
+        return TargetReport("sparsity", cut.report.reached, kept, weights, kept)
+    asked = cut.report.asked
+    return TargetReport("sparsity", asked, count_kept(cut.masks.values(), asked), weights, kept)
 
 
 def _report_floor(floor: Floor, pruning: Pruning) -> FloorReport:

@@ -71,8 +71,9 @@ def epoch_event(
     lr: float,
     images: int,
     seconds: float,
+    waited: float,
 ) -> Event:
-    """What an epoch was like. lr: of its last step. images: trained on in `seconds`."""
+    """What an epoch was like. lr: of its last step. images: trained on in `seconds`; of these it `waited` for data."""
     return {
         "event": "epoch",
         "stage": stage,
@@ -83,6 +84,7 @@ def epoch_event(
         "validation_accuracy": validation_accuracy,
         "lr": lr,
         "images_per_second": images / max(seconds, 1e-9),
+        "waiting_for_data": min(waited / max(seconds, 1e-9), 1.0),
         "seconds": seconds,
     }
 

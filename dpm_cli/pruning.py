@@ -22,6 +22,7 @@ from dpm_cli.graph.labels import Flags
 from dpm_cli.pruners.base import BasePruner
 from dpm_cli.rectify import Rectifier
 
+FoldMeans = Callable[[Groups, Flags], None]  # (groups, alive): let the readers of units that go take their means
 MakeRectifier = Callable[[Tensor, int], Rectifier]  # (group of each unit, number of groups) -> a fresh one
 COMPACT_TOLERANCE = 1e-5  # relative to the largest output
 
@@ -57,13 +58,16 @@ class Pruning:
         decay_steps: int,
         envelope: Envelope = "exact",
         make_rectifier: MakeRectifier | None = None,
+        fold_means: FoldMeans | None = None,
     ) -> None:
-        """starts: the first step of every round. end: the step from which on nothing is condemned any more."""
+        """starts: the first step of every round. end: the step from which on nothing is condemned any more. fold_means:
+        called before units are cut at once; units that decay leave nothing behind.
+        """
         self.model, self.base = model, base
         self.groups = groups = base.prepare_(model, groups)
         self.is_prepared = True
         self.kind, self.limit, self.floors = kind, limit, floors
-        self.starts, self.end = tuple(starts), end
+        self.starts, self.end, self.fold_means = tuple(starts), end, fold_means
         self.dense_cost = self.cost()
         self.survivors = np.ones(groups.units, bool)  # of the dense model's units
         self.round = 0  # rounds started
@@ -130,6 +134,8 @@ class Pruning:
         if self.is_condemning:
             self.base.start_round(int(choose(limit=limit).sum()), self.end - self.starts[0])
         victims = choose(limit=limit, eligible=eligible)
+        if self.fold_means and self.decay.steps == 1:
+            self.fold_means(self.groups, ~victims)
         self.decay.start(victims, rectify=is_planned)
         self.in_round = True
         self.chosen += int(victims.sum())

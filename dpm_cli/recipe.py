@@ -95,23 +95,36 @@ class Data(Section):
     max_corrupt: NonNegative = 0  # folder: so many unreadable images are left out; one more stops the run
     download: bool = True
     limit: Positive | None = None  # use only this many training images (a seeded subset)
+    labels: bool = True  # false: any folder of images serves; nothing is trained, no accuracy is measured
+
+
+def parse_sparsities(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Sparsity = Annotated[float, Field(gt=0, lt=1)]
+Sparsities = Annotated[tuple[Sparsity, ...], BeforeValidator(parse_sparsities), Field(min_length=1, max_length=20)]
 
 
 class Target(Section):
-    """What must be left: exactly one of the three, a kept fraction or an absolute number."""
+    """What must be left: exactly one of the first three, a kept fraction or an absolute number; for the base
+    `on-the-fly` what must go instead: one share of the weights, or several from one training that aims at the first.
+    """
 
     macs: Amount | None = None
     params: Amount | None = None
     channels: Amount | None = None
+    sparsity: Sparsities | None = None
 
     @model_validator(mode="after")
     def _is_one(self) -> "Target":
-        if sum(value is not None for value in (self.macs, self.params, self.channels)) != 1:
-            raise ValueError("name exactly one of macs, params, channels")
+        if sum(value is not None for value in (self.macs, self.params, self.channels, self.sparsity)) != 1:
+            raise ValueError("name exactly one of macs, params, channels, or sparsity for the base on-the-fly")
         return self
 
     @property
     def kind(self) -> Literal["macs", "params", "channels"]:
+        """Of the units that are removed."""
         return "macs" if self.macs is not None else "params" if self.params is not None else "channels"
 
     @property
@@ -143,15 +156,29 @@ class Gates(Section):
     fraction: float | None = Field(default=None, gt=0, lt=1)  # of the gates, per tick; none: equal shares of the target
 
 
+class OnTheFly(Section):
+    """The base `on-the-fly`, which cuts single weights. `train` is its training; `prune.keep` names layers to spare."""
+
+    penalty: Literal["ternary-cosine", "tail-energy"] = "ternary-cosine"
+    strength: float = Field(default=0.1, ge=0, le=100)  # of the penalty, summed over the layers
+    per: Literal["filter", "layer"] = "filter"  # what lies on a sphere, and what shares a mean
+    keep_first: bool = True  # the first convolution stays whole
+    threshold: float | None = Field(default=None, gt=0, le=100)  # cut below so many root mean squares, not to a share
+    recover: Literal["none", "mean", "signed-mean", "split-mean"] = "mean"  # in the place of what was cut
+
+
 class Prune(Section):
     """Which units go, and when."""
 
-    base: Literal["depgraph", "otov2", "gate-decorator"] = "depgraph"
+    base: Literal["depgraph", "otov2", "gate-decorator", "on-the-fly"] = "depgraph"
     importance: Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"] = "group-norm"  # depgraph
     observe_steps: Positive = 50  # taylor, mixed: training steps to average over before the first round
-    penalty: Literal["group-norm", "slimming", "growing"] = "group-norm"  # depgraph: in sparse learning
+    penalty: Literal["group-norm", "slimming", "growing", "channel-polar"] = (
+        "group-norm"  # depgraph: in sparse learning
+    )
     otov2: Otov2 = Otov2()
     gates: Gates = Gates()
+    on_the_fly: OnTheFly = OnTheFly()
     target: Target
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 5
     start: Fraction = 0.0  # of the train stage: the first round
@@ -159,12 +186,19 @@ class Prune(Section):
     round_to: Step = "auto"  # surviving widths are multiples of this; auto: 8, or less if the target needs it
     min_keep: Fraction = 0.1  # of every group; never less than one unit
     keep: tuple[str, ...] = ()  # layers whose outputs stay whole: names or patterns such as "layer4.*"
+    embedding: Literal["keep", "prune"] = "keep"  # of transformers: the width of tokens, through all blocks
     normalizer: Literal["mean", "max"] | None = None  # of importances; none: max with sparse learning, else mean
     sparse_epochs: NonNegative = 0  # sparse learning before the first round
     sparse_strength: float = Field(default=5e-4, ge=0, le=100)
     sparse_growth: float = Field(default=1e-5, ge=0, le=100)  # penalty growing: added to the strength each epoch
     sparse_lr: LearningRate = 0.01
     max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; none: no floor
+
+    @model_validator(mode="after")
+    def _aims_at_what_the_base_cuts(self) -> "Prune":
+        if (self.base == "on-the-fly") != (self.target.sparsity is not None):
+            raise ValueError("base on-the-fly cuts weights to a target.sparsity, the others units to macs or such")
+        return self
 
     @model_validator(mode="after")
     def _starts_before_it_ends(self) -> "Prune":
@@ -198,6 +232,13 @@ class Decay(Section):
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         return None if value is False else {} if value is True else value
+
+
+class Compact(Section):
+    """What happens to the means of removed units, when these are cut at once rather than decay."""
+
+    fold_mean: bool | None = None  # into the layers that read them; none: when no training follows
+    fold_batches: Positive = 20  # of training images, to measure the means; no labels are needed
 
 
 class Training(Section):
@@ -241,6 +282,7 @@ class Recipe(Section):
     prune: Prune
     decay: Decay = Decay()
     train: Training = Training()  # while units are chosen and decay
+    compact: Compact = Compact()
     finetune: Training = Training(lr=0.02)  # the slim model
     dense: Training | None = None  # `dpm train`; none: as `train`
     export: tuple[ExportFormat, ...] = ("torchscript", "onnx")
@@ -256,6 +298,55 @@ class Recipe(Section):
         if self.prune.max_drop is not None and not self.data.validation:
             raise ValueError("prune.max_drop is judged on validation images: raise data.validation above 0")
         return self
+
+    @model_validator(mode="after")
+    def _ends_with_the_cut(self) -> "Recipe":
+        if self.cuts_weights and self.finetune.epochs:
+            raise ValueError("base on-the-fly cuts weights after all training: set finetune.epochs: 0")
+        if self.cuts_weights and (
+            self.prune.max_drop is not None or self.prune.sparse_epochs or self.compact.fold_mean
+        ):
+            raise ValueError("base on-the-fly knows neither prune.max_drop, prune.sparse_epochs nor compact.fold_mean")
+        return self
+
+    @model_validator(mode="after")
+    def _folds_what_is_cut(self) -> "Recipe":
+        if self.compact.fold_mean and self.prune.base == "otov2":
+            raise ValueError("compact.fold_mean folds what is cut at once, but otov2 shrinks units first: leave it out")
+        if self.compact.fold_mean and self.train.epochs and self.decay.steps > 1:
+            raise ValueError(
+                "compact.fold_mean folds what is cut at once, but units that decay leave nothing behind: set "
+                "decay.steps: 1 or train.epochs: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_with_labels(self) -> "Recipe":
+        epochs = {
+            "train.epochs": self.train.epochs,
+            "finetune.epochs": self.finetune.epochs,
+            "prune.sparse_epochs": self.prune.sparse_epochs,
+        }
+        if not self.data.labels and any(epochs.values()):
+            wanted = " and ".join(f"{name}: 0" for name, count in epochs.items() if count)
+            raise ValueError(f"data.labels is false, but training needs labels: set {wanted}")
+        if not self.data.labels and self.prune.max_drop is not None:
+            raise ValueError("data.labels is false, but prune.max_drop is judged by labels: leave one of them out")
+        return self
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Single ones, rather than units."""
+        return self.prune.base == "on-the-fly"
+
+    @property
+    def folds_means(self) -> bool:
+        """Whether the means of removed units go into the layers that read them."""
+        if self.cuts_weights:
+            return False
+        if self.compact.fold_mean is not None:
+            return self.compact.fold_mean
+        return not self.train.epochs and not self.finetune.epochs
 
     @property
     def hash(self) -> str:
@@ -306,7 +397,8 @@ def dump_recipe(recipe: Recipe) -> str:
     values = json.loads(recipe.model_dump_json())
     if recipe.decay.rectify is None:
         values["decay"]["rectify"] = False
-    values["prune"]["target"] = {recipe.prune.target.kind: recipe.prune.target.amount}
+    target = recipe.prune.target
+    values["prune"]["target"] = {"sparsity": list(target.sparsity)} if target.sparsity else {target.kind: target.amount}
     return yaml.safe_dump(values, sort_keys=False)
 
 

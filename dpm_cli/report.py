@@ -92,6 +92,20 @@ class ExportedFile:
 
 
 @dataclass(frozen=True)
+class SparsityReport:
+    """A trained model with single weights cut. Accuracies are in percent, on the test set."""
+
+    asked: float  # the share of weights to cut
+    reached: float
+    bytes: int  # of the weights, packed as in slim.pt
+    dense: float | None  # before the cut
+    cut: float | None  # with zeros
+    recovered: float | None  # with what is remembered of the cut weights
+    recalibrated: float | None  # and BatchNorm statistics anew, if the recipe asks for that
+    file: str
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything a run measured. Fractions are slim / dense."""
 
@@ -115,6 +129,7 @@ class Report:
     validation_accuracy: float | None = None  # percent, of the slim model
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
     floor: FloorReport | None = None  # if the recipe sets prune.max_drop
+    sparsities: list[SparsityReport] = field(default_factory=list)  # of the base on-the-fly; slim is the first
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"target": asdict(self.target) | {"met": self.target.is_met}}
@@ -145,6 +160,7 @@ class Report:
                 "widths": [Width(**width) for width in values["widths"]],
                 "kept": [KeptLayer(**kept) for kept in values["kept"]],
                 "exports": [ExportedFile(**made) for made in values["exports"]],
+                "sparsities": [SparsityReport(**each) for each in values.get("sparsities", [])],
                 "floor": FloorReport(**values["floor"]) if values.get("floor") else None,
             }
         )

@@ -43,10 +43,13 @@ def plan_rounds(
     """Rounds spread evenly over a stage of `steps`. start, end: fractions of it.
 
     Each takes `decay_steps` (one-step pruning takes none). With releases, one more round must fit after the last to top
-    up. warm_up: steps that the base pruner must see first. Raises RecipeError if they do not fit.
+    up. warm_up: steps that the base pruner must see first. A stage of no steps has one round, which cuts at once.
+    Raises RecipeError if they do not fit.
     """
     if not steps:
-        raise RecipeError("train.epochs is 0, but that is the stage in which units are chosen and decay: raise it")
+        if warm_up:
+            raise RecipeError("train.epochs is 0, but units are chosen by what training shows of them: raise it")
+        return Rounds((0,), 0)
     taken = 0 if decay_steps == 1 else decay_steps
     first, last = max(round(start * steps), warm_up), round(end * steps)
     room = (last - first) // rounds

@@ -3,17 +3,19 @@
 import contextlib
 import copy
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpm_cli.budget import resolve_limit
-from dpm_cli.data import Augmentation, Splits
+from dpm_cli.data import Augmentation, Splits, Waiting
 from dpm_cli.delivery import Delivery
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
@@ -26,15 +28,18 @@ from dpm_cli.engine.step import LossMeter, LossReading, all_finite
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.floor import Floor
-from dpm_cli.graph import take
+from dpm_cli.graph import Groups, take
+from dpm_cli.graph.folding import fold_means_
+from dpm_cli.graph.labels import Flags
 from dpm_cli.metrics import Metrics, Unwritten, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
-from dpm_cli.pruners import make_base
+from dpm_cli.pruners import OnTheFly, make_base
 from dpm_cli.pruning import Pruning, Removal
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.rectify import Rectifier
 from dpm_cli.report import Event, Report
 from dpm_cli.rounds import plan as plan_rounds
+from dpm_cli.sparsities import CutModel, cut_model
 from dpm_cli.stages import Stage, plan_stages
 from dpm_cli.survey import survey
 
@@ -92,7 +97,8 @@ class Run:
 
         found = survey(model, recipe)
         self.dense_groups, self.round_to, self.floors = found.groups, found.round_to, found.floors
-        if recipe.prune.round_to == "auto":
+        self._start, self._shifts = found.module, found.shifts
+        if recipe.prune.round_to == "auto" and not recipe.cuts_weights:
             self.notes.append(f"prune.round_to is auto: widths are multiples of {self.round_to}")
         self.floor: Floor | None = None  # of the accuracy, once the dense model was measured
         self._begin_dense()
@@ -102,7 +108,7 @@ class Run:
 
     def _begin_dense(self) -> None:
         """The model as it was given, and all of its pruning still to come."""
-        self.model = copy.deepcopy(self.dense).to(self.device)
+        self.model = copy.deepcopy(self._start).to(self.device)
         to_fast_layout_(self.model)
         self.pruning = self._plan_pruning()
 
@@ -115,6 +121,10 @@ class Run:
     def _plan_pruning(self) -> Pruning:
         prune, decay = self.recipe.prune, self.recipe.decay
         groups, floors, base = self.dense_groups, self.floors, make_base(self.recipe)
+        if self.recipe.cuts_weights:  # all units stay, so nothing is due and the target is met
+            everything = groups.cost.parameters(np.ones(groups.units, bool))
+            limits: dict[str, Any] = {"kind": "params", "limit": everything, "floors": floors}
+            return Pruning(self.model, groups, base, **limits, starts=(), end=0, decay_steps=1)
         rounds = plan_rounds(
             self.recipe,
             self.stages,
@@ -122,6 +132,8 @@ class Run:
             warm_up=base.warm_up,
             condemns_each_step=base.condemns_each_step,
         )
+        trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
+        rectify = decay.rectify if trains else None
         return Pruning(
             self.model,
             groups,
@@ -131,9 +143,10 @@ class Run:
             floors=floors,
             starts=rounds.starts,
             end=rounds.end,
-            decay_steps=decay.steps,
+            decay_steps=decay.steps if trains else 1,
             envelope=decay.envelope,
-            make_rectifier=partial(Rectifier, **decay.rectify.model_dump()) if decay.rectify else None,
+            make_rectifier=partial(Rectifier, **rectify.model_dump()) if rectify else None,
+            fold_means=self._fold_means if self.recipe.folds_means else None,
         )
 
     # ------------------------------------------------------------------------------------------------ the story
@@ -174,14 +187,12 @@ class Run:
             if self.progress.stage >= self._stage_after_pruning:
                 self.pruning.restore_()
             yield self._save_checkpoint(None)
+        self.pruning.restore_()
         if not self.pruning.is_done and not self._went_back:
             raise TargetError(
                 f"target {self.pruning.kind} <= {self.pruning.limit:,} was not met: {self.pruning.cost():,} is left"
             )
-        batches = self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
-        recalibrate_batchnorm_(
-            self.model, batches, count=self.recipe.recalibrate_batches, precision=self.precision, world=self.world
-        )
+        self._recalibrate_(self.model)
 
     def _train(self, stage: Stage) -> Events:
         if stage.name != "finetune":
@@ -191,14 +202,16 @@ class Run:
         first_step = self._steps_before(stage)
         before = [self.pruning.base.before_step_] if stage.name == "sparse" else []
         yield {"event": "stage", "name": stage.name}
+        waiting = Waiting()
         started = epoch_started = time.monotonic()
         if self._restored:
             with _foreign_state(self.output / CHECKPOINT):
                 learner.load_state_dict(self._restored["optimizer"])
                 meter.load_state_dict(self._restored["meter"])
                 epoch_started -= float(self._restored["epoch_seconds"])
+                waiting.seconds = float(self._restored["waited_seconds"])
             self._restored = None
-        for images, labels in self._batches(stage):
+        for images, labels in waiting.timed(self._batches(stage)):
             step = self.progress.step
             (count,) = self.world.sum(len(labels))
             if pruning and pruning.is_due(first_step + step):
@@ -233,7 +246,7 @@ class Run:
                     yield self._remove(pruning.remove_dead, stage, learner, meter)
                 if stage.name != "finetune":
                     self.pruning.base.end_epoch()
-                yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started)
+                yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started, waiting.take())
                 yield from self._tell_corrupt()
                 epoch_started = time.monotonic()
             stopping = self.world.largest(self.should_stop())
@@ -246,14 +259,26 @@ class Run:
                         "optimizer": learner.state_dict(),
                         "meter": meter.state_dict(),
                         "epoch_seconds": started - epoch_started,
+                        "waited_seconds": waiting.seconds,
                     }
                 )
             if stopping:
                 text = f"stopped in stage {stage.name} at step {step}; continue with --resume"
                 raise Interrupted(text, stopping if stopping > 1 else Interrupted.exit_code)
+        if pruning and not learner.steps and pruning.is_due(0):  # no training: all units are cut at once
+            yield self.metrics.write({"event": "round", "stage": stage.name, "step": 0} | pruning.start_round())
+            yield self._remove(pruning.finish_round, stage, learner, meter)
         if pruning and pruning.is_done and self._holds_floor():
             self._remember_state()
         self._count_seconds(stage, started)
+
+    def _fold_means(self, groups: Groups, alive: Flags) -> None:
+        """Before units are cut at once: what they gave on average goes into the layers that read them."""
+        batches = islice(self._calibration_batches(), self.recipe.compact.fold_batches)
+        left = fold_means_(self.model, groups, alive, (images for images, _ in batches), self._shifts)
+        if left:
+            shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            self.notes.append(f"no means were folded into {shown}, whose weights are used by other code than their own")
 
     def _remove(self, remove: Callable[[Tensor], Removal], stage: Stage, learner: Learner, meter: LossMeter) -> Event:
         """The dead units, at the end of a round or in the middle of a long one."""
@@ -281,7 +306,7 @@ class Run:
             }
         )
 
-    def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float) -> Event:
+    def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float, waited: float) -> Event:
         reading = self._require_finite(meter, stage, learner)
         self._require_agreement(f"the model after step {self.progress.step}")
         meter.reset_()
@@ -296,17 +321,24 @@ class Run:
                 lr=learner.learning_rate(self.progress.step - 1),
                 images=reading.images,
                 seconds=seconds,
+                waited=waited,
             )
         )
 
     def _finish(self) -> Events:
         """The model is slim and trained: export, measure, report, save."""
+        cuts = []
+        if self.recipe.cuts_weights:
+            for cut in self._cut_weights():
+                cuts.append(cut)
+                yield self.metrics.write({"event": "cut"} | asdict(cut.report))
+            self.model = cuts[0].module
         validation_accuracy = self._validate()
         if self.world.is_main:
-            yield from self._deliver(validation_accuracy)
+            yield from self._deliver(validation_accuracy, cuts)
         self.report = cast(Report, self.world.share(self.report if self.world.is_main else None))
 
-    def _deliver(self, validation_accuracy: float | None) -> Events:
+    def _deliver(self, validation_accuracy: float | None, cuts: Sequence[CutModel]) -> Events:
         slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
         delivery = Delivery(
             self.recipe,
@@ -339,8 +371,33 @@ class Run:
             validation_accuracy=validation_accuracy,
             floor=self.floor,
             notes=self.notes,
+            cuts=cuts,
         )
-        delivery.save(slim, self.report)
+        delivery.save(slim, self.report, cuts)
+
+    def _cut_weights(self) -> Iterator[CutModel]:
+        """The trained model, cut to every sparsity that the recipe names."""
+        settings, base = self.recipe.prune.on_the_fly, self.pruning.base
+        assert isinstance(base, OnTheFly)
+        sparsities = self.recipe.prune.target.sparsity or ()
+        for number, sparsity in enumerate(sparsities if settings.threshold is None else sparsities[:1]):
+            yield cut_model(
+                self.model,
+                base.layers,
+                sparsity=sparsity,
+                threshold=settings.threshold,
+                how=settings.recover,
+                per=settings.per,
+                recalibrate_=self._recalibrate_ if self.recipe.recalibrate_batches else None,
+                score=self._test,
+                file=str(self.output / (f"slim-{sparsity:g}.pt" if number else "slim.pt")),
+            )
+
+    def _test(self, model: nn.Module) -> float | None:
+        """Accuracy on the test set: to be reported, never to decide."""
+        if not self.splits.labelled:
+            return None
+        return evaluate_module(model, self.splits.test, batch=self.recipe.data.batch * 4).accuracy
 
     # --------------------------------------------------------------------------------------- the accuracy floor
 
@@ -400,7 +457,8 @@ class Run:
 
     @property
     def _stage_after_pruning(self) -> int:
-        return max(index for index, stage in enumerate(self.stages, 1) if stage.prunes)
+        stages = (index for index, stage in enumerate(self.stages, 1) if stage.prunes)
+        return max(stages, default=len(self.stages))
 
     # --------------------------------------------------------------------------------------------------- pieces
 
@@ -417,7 +475,9 @@ class Run:
                 for s in self.stages
             ],
             "round_to": self.round_to,
-            "target": {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
+            "target": {"kind": "sparsity", "asked": list(self.recipe.prune.target.sparsity)}
+            if self.recipe.prune.target.sparsity
+            else {"kind": self.pruning.kind, "limit": self.pruning.limit, "dense": self.pruning.dense_cost},
             "dense": {
                 "macs": self.dense_groups.cost.macs(alive),
                 "params": self.dense_groups.cost.parameters(alive),
@@ -473,8 +533,17 @@ class Run:
             drop_last=len(train) >= batch,
         )
 
+    def _calibration_batches(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Training images of an epoch that no stage has."""
+        return self._epoch_batches(sum(stage.training.epochs for stage in self.stages))
+
+    def _recalibrate_(self, model: nn.Module) -> None:
+        count = self.recipe.recalibrate_batches
+        batches = self._calibration_batches()
+        recalibrate_batchnorm_(model, batches, count=count, precision=self.precision, world=self.world)
+
     def _validate(self) -> float | None:
-        if not len(self.validation_split):
+        if not (self.splits.labelled and len(self.validation_split)):
             return None
         score = evaluate_module(
             self.model,

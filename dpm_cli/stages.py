@@ -1,6 +1,6 @@
 """The stages of a run: stretches of training, each with settings of its own."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -30,18 +30,27 @@ class Stage:
 
 
 def plan_stages(recipe: Recipe) -> list[Stage]:
-    """The stages that the base pruner asks for, then fine-tuning; those without epochs are left out."""
-    by_gates = recipe.prune.base == "gate-decorator"
-    planned: Planned = _ticks_and_tocks(recipe) if by_gates else _sparse_then_train(recipe)
+    """The stages that the base pruner asks for, then fine-tuning; those without epochs are left out.
+
+    Except `train`: without epochs, all units are cut at once in it.
+    """
+    planned: Planned
+    match recipe.prune.base:
+        case "gate-decorator":
+            planned = _ticks_and_tocks(recipe)
+        case "on-the-fly":
+            planned = [("sparse", recipe.train, "train.")]
+        case _:
+            planned = _sparse_then_train(recipe)
     stages, epoch = [], 0
     for name, training, settings in [*planned, ("finetune", recipe.finetune, "finetune.")]:
-        if training.epochs:
+        if training.epochs or name == "train":
             stages.append(Stage(name, training, epoch, settings))
             epoch += training.epochs
     return stages
 
 
-Planned = Iterator[tuple[StageName, Training, str]]
+Planned = Iterable[tuple[StageName, Training, str]]
 
 
 def _sparse_then_train(recipe: Recipe) -> Planned:

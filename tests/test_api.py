@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from dpm_cli import api
@@ -29,6 +30,7 @@ from dpm_cli.export import open_exported
 from dpm_cli.measure import count_parameters, measure_in_turns
 from dpm_cli.models import build, load, load_slim
 from dpm_cli.recipe import Prune
+from dpm_cli.report import Report
 
 
 @pytest.fixture(autouse=True)
@@ -483,6 +485,17 @@ def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished)
         api.evaluate(folder / "report.json", recipe())
 
 
+def test_evaluating_a_torch_export_archive_needs_trust(finished, tmp_path):
+    folder, report = finished
+    (made,) = api.export_slim(folder / "slim.pt", formats=["pt2"], output=tmp_path)
+    with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code .* --trust-pickle"):
+        api.evaluate(made.path, recipe())
+    measured = api.evaluate(made.path, recipe(), trust_pickle=True)
+    assert (measured["kind"], measured["bytes"]) == ("pt2", made.bytes)
+    assert measured["accuracy"] == report.slim.accuracy
+    assert measured["latency"].keys() == {"pt2"}
+
+
 def test_slim_file_is_exported_again(finished, tmp_path):
     folder, report = finished
     (made,) = api.export_slim(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
@@ -548,8 +561,8 @@ def test_a_share_is_a_fraction(dense, share):
 def test_a_broken_recipe_is_refused_whatever_it_comes_as(dense_file, tmp_path):
     with pytest.raises(RecipeError, match=r"unknown key 'prune\.targt'"):
         api.prune(dense_file, recipe(prune={"targt": 1}), output=tmp_path)
-    with pytest.raises(RecipeError, match=r"train\.epochs is 0"):
-        api.prune(dense_file, recipe(train={"epochs": 0}), output=tmp_path)
+    with pytest.raises(RecipeError, match="do not fit"):
+        api.prune(dense_file, recipe(decay={"steps": 100}), output=tmp_path)
     assert not any(tmp_path.iterdir())
 
 
@@ -557,3 +570,46 @@ def test_slim_file_knows_its_recipe_and_report(finished):
     slim = load_slim(finished[0] / "slim.pt")
     assert slim.recipe == (finished[0] / "recipe.yaml").read_text()
     assert slim.report == finished[1].to_dict()
+
+
+# ------------------------------------------------------------------------------------------------------- without labels
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Forty images without classes."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    pixels = np.random.default_rng(0).integers(0, 256, (40, 8, 8), dtype=np.uint8)
+    for number, image in enumerate(pixels):
+        Image.fromarray(image).save(folder / f"{number}.png")
+    return folder
+
+
+def without_labels(photos):
+    data = {"name": "folder", "root": str(photos), "batch": 8, "labels": False, "limit": None}
+    return recipe(data=data, train={"epochs": 0}, export=["onnx"])
+
+
+def test_a_model_is_pruned_without_labels_and_without_training(tmp_path, dense, photos, monkeypatch):
+    monkeypatch.setenv("DPM_CACHE", str(tmp_path / "cache"))
+    report = api.prune(dense, without_labels(photos), output=tmp_path / "out")
+    assert report.target.is_met
+    assert (report.dense.accuracy, report.slim.accuracy, report.validation_accuracy) == (None, None, None)
+    assert "data.labels is false: no accuracy was measured" in report.notes
+    assert Report.from_json((tmp_path / "out/report.json").read_text()) == report
+    for file in ("slim.pt", "model.onnx"):
+        result = api.evaluate(tmp_path / "out" / file, without_labels(photos))
+        assert (result["accuracy"], result["loss"]) == (None, None)
+        assert result["latency"]
+
+
+def test_what_needs_labels_is_refused_without_them(tmp_path, dense, photos):
+    with pytest.raises(RecipeError, match=r"training needs labels: set train\.epochs: 0"):
+        api.prune(dense, without_labels(photos) | {"train": {"epochs": 2}}, output=tmp_path / "out")
+    with pytest.raises(RecipeError, match=r"prune\.max_drop is judged by labels"):
+        api.prune(dense, without_labels(photos) | {"prune": {"target": {"macs": 0.5}, "max_drop": 1}})
+    with pytest.raises(RecipeError, match="training needs labels"):
+        api.train(without_labels(photos), output=tmp_path / "model.pt")
+    with pytest.raises(UsageError, match="measured with labels"):
+        api.inspect(dense, without_labels(photos), sensitivity=0.5)

@@ -194,7 +194,7 @@ def test_overwriting_run_that_fails_leaves_the_earlier_report(model, tmp_path):
     [
         ({"prune": {"target": {"macs": 0.0001}}}, TargetError),
         ({"data": {"name": "folder", "root": "absent"}}, DataError),
-        ({"train": {"epochs": 0}}, RecipeError),
+        ({"prune": {"rounds": 500}}, RecipeError),
     ],
 )
 def test_overwriting_run_that_cannot_begin_costs_no_checkpoint(model, whole, tmp_path, change, error):

@@ -108,10 +108,13 @@ def test_rounds_are_spread_evenly_between_start_and_end():
     assert plan_rounds(10, rounds=10, decay_steps=1, start=0.0, end=1.0, rectify=False).starts == tuple(range(10))
 
 
+def test_without_training_there_is_one_round():
+    assert plan_rounds(0, rounds=4, decay_steps=10, start=0.2, end=0.6, rectify=True).starts == (0,)
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"steps": 0}, "train.epochs is 0"),
         ({"rounds": 6}, "6 rounds of 10 decay steps do not fit"),
         ({"decay_steps": 13}, "4 rounds of 13 decay steps do not fit"),
         ({"decay_steps": 1, "rounds": 51}, "51 rounds of 1 decay steps do not fit"),

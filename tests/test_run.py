@@ -127,7 +127,11 @@ def metrics(output):
 def timeless(events):
     """What two runs that do the same must agree on."""
     return [
-        {key: value for key, value in event.items() if key not in ("seconds", "images_per_second", "path")}
+        {
+            key: value
+            for key, value in event.items()
+            if key not in ("seconds", "images_per_second", "waiting_for_data", "path")
+        }
         for event in events
     ]
 
@@ -239,6 +243,88 @@ def test_stages_and_their_first_epochs():
     ]  # fmt: skip
     assert (stages[0].training.weight_decay, stages[0].training.lr) == (0, 0.003)
     assert [stage.name for stage in plan_stages(make_recipe("finetune.epochs=0"))] == ["train"]
+
+
+# ---------------------------------------------------------------------------------------------------- without training
+
+CUT_AT_ONCE = ("train.epochs=0", "finetune.epochs=0", "recalibrate_batches=0")
+
+
+def logits_of(module, splits):
+    (images, _) = next(splits.train.batches(200, seed=0, epoch=0, augment=None))
+    with torch.no_grad():
+        return module.eval()(images)
+
+
+def test_without_training_units_are_cut_at_once_and_the_target_is_met(tmp_path, splits):
+    run, events = go(tmp_path, make_recipe(*CUT_AT_ONCE, "compact.fold_mean=false"), splits)
+    names = [event["event"] for event in events if event["event"] != "checkpoint"]
+    assert names == ["start", "stage", "round", "compact", "measure", "done"]
+    assert run.report.target.is_met
+    assert run.report.units.removed == run.report.units.chosen > 0
+    dense, slim = make_net(), load_slim(tmp_path / "slim.pt", model=make_net()).module
+    kept = torch.from_numpy(run.pruning.survivors[8:])  # of `inner`
+    assert torch.equal(slim.inner_norm.running_mean, dense.inner_norm.running_mean[kept])
+
+
+def test_fine_tuning_can_follow_a_cut_without_training(tmp_path, splits):
+    _, events = go(tmp_path, make_recipe("train.epochs=0"), splits)
+    named = [event["event"] for event in events if event["event"] not in ("step", "checkpoint")]
+    assert named == ["start", "stage", "round", "compact", "stage", "epoch", "measure", "done"]
+
+
+def test_folded_means_bring_the_outputs_nearer_to_the_dense_model(tmp_path, splits):
+    dense, errors = logits_of(make_net(dropout=0), splits), []
+    for fold in ("false", "true"):
+        folder = tmp_path / fold
+        folder.mkdir()
+        go(folder, make_recipe(*CUT_AT_ONCE, f"compact.fold_mean={fold}"), splits, model=make_net(dropout=0))
+        slim = load_slim(folder / "slim.pt", model=make_net()).module
+        errors.append((logits_of(slim, splits) - dense).norm())
+    assert errors[1] < 0.8 * errors[0]
+
+
+def test_means_are_folded_when_no_training_follows_unless_the_recipe_says_otherwise():
+    assert make_recipe(*CUT_AT_ONCE).folds_means
+    assert not make_recipe("train.epochs=0").folds_means
+    assert make_recipe("train.epochs=0", "compact.fold_mean=true").folds_means
+    assert not make_recipe(*CUT_AT_ONCE, "compact.fold_mean=false").folds_means
+    assert make_recipe("decay.steps=1", "compact.fold_mean=true").folds_means
+    with pytest.raises(RecipeError, match="units that decay leave nothing behind"):
+        make_recipe("compact.fold_mean=true")
+
+
+class Bare(Net):
+    """Its `back` has neither a bias nor a BatchNorm behind it."""
+
+    def __init__(self):
+        super().__init__(dropout=0)
+        self.back = nn.Conv2d(12, 8, 1, bias=False)
+
+
+def test_a_layer_without_a_place_for_means_gets_a_bias(tmp_path, splits):
+    torch.manual_seed(3)
+    model = Bare()
+    model(torch.randn(64, 1, 8, 8))
+    run, events = go(tmp_path, make_recipe(*CUT_AT_ONCE), splits, model=model.eval())
+    slim = load_slim(tmp_path / "slim.pt", model=Bare()).module
+    assert slim.back.bias.abs().sum() > 0
+    assert model.back.bias is None
+    compacted = next(event for event in events if event["event"] == "compact")
+    assert run.report.slim.params == count_parameters(slim) == compacted["params"]
+    assert run.report.notes == []
+
+
+def test_one_step_pruning_folds_at_every_round(tmp_path, splits):
+    changes = ["decay.steps=1", "finetune.epochs=0"]
+    runs = []
+    for fold in ("false", "true"):
+        folder = tmp_path / fold
+        folder.mkdir()
+        runs.append(go(folder, make_recipe(*changes, f"compact.fold_mean={fold}"), splits)[1])
+    losses = [[event["loss"] for event in events if event["event"] == "epoch"] for events in runs]
+    assert [sum(event["event"] == "compact" for event in events) for events in runs] == [2, 2]
+    assert losses[0] != losses[1]
 
 
 def test_sparse_learning_shrinks_what_will_go(tmp_path, splits):
@@ -731,7 +817,6 @@ def test_optimizer_that_remembers_infinity_is_never_saved(tmp_path, splits):
     [
         ("prune.target.macs=0.0001", TargetError, "cannot be met: between"),
         ("prune.target.macs=10G", TargetError, "keeps everything"),
-        ("train.epochs=0", RecipeError, "train.epochs is 0"),
         ("decay.steps=100", RecipeError, "do not fit"),
         ("prune.keep=[nothing]", RecipeError, "matches no layer"),
     ],

@@ -37,12 +37,17 @@ def describe(event: Event) -> str | None:
     """One line about an event; none about steps and checkpoints."""
     match event["event"]:
         case "start":
-            dense, kind = event["dense"], event["target"]["kind"]
-            limit = numbers.cost(kind, event["target"]["limit"])
+            dense, target = event["dense"], event["target"]
+            kind = target["kind"]
+            wanted = (
+                ", ".join(f"{sparsity:g}" for sparsity in target["asked"])
+                if kind == "sparsity"
+                else f"≤ {numbers.cost(kind, target['limit'])}"
+            )
             return (
                 f"{event['arch'] or 'model'}  {numbers.count(dense['macs'])} MACs  "
                 f"{numbers.count(dense['params'])} parameters  {dense['channels']} units  "
-                f"target {kind} ≤ {limit}  {event['device']} {event['precision']}"
+                f"target {kind} {wanted}  {event['device']} {event['precision']}"
             )
         case "resumed":
             return f"resumed in stage {event['stage']} after step {event['step']}, from {event['path']}"
@@ -68,6 +73,9 @@ def describe(event: Event) -> str | None:
                 f"{numbers.percent(event['validation_accuracy'])} is below {numbers.percent(event['floor'])}  "
                 f"back to {numbers.count(event['macs'])} MACs, {numbers.count(event['params'])} parameters"
             )
+        case "cut":
+            bytes_ = numbers.size(event["bytes"])
+            return f"cut to sparsity {event['reached']:.3f}  {bytes_}  " + _describe_recovery(event)
         case "export":
             return f"exported {event['path']}  agrees {numbers.agreement(event['max_difference'])}"
         case "measure":
@@ -78,6 +86,14 @@ def describe(event: Event) -> str | None:
             return None
 
 
+def _describe_recovery(event: Event) -> str:
+    accuracies = [f"{name} {numbers.percent(event[name])}" for name in RECOVERY if event[name] is not None]
+    return "  ".join(accuracies)
+
+
+RECOVERY = ("dense", "cut", "recovered", "recalibrated")
+
+
 def _readings(event: Event) -> list[str]:
     """Of an epoch, loss first."""
     accuracy = event["validation_accuracy"]
@@ -86,6 +102,7 @@ def _readings(event: Event) -> list[str]:
         *([] if accuracy is None else [f"validation {numbers.percent(accuracy, 1)}"]),
         f"lr {event['lr']:.2g}",
         f"{event['images_per_second']:.0f} images/s",
+        f"waiting for data {numbers.percent(100 * event['waiting_for_data'], 0)}",
     ]
 
 

@@ -54,8 +54,14 @@ def print_evaluated(result: dict[str, Any]) -> None:
             ("file", f"{result['file']}  ({result['kind']})"),
             ("MACs", numbers.count(result["macs"])),
             ("parameters", numbers.count(result["params"])),
-            ("test accuracy", numbers.percent(result["accuracy"])),
-            ("test loss", f"{result['loss']:.4f}"),
+            *(
+                [
+                    ("test accuracy", numbers.percent(result["accuracy"])),
+                    ("test loss", f"{result['loss']:.4f}"),
+                ]
+                if result["images"]
+                else []
+            ),
             *([("left out", f"{result['unreadable']} unreadable images")] if result["unreadable"] else []),
             ("size", numbers.size(result["bytes"])),
             *latencies,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpm_cli.cli import numbers
-from dpm_cli.report import ExportedFile, KeptLayer, Report, Width
+from dpm_cli.report import ExportedFile, KeptLayer, Report, SparsityReport, Width
 
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "torchscript": "TorchScript"}
 KINDS = {"macs": "MACs", "params": "parameters", "channels": "units"}
@@ -27,6 +27,8 @@ def print_report(report: Report) -> None:
     for row in rows(report):
         table.add_row(*row)
     console.print(table)
+    if report.sparsities:
+        console.print(_sparsity_table(report.sparsities))
     for label, lines in details(report, console.width - LABEL):
         print_detail(console, label, lines)
 
@@ -37,6 +39,8 @@ def title(report: Report) -> str:
     share = f"{100 * target.reached / target.dense:.1f} %" if target.dense else numbers.NOTHING
     reached, limit = (numbers.cost(target.kind, cost) for cost in (target.reached, target.limit))
     name = report.arch or "model"
+    if report.sparsities:
+        return f"{name}, {report.base}, target sparsity {asked}: {share} of the weights left ({reached})"
     return f"{name}, {report.base} + DPM, target {target.kind} {asked}: {share} left ({reached} of at most {limit})"
 
 
@@ -51,14 +55,11 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
             numbers.count(slim.params),
             numbers.cost_change(dense.params, slim.params),
         ),
-        (
-            "test accuracy",
-            numbers.percent(dense.accuracy),
-            numbers.percent(slim.accuracy),
-            numbers.points_change(dense.accuracy, slim.accuracy),
-        ),
         ("weights", numbers.size(dense.bytes), numbers.size(slim.bytes), numbers.cost_change(dense.bytes, slim.bytes)),
     ]
+    if dense.accuracy is not None or slim.accuracy is not None:
+        change = numbers.points_change(dense.accuracy, slim.accuracy)
+        table.insert(2, ("test accuracy", numbers.percent(dense.accuracy), numbers.percent(slim.accuracy), change))
     for runtime, latency in dense.latency.items():
         before, after = latency.median, slim.latency.get(runtime)
         if after is not None:
@@ -76,20 +77,32 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
 def details(report: Report, width: int) -> Iterable[tuple[str, Sequence[str]]]:
     """Label and lines of everything below the table. width: columns for the lines."""
     units = report.units
-    yield (
-        "units",
-        [f"{units.total} in all: {units.chosen} chosen, {units.released} released, {units.removed} removed"],
-    )
-    yield "widths", describe_widths(report.widths, width)
-    yield "checked", [f"outputs before and after removing units agree {numbers.agreement(report.compact_difference)}"]
+    if not report.sparsities:
+        counts = f"{units.chosen} chosen, {units.released} released, {units.removed} removed"
+        yield "units", [f"{units.total} in all: {counts}"]
+        yield "widths", describe_widths(report.widths, width)
+        agreement = numbers.agreement(report.compact_difference)
+        yield "checked", [f"outputs before and after removing units agree {agreement}"]
     yield "kept", describe_kept(report.kept, width)
     yield "latency", ["median over single images, warm, dense and slim in turns"] if report.dense.latency else []
-    yield "files", [*(path for name, path in report.files.items() if name in ("slim", "report"))]
+    more = [each.file for each in report.sparsities[1:]]
+    yield "files", [*(path for name, path in report.files.items() if name in ("slim", "report")), *more]
     yield "exports", [describe_export(made) for made in report.exports]
     seconds = [f"{name} {numbers.duration(spent)}" for name, spent in report.seconds.items()]
     yield "time", wrap([*seconds, f"on {report.device} in {report.precision}", f"seed {report.seed}"], width)
     for note in [*disappointments(report), *report.notes]:
         yield "note", wrap_words(note, width)
+
+
+def _sparsity_table(sparsities: Sequence[SparsityReport]) -> Table:
+    """What the trained model loses by the cut alone, and what is won back."""
+    table = make_table("sparsity", "weights", "trained", "cut", "recovered", "BatchNorm anew", title=None)
+    for each in sparsities:
+        accuracies = (each.dense, each.cut, each.recovered, each.recalibrated)
+        table.add_row(
+            f"{each.reached:.3g}", numbers.size(each.bytes), *(numbers.percent(value) for value in accuracies)
+        )
+    return table
 
 
 def describe_widths(widths: Sequence[Width], width: int) -> list[str]:
@@ -120,7 +133,7 @@ def describe_export(made: ExportedFile) -> str:
 
 def disappointments(report: Report) -> list[str]:
     """A sentence if the model did not become as fast as its MACs promise."""
-    if not report.slim.macs:
+    if not report.slim.macs or report.slim.macs == report.dense.macs:
         return []
     promised = report.dense.macs / report.slim.macs
     slow = []

@@ -100,6 +100,21 @@ def _list_layout(root: Path, classes: int) -> tuple[Listing, Listing | None, tup
     return _list_split(train, names), _list_split(test, names), names
 
 
+def list_unlabelled(root: Path) -> Listing:
+    """All images below `root/train` if there is such a folder, else below `root`; their labels mean nothing.
+
+    Raises DataError if there are none.
+    """
+    folder = root / "train" if (root / "train").is_dir() else root
+    try:
+        entries = sorted(_walk(folder, "", 0), key=lambda entry: entry.name) if folder.is_dir() else []
+    except OSError as error:
+        raise DataError(f"data.root {root} cannot be read: {error}; repair it or its permissions") from None
+    if not entries:
+        raise DataError(f"data.root {root} holds no images; known endings: {' '.join(EXTENSIONS)}")
+    return Listing(folder, tuple(entries))
+
+
 def hold_out_test(listing: Listing) -> tuple[Listing, Listing]:
     """Split off a tenth of each class as test images; the same ones for ever, whatever the seed.
 
@@ -138,7 +153,7 @@ def _walk(folder: Path, prefix: str, label: int) -> Iterator[Entry]:
     """Image files below `folder`, without hidden ones such as macOS leaves behind."""
     with os.scandir(folder) as items:
         for item in items:
-            name = f"{prefix}/{item.name}"
+            name = f"{prefix}/{item.name}" if prefix else item.name
             if item.name.startswith("."):
                 continue
             if item.is_dir():

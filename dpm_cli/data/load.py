@@ -14,7 +14,7 @@ from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.decode import decode_all
 from dpm_cli.data.downloads import KNOWN, read_known
 from dpm_cli.data.fit import check_shape, check_statistics, fit_pixels, fit_statistics
-from dpm_cli.data.listing import Listing, hold_out_test, list_folder
+from dpm_cli.data.listing import Listing, hold_out_test, list_folder, list_unlabelled
 from dpm_cli.data.randomness import generator
 from dpm_cli.data.splits import Images, Shape, Splits
 from dpm_cli.data.streamed import Streamed
@@ -43,13 +43,15 @@ def load_data(
     limit: int | None,
     device: torch.device | str,
     max_corrupt: int = 0,
+    labels: bool = True,
 ) -> Splits:
     """Load digits, cifar10, cifar100, fashion-mnist or an image folder, fitted to a model's input `shape`.
 
     `validation` is the fraction of the training images held out by `seed` (0: an empty split); before that, `limit`
     keeps so many of them. The test images never depend on the seed. Images are kept as uint8 on the device; a folder
     larger than `memory_limit` bytes is streamed by `workers` processes instead. `mean` and `std` replace the dataset's
-    own. Of a folder, `max_corrupt` images that cannot be read are left out.
+    own. Of a folder, `max_corrupt` images that cannot be read are left out. `labels` false: they mean nothing, and a
+    folder needs no class folders; its test split is empty.
     Raises DataError for data that is absent, damaged, too large, or does not fit `shape` and `classes`.
     """
     if name not in STATISTICS:
@@ -60,7 +62,7 @@ def load_data(
     own_mean, own_std = STATISTICS[name]
     mean = fit_statistics(own_mean, shape[0]) if mean is None else mean
     std = fit_statistics(own_std, shape[0]) if std is None else std
-    source = _find(name, Path(root).expanduser(), classes, download)
+    source = _find(name, Path(root).expanduser(), classes, download, labels)
     chosen = source.train.select(choose(len(source.train), limit, seed))
     decoded_bytes = (len(chosen) + len(source.test)) * math.prod(shape)
     fits = decoded_bytes <= memory_limit
@@ -89,6 +91,7 @@ def load_data(
         names=source.names,
         mean=mean,
         std=std,
+        labelled=labels,
         test_held_out=source.test_held_out,
         fingerprints=fingerprints,
         corrupt=corrupt,
@@ -124,7 +127,10 @@ class _Source:
     test_held_out: bool = False
 
 
-def _find(name: str, root: Path, classes: int, download: bool) -> _Source:
+def _find(name: str, root: Path, classes: int, download: bool, labels: bool) -> _Source:
+    if name == "folder" and not labels:
+        files = list_unlabelled(root)
+        return _Source(files, files.select(torch.arange(0)), ())
     if name == "folder":
         files, test_files, names = list_folder(root, classes)
         if test_files is None:

@@ -122,6 +122,7 @@ class Splits:
     names: tuple[str, ...]  # of the classes, by label
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
+    labelled: bool = True  # else the labels mean nothing
     test_held_out: bool = False  # the folder has no test images: a fixed tenth of the training images serves
     corrupt: Corrupt = field(default_factory=Corrupt)  # images that were left out; streamed ones are found on the way
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # which images -> their number and a digest

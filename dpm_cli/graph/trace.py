@@ -30,6 +30,7 @@ HEAD_LAYOUT = RESHAPES | frozenset(
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
 RETURNS_ITS_INPUT = frozenset(("dropout", "feature_dropout", "alpha_dropout"))  # in eval mode; not in their schemas
+MATRIX_LAYERS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d linear".split())
 INLINED = frozenset(("wrap_with_set_grad_enabled", "wrap_with_autocast"))  # blocks of code under a context manager
 
 
@@ -65,6 +66,32 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
     finally:
         for module, mode in modes.items():
             module.training = mode
+
+
+def find_layer_calls(model: nn.Module, example: Example) -> Iterator[tuple[str, str | None]]:
+    """Every call of a convolution or linear layer with its own weight, and the BatchNorm that alone reads the outputs.
+
+    Raises as `export`.
+    """
+    program = export(model, example)
+    names = _state_names(program, {})
+    for node in program.graph.nodes:
+        if node.op == "call_function" and _name_of(node) in MATRIX_LAYERS:
+            layer = _layer_of(node)
+            if names.get(getattr(node.args[1], "name", "")) == f"{layer}.weight":
+                yield layer, _batchnorm_behind(node, names)
+
+
+def _batchnorm_behind(node: torch.fx.Node, names: Mapping[str, str]) -> str | None:
+    """If nothing else reads a layer's channels, and the BatchNorm nothing else."""
+    channels_last = _name_of(node) == "linear" and node.meta["val"].dim() != 2
+    if channels_last or len(node.users) != 1 or _name_of(reader := next(iter(node.users))) != "batch_norm":
+        return None
+    mean, layer = reader.args[3], _layer_of(reader)
+    is_own = (
+        isinstance(mean, torch.fx.Node) and len(mean.users) == 1 and names.get(mean.name) == f"{layer}.running_mean"
+    )
+    return layer if is_own else None
 
 
 def output_shapes(program: ExportedProgram) -> tuple[tuple[int, ...], ...]:

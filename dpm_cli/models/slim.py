@@ -1,9 +1,10 @@
 """slim.pt: a pruned model that outlives its run. A plain dict that `torch.load(weights_only=True)` reads:
 
-format, version       "dpm-slim", 1
+format, version       "dpm-slim", 1 (2 with packed weights)
 arch, classes, shape  what to build: the dense module; arch is None for a module that was given as an object
 edits                 the integer attributes that differ from it (structure.py)
 state_dict            parameters and persistent buffers;  buffers: those others that differ from the dense module's
+packed                parameters of which few entries matter (packed.py), instead of in state_dict
 frozen                names of the parameters that are not trained
 recipe, report        YAML and JSON text
 mean, std             of the pixels, per channel
@@ -22,6 +23,7 @@ from torch import Tensor, nn
 from dpm_cli.errors import ModelFileError, RecipeError, RunError
 from dpm_cli.files import write_atomic
 from dpm_cli.models.outputs import find_failure, relative_difference
+from dpm_cli.models.packed import pack
 from dpm_cli.models.read import read_model_file
 from dpm_cli.models.slim_content import FORMAT, VERSION, Content, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
@@ -58,11 +60,13 @@ def save_slim(
     mean: Sequence[float],
     std: Sequence[float],
     dense: nn.Module | None = None,
+    masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a slim module, whole or not at all; what was written is read back and compared before it gets its name.
 
     `dense` is an unpruned module of the same architecture (its weights do not matter; it may be on the meta device);
-    needed where `arch` is None. Gradients and hooks are not saved.
+    needed where `arch` is None. Gradients and hooks are not saved. `masks`: parameter -> which entries were kept; the
+    others must hold one number per filter, or two.
     Raises UnsupportedModelError if the module is not that architecture with fewer channels, RunError if the file
     cannot be written or does not give the same module again.
     """
@@ -71,15 +75,17 @@ def save_slim(
             raise ValueError("a module without an architecture name needs its dense module")
         dense = _build(arch, classes, shape)
     state_dict, buffers = _collect_tensors(module, dense)
+    packed = {name: pack(state_dict.pop(name), mask) for name, mask in (masks or {}).items()}
     content = {
         "format": FORMAT,
-        "version": VERSION,
+        "version": VERSION if packed else 1,
         "arch": arch,
         "classes": classes,
         "shape": list(shape),
         "edits": find_edits(module, dense),
         "state_dict": state_dict,
         "buffers": buffers,
+        **({"packed": packed} if packed else {}),
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
         "recipe": recipe,
         "report": json.dumps(report),

@@ -9,13 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from dpm_cli.errors import ModelFileError
+from dpm_cli.models.packed import unpack
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
 from dpm_cli.models.zoo import Shape, is_own_code
 from dpm_cli.recipe import MAX_NUMBERS
 
 FORMAT = "dpm-slim"
-VERSION = 1
+VERSION = 2  # 2: with packed weights
 MAX_TEXT = 1 << 24  # characters of recipe and report
 
 
@@ -60,7 +61,7 @@ def parse_content(content: Any, path: Path) -> Content:
     if not isinstance(recipe, str) or len(recipe) > MAX_TEXT:
         raise _damaged(path, "recipe")
     shape = _parse_shape(content.get("shape"), path)
-    state_dict = _parse_tensors(content, "state_dict", path)
+    state_dict = _parse_tensors(content, "state_dict", path) | _parse_packed(content.get("packed", {}), path)
     if arch is not None and not is_own_code(arch):
         _require_as_many_classes(state_dict, classes, path)
     return Content(
@@ -109,6 +110,18 @@ def _parse_tensors(content: dict[str, Any], key: str, path: Path) -> dict[str, T
     if not isinstance(content.get(key), dict):
         raise _damaged(path, key)
     return require_tensors(content[key], path)
+
+
+def _parse_packed(value: object, path: Path) -> dict[str, Tensor]:
+    if not isinstance(value, dict) or not all(isinstance(packed, dict) for packed in value.values()):
+        raise _damaged(path, "packed")
+    tensors = {}
+    for name, packed in value.items():
+        try:
+            tensors[name] = unpack(require_tensors(packed, path))
+        except (ValueError, RuntimeError, TypeError):  # whatever torch and numpy say about wrong sizes and types
+            raise _damaged(path, "packed") from None
+    return require_tensors(tensors, path)
 
 
 def _require_as_many_classes(state_dict: dict[str, Tensor], classes: int, path: Path) -> None:

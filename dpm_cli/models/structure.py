@@ -3,6 +3,8 @@
 A layer's widths stand twice: in the shapes of its tensors and in plain integer attributes (in_channels, groups,
 num_features, normalized_shape, num_heads …). The shapes come with the saved tensors; the attributes are the `Edits`.
 So no layer type needs to be known, and a module that was pruned twice is like one that was pruned once.
+
+One thing can be added: a bias, to a layer that has none, where the means of removed channels went.
 """
 
 from collections.abc import Iterator, Mapping
@@ -10,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.attention import fit_attention_
+from dpm_cli.attention import SlimLayerNorm, fit_transformer_layer_
 from dpm_cli.errors import ModelFileError, UnsupportedModelError
 
 Size = int | list[int]
@@ -40,7 +42,8 @@ def apply_edits_(module: nn.Module, edits: Edits, tensors: Mapping[str, Tensor])
     """Turn a freshly built dense module into the slim one: set the attributes, replace parameters and buffers.
 
     `tensors` holds every parameter and persistent buffer by name, and may hold other buffers; they are copied with
-    their dtype and memory layout. Parameters that are shared in `module` stay shared.
+    their dtype and memory layout. Parameters that are shared in `module` stay shared. A layer built without a bias gets
+    one if `tensors` has it.
     Raises ModelFileError if they do not belong to this architecture; `module` is unusable then.
     """
     layers = dict(module.named_modules())
@@ -48,15 +51,33 @@ def apply_edits_(module: nn.Module, edits: Edits, tensors: Mapping[str, Tensor])
         if name not in layers:
             raise ModelFileError(f"there is no layer {name!r}")
         _resize_(layers[name], name, sizes)
+    _add_biases_(module, tensors)
     _replace_tensors_(module, tensors)
-    for name in edits:
-        fit_attention_(layers[name])
+    for layer in layers.values():
+        fit_transformer_layer_(layer)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Every parameter and buffer under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
+
+
+def _has_place_for_bias(module: nn.Module, name: str) -> bool:
+    """Whether a tensor of this name would be the bias of a layer that was built without one."""
+    owner, _, leaf = name.rpartition(".")
+    layer = dict(module.named_modules()).get(owner)
+    return leaf == "bias" and isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and layer.bias is None
+
+
+def _add_biases_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Of zeros and of the layer's own width, so that what replaces them is checked like any other tensor."""
+    for name in tensors:
+        if _has_place_for_bias(module, name):
+            layer = module.get_submodule(name.rpartition(".")[0])
+            rows = layer.out_features if isinstance(layer, nn.Linear) else layer.out_channels
+            assert isinstance(rows, int)
+            layer.bias = nn.Parameter(torch.zeros(rows))
 
 
 def _resize_(layer: nn.Module, name: str, sizes: Mapping[str, Size]) -> None:
@@ -95,13 +116,15 @@ def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
     if other := slim_layers.keys() ^ dense_layers.keys():
         return f"{_few(other)} stands in only one of the model and its architecture"
     for name, layer in slim_layers.items():
-        if next(layer.children(), None) is None and type(layer) is not type(dense_layers[name]):
+        fits = type(layer) is type(dense_layers[name]) or isinstance(layer, SlimLayerNorm)
+        if next(layer.children(), None) is None and not fits:
             return f"{name} is a {type(layer).__name__}, in the architecture a {type(dense_layers[name]).__name__}"
     slim_tensors, dense_tensors = dict(named_tensors(slim)), dict(named_tensors(dense))
-    if other := slim_tensors.keys() ^ dense_tensors.keys():
+    other = {name for name in slim_tensors.keys() ^ dense_tensors.keys() if not _has_place_for_bias(dense, name)}
+    if other:
         return f"{_few(other)} stands in only one of the model and its architecture"
     for name, tensor in slim_tensors.items():
-        if not _fits(tensor, dense_tensors[name]):
+        if name in dense_tensors and not _fits(tensor, dense_tensors[name]):
             return f"{name} is {_describe(tensor)}, in the architecture {_describe(dense_tensors[name])}"
     if _shared_names(slim_tensors) != _shared_names(dense_tensors):
         return "the model and its architecture share different parameters"

@@ -3,10 +3,11 @@
 from dpm_cli.pruners.base import BasePruner
 from dpm_cli.pruners.depgraph import DepGraph
 from dpm_cli.pruners.gate_decorator import GateDecorator
+from dpm_cli.pruners.on_the_fly import OnTheFly
 from dpm_cli.pruners.otov2 import Otov2
 from dpm_cli.recipe import Recipe
 
-__all__ = ["BasePruner", "DepGraph", "GateDecorator", "Otov2", "make_base"]
+__all__ = ["BasePruner", "DepGraph", "GateDecorator", "OnTheFly", "Otov2", "make_base"]
 
 
 def make_base(recipe: Recipe) -> BasePruner:
@@ -38,3 +39,14 @@ def make_base(recipe: Recipe) -> BasePruner:
             )
         case "gate-decorator":
             return GateDecorator(strength=prune.gates.strength, min_keep=prune.min_keep, fraction=prune.gates.fraction)
+        case "on-the-fly":
+            sparse = prune.on_the_fly
+            return OnTheFly(
+                penalty=sparse.penalty,
+                strength=sparse.strength,
+                sparsity=(prune.target.sparsity or (0.0,))[0],
+                per=sparse.per,
+                epochs=recipe.train.epochs,
+                keep=prune.keep,
+                keep_first=sparse.keep_first,
+            )

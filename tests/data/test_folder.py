@@ -56,6 +56,27 @@ def test_classes_alone_give_a_tenth_to_the_test_whatever_the_seed(load: Load, fo
     assert torch.equal(in_memory(one.test).pixels, in_memory(two.test).pixels)
 
 
+def test_without_labels_any_folder_of_images_serves(load: Load, folder: Path) -> None:
+    splits = load("folder", root=folder, labels=False, classes=1000)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (24, 6, 0)
+    assert not splits.labelled
+    flat = folder.parent / "flat"
+    flat.mkdir()
+    for path in folder.glob("train/*/*.png"):
+        shutil.copy(path, flat / f"{path.parent.name}{path.name}")
+    found = load("folder", root=flat, labels=False, validation=0)
+    labelled = load("folder", root=folder, validation=0)
+    assert torch.equal(in_memory(found.train).pixels, in_memory(labelled.train).pixels)
+    assert not found.test_held_out
+
+
+def test_without_labels_a_folder_without_images_is_refused(load: Load, folder: Path) -> None:
+    for root in (folder.parent / "nowhere", folder.parent / "empty"):
+        (folder.parent / "empty").mkdir(exist_ok=True)
+        with pytest.raises(DataError, match="holds no images"):
+            load("folder", root=root, labels=False)
+
+
 def test_images_below_a_class_count_and_hidden_or_foreign_files_do_not(load: Load, folder: Path) -> None:
     class_folder = folder / "test" / "a"
     (class_folder / "more").mkdir()

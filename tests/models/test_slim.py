@@ -137,6 +137,30 @@ def test_any_widths_survive_the_round_trip(tmp_path: Path, widths: list[int], se
     assert_same(load(path, model=make(8, 8, 8, 8)), slim)
 
 
+def bare(width: int, *, bias: bool = False) -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, width, 3, bias=bias), nn.ConvTranspose2d(width, width, 2, bias=bias, groups=2),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(width, 4, bias=bias),
+    )  # fmt: skip
+
+
+def test_biases_that_the_architecture_does_not_have_survive_the_round_trip(tmp_path: Path) -> None:
+    slim = bare(6, bias=True).eval()
+    path = save(tmp_path / "slim.pt", slim, dense=bare(8))
+    loaded = load(path, model=bare(8))
+    assert_same(loaded, slim)
+    save(tmp_path / "again.pt", loaded, dense=bare(8))
+
+
+def test_a_bias_of_another_width_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "slim.pt", bare(6, bias=True).eval(), dense=bare(8))
+    content = torch.load(path, weights_only=True)
+    for wrong in (torch.zeros(9), torch.zeros(5), torch.zeros(6, 1), torch.zeros(6, dtype=torch.int64)):
+        torch.save(content | {"state_dict": content["state_dict"] | {"0.bias": wrong}}, path)
+        with pytest.raises(ModelFileError):
+            load(path, model=bare(8))
+
+
 def test_dense_module_may_be_on_the_meta_device(tmp_path: Path) -> None:
     with torch.device("meta"):
         dense = Attentive(8)
@@ -282,7 +306,7 @@ def change(path: Path, **changed: Any) -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"version": 2}, "format version 2, this dpm reads 1: update it"),
+        ({"version": 3}, "format version 3, this dpm reads 2: update it"),
         ({"version": "1"}, "damaged: 'version'"),
         ({"version": 0}, "damaged: 'version'"),
         ({"version": True}, "damaged: 'version'"),

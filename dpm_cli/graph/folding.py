@@ -1,0 +1,145 @@
+"""Mean folding: what a removed unit gave on average goes into the layers that read it.
+
+A layer's outputs lose W_R a_R when the units R go. The constant nearest to that, in squares, is its mean over images
+and positions; a channel that never varies is replaced exactly. At zero-padded borders fewer taps meet the channel, so
+there no constant is exact: the mean over all positions, borders included, is still the nearest one.
+
+No labels and no gradients are needed. Fold before the units are zeroed: a dead unit has nothing left to measure.
+"""
+
+import copy
+from collections import defaultdict
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.graph.groups import Groups
+from dpm_cli.graph.labels import Flags, Ids, Role
+from dpm_cli.graph.trace import Example, find_layer_calls
+
+MatrixLayer = nn.Linear | nn.modules.conv._ConvNd
+ReadAxes = list[tuple[int, Ids]]  # (axis of a weight, unit of every index along it)
+Shifts = dict[str, str]  # layer -> the tensor through which a constant can be added to its outputs
+
+
+def find_shifts(model: nn.Module, example: Example) -> Shifts:
+    """For every convolution and linear layer: its bias, else the running mean of the BatchNorm that alone reads it.
+
+    Else again its bias, which `give_biases_` makes.
+    """
+    shifts: dict[str, str] = {}
+    for layer, reader in find_layer_calls(model, example):
+        has_bias = model.get_submodule(layer).bias is not None
+        mean = f"{reader}.running_mean"
+        takes_mean = reader is not None and not has_bias and shifts.get(layer, mean) == mean
+        shifts[layer] = mean if takes_mean else f"{layer}.bias"
+    return shifts
+
+
+def give_biases_(model: nn.Module, groups: Groups, shifts: Shifts) -> list[str]:
+    """A bias of zeros for every layer that reads units and has no place for a constant. Returns these layers.
+
+    Find the groups of the model anew afterwards, if there are any.
+    """
+    bare = []
+    for layer in _consumers(groups):
+        module = model.get_submodule(layer)
+        if isinstance(module, MatrixLayer) and module.bias is None and shifts.get(layer) == f"{layer}.bias":
+            rows = module.out_features if isinstance(module, nn.Linear) else module.out_channels
+            module.bias = nn.Parameter(module.weight.new_zeros(rows), requires_grad=module.weight.requires_grad)
+            bare.append(layer)
+    return bare
+
+
+@torch.no_grad()
+def fold_means_(model: nn.Module, groups: Groups, alive: Flags, images: Iterable[Tensor], shifts: Shifts) -> list[str]:
+    """Let the layers that read dead units go on as if these gave their mean. Call before the units are zeroed.
+
+    alive: (units,). images: batches (B, C, H, W). Returns the layers that read dead units but could take no constant.
+    """
+    lost = measure_lost(model, groups, alive, images)
+    left = []
+    for layer in (layer for layer, axes in _consumers(groups).items() if _reads_dead(axes, alive)):
+        owner, _, name = shifts.get(layer, "").rpartition(".")
+        tensor = getattr(model.get_submodule(owner), name, None) if name else None
+        if layer not in lost or not isinstance(tensor, Tensor):
+            left.append(layer)
+        elif name == "running_mean":
+            tensor -= lost[layer].to(tensor)
+        else:
+            tensor += lost[layer].to(tensor)
+    return left
+
+
+@torch.no_grad()
+def measure_lost(model: nn.Module, groups: Groups, alive: Flags, images: Iterable[Tensor]) -> dict[str, Tensor]:
+    """Layer -> (channels,) mean over images and positions of what its dead inputs add to its outputs, in eval mode.
+
+    Layers whose weights are used without calling them are absent.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = defaultdict(int)
+    hooks = []
+    for layer, axes in _consumers(groups).items():
+        module = model.get_submodule(layer)
+        if _reads_dead(axes, alive) and isinstance(module, MatrixLayer):
+            part = _dead_part(module, axes, alive)
+
+            def add(
+                module: nn.Module,
+                inputs: tuple[Tensor, ...],
+                output: Tensor,
+                *,
+                layer: str = layer,
+                part: nn.Module = part,
+            ) -> None:
+                lost = part(inputs[0])
+                channels = lost.dim() - 1 if isinstance(part, nn.Linear) else 1
+                rows = lost.double().movedim(channels, 0).flatten(1)  # (channels, images and positions)
+                sums[layer] = sums.get(layer, 0) + rows.sum(1)
+                counts[layer] += rows.shape[1]
+
+            hooks.append(module.register_forward_hook(add))
+    modes = {module: module.training for module in model.modules()}
+    model.eval()
+    try:
+        for batch in images:
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, mode in modes.items():
+            module.training = mode
+    return {layer: total / counts[layer] for layer, total in sums.items()}
+
+
+def _consumers(groups: Groups) -> dict[str, ReadAxes]:
+    """Layer -> where its weight reads units."""
+    consumers: dict[str, ReadAxes] = {}
+    for part in groups.slices:
+        for name in groups.aliases.get(part.tensor, (part.tensor,)):
+            layer, _, leaf = name.rpartition(".")
+            if part.role is Role.CONSUMER and leaf == "weight":
+                consumers.setdefault(layer, []).append((part.axis, part.units))
+    return consumers
+
+
+def _reads_dead(axes: ReadAxes, alive: Flags) -> bool:
+    stays = np.append(alive, True)
+    return any(not stays[units].all() for _, units in axes)
+
+
+def _dead_part(module: MatrixLayer, axes: ReadAxes, alive: Flags) -> MatrixLayer:
+    """A copy of a layer that only sees its dead inputs, and adds nothing of its own."""
+    part = copy.deepcopy(module)
+    stays = np.append(alive, True)
+    weight = part.weight.detach()
+    lives = torch.ones_like(weight, dtype=torch.bool)
+    for axis, units in axes:
+        mask = torch.from_numpy(stays[units]).to(weight.device)
+        lives &= mask.view([-1 if axis == k else 1 for k in range(weight.dim())])
+    part.weight = nn.Parameter(weight.masked_fill(lives, 0), requires_grad=False)
+    part.bias = None
+    return part
