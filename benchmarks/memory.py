@@ -25,8 +25,8 @@ def recipe(root: Path, arch: str) -> dict[str, Any]:
         "model": {"arch": arch},
         "data": {"name": "folder", "root": str(root), "limit": 1280},
         "prune": {"target": {"macs": 0.5}, "rounds": 2, "end": 0.6},
-        "decay": {"steps": 5},
-        "train": {"epochs": 2},
+        "decay": {"steps": 2},
+        "train": {"epochs": 3},
         "finetune": {"epochs": 0},
         "export": [],
     }

@@ -162,7 +162,7 @@ def test_resumed_processes_end_with_the_bits_of_uninterrupted_ones(together, fil
     [
         ("run out of memory:1:6", 1, "out of memory with data.batch 33: try --set data.batch=16"),
         ("run out of memory:0:6", 1, "out of memory with data.batch 33: try --set data.batch=16"),
-        ("spoil:1:6", 1, "the processes disagree on the model before round 2 (rank 1 and rank 0)"),
+        ("spoil:1:6", 1, "the processes disagree on the model after step 8 (rank 1 and rank 0)"),
         ("set:1:seed=1", 1, "the processes disagree on the recipe, the model file or the data"),
         ("set:1:train.lr=-1", 2, "train.lr"),
         ("set:0:prune.target.macs=0.0001", 3, "cannot be met"),

@@ -118,6 +118,7 @@ class Together(World):
         self.rank, self.size, self._store, self._device = rank, size, store, device
         self._shared = itertools.count()
         self._left = threading.Event()
+        self._failed: str | None = None  # what `watch` has read of another process
 
     def sum(self, *numbers: float) -> list[float]:
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -218,25 +219,28 @@ class Together(World):
             first = self._store.compare_set("failed", "", mine).decode()
             if self.is_main:
                 self._store.set("left", "")
+                time.sleep(2)  # the store may end with this process: let the others read it
             else:
                 waited = time.monotonic()
                 while not self._store.check(["left"]) and time.monotonic() < waited + GRACE:
                     time.sleep(0.1)
                 time.sleep(1)  # for its last line
             return None if first == mine else int(first.split()[1])
-        except dist.DistError:  # the launcher is gone, and the store with it
-            return None
+        except dist.DistError:  # the store is gone, with the launcher or with the main process
+            return int(self._failed.split()[1]) if self._failed else None
 
     def watch(self, store: Store) -> None:
         """End this process if another one failed and this one waits for it in vain. For a thread of its own, which
         needs a store of its own."""
         while not self._left.wait(1):
+            is_lost = False
             try:
-                failed = store.get("failed").decode() if store.check(["failed"]) else None
+                if store.check(["failed"]):
+                    self._failed = store.get("failed").decode()
             except dist.DistError:
-                failed = "- 1"
-            if failed and not self._left.wait(2 * GRACE):
-                os._exit(int(failed.split()[1]))
+                is_lost = True
+            if (self._failed or is_lost) and not self._left.wait(2 * GRACE):
+                os._exit(int(self._failed.split()[1]) if self._failed else 1)
 
     def _wait_for(self, key: str) -> None:
         while not self._store.check([key]):
