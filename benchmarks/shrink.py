@@ -77,7 +77,7 @@ def prune(
     recipe = {
         "model": {"arch": arch},
         "data": {"name": "folder", "root": str(root), "limit": limit},
-        "prune": {"target": {"macs": 0.25}, "rounds": 4, "end": 0.35},
+        "prune": {"target": {"macs": 0.25}, "rounds": 4, "end": 0.35, "round_to": 4},
         "decay": {"steps": 30},
         "train": {"epochs": epochs, "lr": 0.05},
         "finetune": {"epochs": 0},

@@ -76,10 +76,10 @@ class Otov2(BasePruner):
     """The base pruner `otov2`; `variant: hesso` chooses by HESSO's importance at each round instead of projecting.
 
     strength, amplify, ceiling: of the penalty (lmbda, lmbda_amplify and hat_lmbda_coeff in the reference). Without a
-    strength it is ours: what shrinks a typical marked unit to zero within its round at a falling learning rate, but at
-    least `least_strength`; the reference's own number is made for hundreds of epochs. epsilon: the half-space.
-    tolerance: fraction of all units marked as redundant beyond what the target needs. decoupled_decay: weight decay
-    that the optimizer applies beside the gradient (AdamW).
+    strength it is ours: three times what shrinks a typical marked unit to zero within its round at a constant learning
+    rate, but at least `least_strength`; the reference's own number is made for hundreds of epochs. epsilon: the
+    half-space. tolerance: fraction of all units marked as redundant beyond what the target needs. decoupled_decay:
+    weight decay that the optimizer applies beside the gradient (AdamW).
     """
 
     warm_up = 1
@@ -140,7 +140,7 @@ class Otov2(BasePruner):
         self.is_partitioned = True
         if self.strength is None:
             typical = float(self._seen["weight"][self.redundant].median()) if marked.any() else 0.0
-            self.used_strength = max(self.least_strength, 2 * typical / max(self._lr * steps, 1e-12))
+            self.used_strength = max(self.least_strength, 3 * typical / max(self._lr * steps, 1e-12))
 
     @torch.no_grad()
     def after_step_(self, lr: float, going: Tensor, released: Tensor, is_wanted: bool) -> None:

@@ -234,7 +234,7 @@ def test_strength_left_out_shrinks_a_typical_unit_within_the_round_at_a_falling_
     drive(model, base, torch.optim.SGD(model.parameters(), 0.02), wanted=False)
     base.start_round(9, 50)
     marked = sorted(length for length, is_marked in zip(lengths, base.redundant) if is_marked)
-    assert base.used_strength == pytest.approx(marked[(len(marked) - 1) // 2] / (0.02 / 2 * 50), rel=1e-5)
+    assert base.used_strength == pytest.approx(3 * marked[(len(marked) - 1) // 2] / (0.02 * 50), rel=1e-5)
 
 
 @pytest.mark.parametrize("wanted", [True, False])
