@@ -108,6 +108,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             prune["end"] = 0.4
         case "gate-decorator":
             prune["rounds"] = 2  # ticks of one epoch; a tock of a quarter of the rest before and after
+            decay_steps = max(1, decay_steps // 2)  # two decays must fit into the last tock
             train["epochs"] = max(1, (scale.epochs - 2) // 4)
             train["schedule"] = "triangular"
             finetune = {"epochs": scale.epochs - 2 - 2 * train["epochs"], "lr": 0.05}

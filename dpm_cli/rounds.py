@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpm_cli.errors import RecipeError
+from dpm_cli.recipe import Recipe
 from dpm_cli.stages import Stage
 
 
@@ -13,6 +14,27 @@ class Rounds:
 
     starts: tuple[int, ...]
     end: int
+
+
+def plan(
+    recipe: Recipe, stages: Sequence[Stage], *, steps_per_epoch: int, warm_up: int, condemns_each_step: bool
+) -> Rounds:
+    """The rounds of a whole run. warm_up, condemns_each_step: of the base pruner. Raises RecipeError."""
+    prune, decay = recipe.prune, recipe.decay
+    rectify, steps = decay.rectify is not None, recipe.train.epochs * steps_per_epoch
+    if prune.base == "gate-decorator":
+        return plan_ticks(stages, steps_per_epoch=steps_per_epoch, decay_steps=decay.steps, rectify=rectify)
+    if condemns_each_step:
+        return plan_condemning(steps, decay_steps=decay.steps, start=prune.start, end=prune.end, warm_up=warm_up)
+    return plan_rounds(
+        steps,
+        rounds=prune.rounds,
+        decay_steps=decay.steps,
+        start=prune.start,
+        end=prune.end,
+        rectify=rectify,
+        warm_up=warm_up,
+    )
 
 
 def plan_rounds(

@@ -32,12 +32,12 @@ from dpm_cli.graph.folding import fold_means_
 from dpm_cli.graph.labels import Flags
 from dpm_cli.metrics import Metrics, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
-from dpm_cli.pruners import BasePruner, OnTheFly, make_base
+from dpm_cli.pruners import OnTheFly, make_base
 from dpm_cli.pruning import Pruning, Removal
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.rectify import Rectifier
 from dpm_cli.report import Event
-from dpm_cli.rounds import Rounds, plan_condemning, plan_rounds, plan_ticks
+from dpm_cli.rounds import plan as plan_rounds
 from dpm_cli.sparsities import CutModel, cut_model
 from dpm_cli.stages import Stage, plan_stages
 from dpm_cli.survey import survey
@@ -116,7 +116,13 @@ class Run:
             everything = groups.cost.parameters(np.ones(groups.units, bool))
             limits: dict[str, Any] = {"kind": "params", "limit": everything, "floors": floors}
             return Pruning(self.model, groups, base, **limits, starts=(), end=0, decay_steps=1)
-        rounds = self._plan_rounds(base)
+        rounds = plan_rounds(
+            self.recipe,
+            self.stages,
+            steps_per_epoch=self.steps_per_epoch,
+            warm_up=base.warm_up,
+            condemns_each_step=base.condemns_each_step,
+        )
         trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
         rectify = decay.rectify if trains else None
         return Pruning(
@@ -133,22 +139,6 @@ class Run:
             make_rectifier=partial(Rectifier, **rectify.model_dump()) if rectify else None,
             fold_means=self._fold_means if self.recipe.folds_means else None,
         )
-
-    def _plan_rounds(self, base: BasePruner) -> Rounds:
-        prune, decay = self.recipe.prune, self.recipe.decay
-        rectify, steps = decay.rectify is not None, self.recipe.train.epochs * self.steps_per_epoch
-        if prune.base == "gate-decorator":
-            per_epoch = self.steps_per_epoch
-            return plan_ticks(self.stages, steps_per_epoch=per_epoch, decay_steps=decay.steps, rectify=rectify)
-        plan = partial(
-            plan_rounds if not base.condemns_each_step else plan_condemning,
-            steps,
-            decay_steps=decay.steps,
-            start=prune.start,
-            end=prune.end,
-            warm_up=base.warm_up,
-        )
-        return plan() if base.condemns_each_step else plan(rounds=prune.rounds, rectify=rectify)
 
     # ------------------------------------------------------------------------------------------------ the story
 

@@ -10,7 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpm_cli.errors import RecipeError
+from dpm_cli.pruners import make_base
 from dpm_cli.recipe import Recipe, dump_recipe, load_recipe, parse_amount, parse_recipe, shipped_recipes
+from dpm_cli.rounds import plan
+from dpm_cli.stages import plan_stages
 
 SMALLEST: dict[str, Any] = {"model": {"arch": "digits"}, "data": {"name": "digits"}, "prune": {"target": {"macs": 0.5}}}
 
@@ -33,7 +36,11 @@ def test_every_shipped_recipe_loads_by_name_with_and_without_suffix(name: str) -
 
 
 def test_the_promised_recipes_are_shipped() -> None:
-    assert {"digits", "cifar10", "resnet56-folder", "cifar100-vgg19", "folder"} <= set(shipped_recipes())
+    assert {
+        *("digits", "cifar10", "resnet56-folder", "cifar100-vgg19", "folder"),
+        *("vgg16-otov2", "resnet56-depgraph", "resnet56-depgraph-sl", "vgg16-gate-decorator"),
+        *("resnet50-imagenet-otov2", "vgg19-cifar100-depgraph-sl"),
+    } <= set(shipped_recipes())
 
 
 @pytest.mark.parametrize("name", shipped_recipes())
@@ -49,12 +56,17 @@ def test_shipped_recipes_begin_with_what_they_do_and_how_to_use_them(name: str) 
 @pytest.mark.parametrize("name", shipped_recipes())
 def test_rounds_of_shipped_recipes_fit_their_train_stage(name: str) -> None:
     # 45 000 images are CIFAR's training images less the validation part; the demo has 1 294; a folder at least 2 000
-    images = {"digits": 1294, "folder": 2000}.get(name, 45_000)
+    images = {"digits": 1294, "folder": 2000, "resnet50-imagenet-otov2": 1_255_544}.get(name, 45_000)
     recipe = load_recipe(name)
-    steps = recipe.train.epochs * (images // recipe.data.batch)
-    window = int((recipe.prune.end - recipe.prune.start) * steps)
-    assert recipe.prune.rounds * recipe.decay.steps <= window
-    assert recipe.prune.end * steps + recipe.decay.steps <= steps  # one more round for released units
+    base = make_base(recipe)
+    rounds = plan(
+        recipe,
+        plan_stages(recipe),
+        steps_per_epoch=images // recipe.data.batch,
+        warm_up=base.warm_up,
+        condemns_each_step=base.condemns_each_step,
+    )
+    assert len(rounds.starts) == (1 if base.condemns_each_step else recipe.prune.rounds)
 
 
 def test_a_file_of_the_same_name_comes_before_a_shipped_recipe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
