@@ -1,19 +1,22 @@
 """The public functions. Each takes a recipe and returns plain values; nothing here prints."""
 
+import contextlib
 import copy
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.data import Splits, load_data
+from dpm_cli.data import Splits, Waiting, load_data
 from dpm_cli.delivery import EXPORT_NAMES
+from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
+from dpm_cli.engine.distributed import is_launched, join
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
@@ -31,7 +34,7 @@ from dpm_cli.errors import (
     UnsupportedModelError,
     UsageError,
 )
-from dpm_cli.export import export_model, open_exported
+from dpm_cli.export import ExportedModel, export_model, is_program, open_exported
 from dpm_cli.files import REPORT, is_unfinished, locked, prepare_output, require_writable, write_atomic
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, flushing_denormals, measure_latency
 from dpm_cli.metrics import epoch_event, step_event
@@ -61,40 +64,52 @@ def prune(
     overwrite: bool = False,
     trust_pickle: bool = False,
     on_event: OnEvent = None,
-    should_stop: Callable[[], bool] | None = None,
+    should_stop: Callable[[], int] | None = None,
 ) -> Report:
     """Prune a trained model to the recipe's target; write slim.pt, the exports and the report into `output`.
 
     model: a file, or a module of the recipe's architecture (any module, if its code can be given again to `load`).
-    should_stop: asked after every step; when true the run writes a checkpoint and raises Interrupted.
+    should_stop: asked after every step; when true, or the exit code to stop with, the run writes a checkpoint and
+    raises Interrupted. Started by a launcher such as torchrun, all of its processes do this together; each calls
+    `on_event` and returns the report, the first one alone writes.
     Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError comes
     after everything was written, and brings the report.
     """
-    recipe, folder = _resolve(recipe), Path(output)
-    if resume and (folder / REPORT).exists() and not is_unfinished(folder):
-        return _earlier_report(folder, recipe)
-    torch_device = choose_device(device)
-    precision = choose_precision(recipe.precision, torch_device)
-    module, arch = _load(model, recipe, trust_pickle)
-    require_writable(folder)
-    # A run cannot go on with another batch.
-    with locked(folder), explaining_faults(recipe.data.batch, " --overwrite"):
-        prepare_output(folder, overwrite=overwrite, resume=resume)
+    with join(device) as world, contextlib.ExitStack() as stack:
+        recipe, folder = _resolve(recipe), Path(output)
+        if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder)):
+            return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
+        torch_device = choose_device(device)
+        precision = choose_precision(recipe.precision, torch_device)
+        module, arch = _load(model, recipe, trust_pickle)
+        # A run cannot go on with another batch.
+        stack.enter_context(explaining_faults(recipe.data.batch, " --overwrite"))
+        if world.is_main:
+            require_writable(folder)
+            stack.enter_context(locked(folder))
+            prepare_output(folder, overwrite=overwrite, resume=resume)
+        with world.main_first():
+            splits = load_splits(recipe, torch_device)
         run = Run(
             module,
             recipe,
-            load_splits(recipe, torch_device),
+            splits,
             arch=arch,
             output=folder,
             device=torch_device,
             precision=precision,
             should_stop=should_stop or (lambda: False),
+            world=world,
         )
+        if overwrite and world.is_main:
+            remove_checkpoints(folder)  # or a later --resume would go on with the run that was given up
         if arch is None:
             run.notes.append(
                 f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
                 "dpm_cli.load(path, model=...) and a freshly built dense module"
             )
+        if world.size > 1:
+            run.notes.append(f"trained by {world.size} processes")
         for event in run.events(resume=resume):
             if on_event:
                 on_event(event)
@@ -114,6 +129,8 @@ def train(
 ) -> dict[str, Any]:
     """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file."""
     recipe, path = _resolve(recipe), Path(output)
+    if is_launched():
+        raise UsageError("dpm train runs in one process: start it without the launcher (dpm prune runs in several)")
     if not recipe.data.labels:
         raise RecipeError("data.labels is false, but training needs labels: set it to true")
     if path.exists() and not overwrite:
@@ -159,11 +176,11 @@ def _train_dense(
     tell({"event": "stage", "name": "dense"})
     validation: Score | None = None
     for epoch in range(training.epochs):
-        meter, epoch_started = LossMeter(torch_device), time.monotonic()
+        meter, waiting, epoch_started = LossMeter(torch_device), Waiting(), time.monotonic()
         batches = splits.train.batches(
             batch, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=len(splits.train) >= batch
         )
-        for step, (images, labels) in enumerate(batches, epoch * per_epoch):
+        for step, (images, labels) in enumerate(waiting.timed(batches), epoch * per_epoch):
             meter.add_(learner.step_(images, labels, step=step), images=len(labels), step=step)
             tell(step_event(stage="dense", step=step + 1, steps=learner.steps, steps_per_epoch=per_epoch))
         reading = meter.read()
@@ -185,6 +202,7 @@ def _train_dense(
                 lr=learner.learning_rate((epoch + 1) * per_epoch - 1),
                 images=reading.images,
                 seconds=time.monotonic() - epoch_started,
+                waited=waiting.seconds,
             )
         )
     test = evaluate_module(module, splits.test, batch=batch * 4)
@@ -222,7 +240,7 @@ def evaluate(
     latency: bool = True,
     latency_batch: int = 1,
 ) -> dict[str, Any]:
-    """Test accuracy, cost, size and latency of a dense, slim, TorchScript or ONNX file.
+    """Test accuracy, cost, size and latency of a dense, slim, TorchScript, ONNX or .pt2 file.
 
     Latency is of single images, and with `latency_batch` also of batches of that size; both on the CPU.
     """
@@ -238,8 +256,8 @@ def _evaluate(
 ) -> dict[str, Any]:
     batch = recipe.data.batch * 4
     result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
-    if _is_exported(path):
-        runner: Any = open_exported(path)
+    runner: Any = _open_exported(path, trust_pickle)
+    if runner:
         splits = load_splits(recipe, torch.device("cpu"))
         score = score_runner(runner, splits.test, batch=batch) if splits.labelled else None
         name = {"onnx": "onnxruntime"}.get(runner.format, runner.format)
@@ -438,14 +456,14 @@ def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
     return relative_difference(module, built, spec.input) <= TOLERANCE
 
 
-def _is_exported(path: Path) -> bool:
+def _open_exported(path: Path, trust_pickle: bool) -> ExportedModel | None:
+    """A deployed file; nothing if the file may hold weights instead."""
     try:
-        open_exported(path)
-    except OSError:
-        return False
-    except Exception:
-        return False
-    return True
+        return open_exported(path, trust_pickle=trust_pickle)
+    except ModelFileError:
+        if is_program(path):
+            raise
+        return None
 
 
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:

@@ -1,8 +1,9 @@
-"""Attention layers that have lost heads.
+"""Layers of transformers that have lost heads or channels.
 
-PyTorch's own layers take the width of their heads from the width of their input, so they cannot run with fewer heads
-than they were built with. Each gets a subclass with the same parameters whose forward takes its sizes from the
-weights; a layer becomes one in place when it is compacted, or rebuilt from a slim file.
+PyTorch's own attention takes the width of its heads from the width of its input, so it cannot run with fewer heads
+than it was built with; a layer norm that lost channels would average over fewer. Each gets a subclass with the same
+parameters whose forward takes its sizes from the weights; a layer becomes one in place when it is compacted, or rebuilt
+from a slim file.
 """
 
 from typing import Any
@@ -12,12 +13,26 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def fit_attention_(module: nn.Module) -> bool:
-    """Turn a compacted attention layer into one that runs with the heads it has left; says whether it is one."""
+def can_lose_channels(module: nn.Module) -> bool:
+    """Whether a `SlimLayerNorm` can stand in for this layer norm: PyTorch's own, or timm's, which is alike."""
+    kind = type(module)
+    is_plain = kind is nn.LayerNorm or (kind.__name__ == "LayerNorm" and kind.__module__.startswith("timm."))
+    if not is_plain or not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
+        return False
+    return module.weight is not None and module.bias is not None
+
+
+def fit_transformer_layer_(module: nn.Module) -> bool:
+    """Turn a compacted attention layer or layer norm into one that runs with what is left; says whether it is one."""
+    if can_lose_channels(module) or isinstance(module, SlimLayerNorm):
+        assert isinstance(module, nn.LayerNorm)
+        if module.weight.shape != module.normalized_shape:
+            module.__class__ = SlimLayerNorm
+        return True
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
-        inner = module.in_proj_weight.shape[0] // 3
-        if inner != module.embed_dim:
-            module.num_heads = inner // module.head_dim
+        rows, width = module.in_proj_weight.shape
+        if rows != 3 * module.embed_dim or width != module.embed_dim:
+            module.num_heads = rows // 3 // module.head_dim
             module.__class__ = SlimMultiheadAttention
         return True
     if type(module).__name__ in ("ShiftedWindowAttention", "SlimWindowAttention"):
@@ -25,11 +40,20 @@ def fit_attention_(module: nn.Module) -> bool:
 
         if isinstance(module, ShiftedWindowAttention) and not isinstance(module, ShiftedWindowAttentionV2):
             rows, width = module.qkv.weight.shape
-            if rows != 3 * width:
-                module.num_heads = module.relative_position_bias_table.shape[1]
-                module.__class__ = _window_attention_class()
+            module.num_heads = module.relative_position_bias_table.shape[1]
+            module.__class__ = _window_attention_class() if rows != 3 * width else ShiftedWindowAttention
             return True
     return False
+
+
+class SlimLayerNorm(nn.LayerNorm):
+    """Averages over `normalized_shape` channels, of which those that have no weight any more are zeros."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (..., channels left)"""
+        left, all_channels = x.shape[-1], self.normalized_shape[0]
+        x, weight, bias = (F.pad(each, (0, all_channels - left)) for each in (x, self.weight, self.bias))
+        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)[..., :left]
 
 
 class SlimMultiheadAttention(nn.MultiheadAttention):

@@ -126,6 +126,7 @@ class Delivery:
         return Report(
             arch=self.arch,
             base=recipe.prune.base,
+            method=name_method(recipe, pruning.decay.steps),
             dense=dense,
             slim=slim,
             target=_report_cut(cuts[0], recipe.prune.on_the_fly.threshold) if cuts else self._report_target(pruning),
@@ -178,6 +179,9 @@ class Delivery:
             yield f"MACs are counted by {self.recipe.counter}; the target is held by flop_counter's"
         elif predicted != (slim.macs, slim.params):
             yield f"predicted cost {predicted} differs from the measured one {(slim.macs, slim.params)}"
+        if pruning.topped_up:
+            why = "others were released" if pruning.released else f"{self.recipe.prune.base} condemned too few in time"
+            yield f"{pruning.topped_up} units were chosen by score alone, after the planned rounds: {why}"
         if not self.splits.labelled:
             yield "data.labels is false: no accuracy was measured"
         if len(self.splits.corrupt):
@@ -218,6 +222,18 @@ class Delivery:
             "std": json.dumps(self.splits.std),
             "input": json.dumps(self.recipe.model.input),
         }
+
+
+def name_method(recipe: Recipe, decay_steps: int) -> str:
+    """The base pruner, and DPM if it is on: one-step pruning is the base alone, as is HESSO with its own envelope."""
+    prune, decay = recipe.prune, recipe.decay
+    name: str = prune.base
+    if prune.base == "otov2" and prune.otov2.variant != "dhspg":
+        name += f" ({prune.otov2.variant})"
+    if prune.base == "depgraph" and prune.importance != "group-norm":
+        name += f" ({prune.importance})"
+    is_on = decay_steps > 1 and (decay.envelope != "multiplicative" or decay.rectify is not None)
+    return f"{name} + DPM" if is_on else name
 
 
 def _report_cut(cut: CutModel, threshold: float | None) -> TargetReport:

@@ -10,7 +10,8 @@ DpmError                    exit code 1
 │   └── OutputError         2  an output folder that cannot be used
 ├── TargetError             3  the target cannot be, or was not, met
 ├── AccuracyError           4  an accuracy floor was broken
-└── Interrupted             130  stopped by the user; resumable
+├── Interrupted             130  stopped by the user; resumable
+└── ToldElsewhere           of several processes, another one says what happened
 """
 
 from typing import Any
@@ -76,3 +77,15 @@ class Interrupted(DpmError):
     """Stopped by the user; the message says how to continue."""
 
     exit_code = 130
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class ToldElsewhere(DpmError):
+    """This process ends because another one of the run failed, which tells the user why. Not to be shown."""
+
+    def __init__(self, exit_code: int) -> None:
+        super().__init__("another process of this run failed")
+        self.exit_code = exit_code

@@ -64,9 +64,7 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     require_writable(folder)
     _remove_leftovers(folder)
     if overwrite:
-        for name in (PREVIOUS, CHECKPOINT):  # or a later --resume would continue the run that was given up
-            (folder / name).unlink(missing_ok=True)
-        return
+        return  # what is there goes when the new run has something in its place
     if is_unfinished(folder):
         if not resume:
             raise OutputError(f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew")

@@ -44,6 +44,22 @@ class Metrics:
             raise RunError(f"{self._path} cannot be written: {error.strerror or error}") from None
 
 
+class Unwritten(Metrics):
+    """In a process that writes no files."""
+
+    def __init__(self) -> None:
+        """Needs no path."""
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        """Nothing to close."""
+
+    def write(self, event: Event) -> Event:
+        return event
+
+
 def epoch_event(
     *,
     stage: str,
@@ -55,8 +71,9 @@ def epoch_event(
     lr: float,
     images: int,
     seconds: float,
+    waited: float,
 ) -> Event:
-    """What an epoch was like. lr: of its last step. images: trained on in `seconds`."""
+    """What an epoch was like. lr: of its last step. images: trained on in `seconds`; of these it `waited` for data."""
     return {
         "event": "epoch",
         "stage": stage,
@@ -67,6 +84,7 @@ def epoch_event(
         "validation_accuracy": validation_accuracy,
         "lr": lr,
         "images_per_second": images / max(seconds, 1e-9),
+        "waiting_for_data": min(waited / max(seconds, 1e-9), 1.0),
         "seconds": seconds,
     }
 

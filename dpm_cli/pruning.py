@@ -160,7 +160,7 @@ class Pruning:
         """After the optimizer's step, with its learning rate."""
         decay = self.decay
         is_wanted = self.is_condemning and self.cost(self._present) > self.limit
-        self.base.after_step_(lr, decay.decaying | decay.dead, is_wanted)
+        self.base.after_step_(lr, decay.decaying | decay.dead, decay.released, is_wanted)
         if is_wanted:
             self._condemn()
         if self.in_round:

@@ -186,12 +186,20 @@ class Prune(Section):
     round_to: Step = "auto"  # surviving widths are multiples of this; auto: 8, or less if the target needs it
     min_keep: Fraction = 0.1  # of every group; never less than one unit
     keep: tuple[str, ...] = ()  # layers whose outputs stay whole: names or patterns such as "layer4.*"
+    embedding: Literal["keep", "prune"] = "keep"  # of transformers: the width of tokens, through all blocks
     normalizer: Literal["mean", "max"] | None = None  # of importances; none: max with sparse learning, else mean
     sparse_epochs: NonNegative = 0  # sparse learning before the first round
     sparse_strength: float = Field(default=5e-4, ge=0, le=100)
     sparse_growth: float = Field(default=1e-5, ge=0, le=100)  # penalty growing: added to the strength each epoch
     sparse_lr: LearningRate = 0.01
     max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; none: no floor
+
+    @model_validator(mode="after")
+    def _means_something_to_its_base(self) -> "Prune":
+        for name in ("importance", "penalty", "sparse_epochs"):
+            if self.base != "depgraph" and getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} is a setting of the base depgraph and would change nothing in {self.base}")
+        return self
 
     @model_validator(mode="after")
     def _aims_at_what_the_base_cuts(self) -> "Prune":

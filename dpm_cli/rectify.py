@@ -84,10 +84,10 @@ class Rectifier:
     def observe(self, units: Units) -> None:
         """Remember what the criteria need of x and of the raw gradient g."""
         weights, gradients = units.weights(), units.gradients()
-        self._norm = units.norm(weights)
-        self._gradient = units.norm(gradients)
         if self.criterion in ("cosine", "significance"):
-            self._dot = units.dot(weights, gradients)
+            self._norm, self._gradient, self._dot = units.compare(weights, gradients)
+        else:
+            self._norm, self._gradient = units.norm(weights), units.norm(gradients)
         if self.criterion == "norm_per_update":
             self._weights = [weight.clone() for weight in weights]
 

@@ -111,6 +111,7 @@ class Report:
 
     arch: str | None
     base: str
+    method: str  # the base pruner with its variant, "+ DPM" if units decay
     dense: Measured
     slim: Measured
     target: TargetReport

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from dpm_cli.errors import RecipeError
+from dpm_cli.pruners import BasePruner
 from dpm_cli.recipe import Recipe
 from dpm_cli.stages import Stage
 
@@ -16,16 +17,19 @@ class Rounds:
     end: int
 
 
-def plan(
-    recipe: Recipe, stages: Sequence[Stage], *, steps_per_epoch: int, warm_up: int, condemns_each_step: bool
-) -> Rounds:
-    """The rounds of a whole run. warm_up, condemns_each_step: of the base pruner. Raises RecipeError."""
+def plan(recipe: Recipe, stages: Sequence[Stage], base: BasePruner, *, steps_per_epoch: int) -> Rounds:
+    """The rounds of a whole run. Raises RecipeError if they do not fit."""
     prune, decay = recipe.prune, recipe.decay
     rectify, steps = decay.rectify is not None, recipe.train.epochs * steps_per_epoch
     if prune.base == "gate-decorator":
-        return plan_ticks(stages, steps_per_epoch=steps_per_epoch, decay_steps=decay.steps, rectify=rectify)
-    if condemns_each_step:
-        return plan_condemning(steps, decay_steps=decay.steps, start=prune.start, end=prune.end, warm_up=warm_up)
+        return plan_ticks(
+            stages,
+            steps_per_epoch=steps_per_epoch,
+            decay_steps=decay.steps,
+            may_miss=rectify or base.condemns,
+        )
+    if base.condemns_each_step:
+        return plan_condemning(steps, decay_steps=decay.steps, start=prune.start, end=prune.end, warm_up=base.warm_up)
     return plan_rounds(
         steps,
         rounds=prune.rounds,
@@ -33,7 +37,7 @@ def plan(
         start=prune.start,
         end=prune.end,
         rectify=rectify,
-        warm_up=warm_up,
+        warm_up=base.warm_up,
     )
 
 
@@ -71,18 +75,21 @@ def plan_condemning(steps: int, *, decay_steps: int, start: float, end: float, w
 
     What it condemned last must decay, and what it missed is then chosen by score and decays too.
     """
-    taken = 0 if decay_steps == 1 else decay_steps
     first, last = max(round(start * steps), warm_up), round(end * steps)
-    if first >= last or last + 2 * taken > steps:
+    after = 1 if decay_steps == 1 else 2 * decay_steps  # even one-step pruning happens before a step
+    if first >= last or last + after > steps:
         raise RecipeError(
-            f"units are condemned from step {first} to {last} of {steps} (prune.start, prune.end), and {2 * taken} "
-            "steps must follow for their decay: lower prune.end or decay.steps, or raise train.epochs"
+            f"units are condemned from step {first} to {last} of {steps} (prune.start, prune.end), and {after} steps "
+            "must follow for what is missing then: lower prune.end or decay.steps, or raise train.epochs"
         )
     return Rounds((first,), last)
 
 
-def plan_ticks(stages: Sequence[Stage], *, steps_per_epoch: int, decay_steps: int, rectify: bool) -> Rounds:
-    """A round after every tick, in the stage that follows. Raises RecipeError if its decay does not fit there."""
+def plan_ticks(stages: Sequence[Stage], *, steps_per_epoch: int, decay_steps: int, may_miss: bool) -> Rounds:
+    """A round after every tick, in the stage that follows. Raises RecipeError if its decay does not fit there.
+
+    may_miss: the planned rounds may miss the target, so one more must fit after the last.
+    """
     taken = 0 if decay_steps == 1 else decay_steps
     starts, step, last = [], 0, 0
     for stage in (stage for stage in stages if stage.prunes):
@@ -98,9 +105,10 @@ def plan_ticks(stages: Sequence[Stage], *, steps_per_epoch: int, decay_steps: in
                 )
     if not starts or starts[-1] == step:
         raise RecipeError("train.epochs is 0, but that is a tock, in which the last units decay: raise it")
-    if rectify and starts[-1] + 2 * taken > step:
+    after = 2 if decay_steps == 1 else 2 * decay_steps  # even one-step pruning happens before a step
+    if may_miss and starts[-1] + after > step:
         raise RecipeError(
-            f"no room for {2 * taken} decay steps after the last tick to replace released units: lower decay.steps, "
-            "raise train.epochs, or set decay.rectify: false"
+            f"a tock of {step - starts[-1]} steps has no room for two times {decay_steps} decay steps, of the last "
+            "tick's units and of what the target then still needs: lower decay.steps or raise train.epochs"
         )
     return Rounds(tuple(starts), step)

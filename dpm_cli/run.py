@@ -2,41 +2,42 @@
 
 import contextlib
 import copy
-import hashlib
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property, partial
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dpm_cli.budget import resolve_limit
-from dpm_cli.data import Augmentation, Splits
+from dpm_cli.data import Augmentation, Splits, Waiting
 from dpm_cli.delivery import Delivery
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
+from dpm_cli.engine.digest import digest
+from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision, to_fast_layout_
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
-from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RunError, TargetError
+from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.floor import Floor
 from dpm_cli.graph import Groups, take
 from dpm_cli.graph.folding import fold_means_
 from dpm_cli.graph.labels import Flags
-from dpm_cli.metrics import Metrics, epoch_event, step_event
+from dpm_cli.metrics import Metrics, Unwritten, epoch_event, step_event
 from dpm_cli.models.own_code import one_line
 from dpm_cli.pruners import OnTheFly, make_base
 from dpm_cli.pruning import Pruning, Removal
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.rectify import Rectifier
-from dpm_cli.report import Event
+from dpm_cli.report import Event, Report
 from dpm_cli.rounds import plan as plan_rounds
 from dpm_cli.sparsities import CutModel, cut_model
 from dpm_cli.stages import Stage, plan_stages
@@ -69,22 +70,30 @@ class Run:
         output: Path,
         device: torch.device,
         precision: Precision,
-        should_stop: Callable[[], bool] = lambda: False,
+        should_stop: Callable[[], int] = lambda: False,
+        world: World = ALONE,
     ) -> None:
         """model: dense (or slim from an earlier run), in eval mode on the CPU. It is copied, not changed.
 
+        should_stop: true, or the exit code to stop with. world: each of its processes has such a run.
         Raises UnsupportedModelError, RecipeError or TargetError before any training.
         """
         self.recipe, self.splits, self.arch, self.output = recipe, splits, arch, output
-        self.device, self.precision, self.should_stop = device, precision, should_stop
+        self.device, self.precision, self.should_stop, self.world = device, precision, should_stop, world
+        self.train_split, self.validation_split = world.slice(splits.train), world.slice(splits.validation)
         self.dense = model
         self.stages = plan_stages(recipe)
         self.steps_per_epoch = max(1, len(splits.train) // recipe.data.batch)
         self.progress = Progress()
         self._restored: dict[str, Any] | None = None  # a checkpoint's `in_stage`, until its stage goes on
         self.notes: list[str] = []
+        self.report: Report
         self._corrupt_told = 0
         torch.manual_seed(recipe.seed)
+        if world.size > min(recipe.data.batch, len(splits.train)):
+            raise RecipeError(
+                f"data.batch is {recipe.data.batch}, less than an image for each of {world.size} processes"
+            )
 
         found = survey(model, recipe)
         self.dense_groups, self.round_to, self.floors = found.groups, found.round_to, found.floors
@@ -116,13 +125,7 @@ class Run:
             everything = groups.cost.parameters(np.ones(groups.units, bool))
             limits: dict[str, Any] = {"kind": "params", "limit": everything, "floors": floors}
             return Pruning(self.model, groups, base, **limits, starts=(), end=0, decay_steps=1)
-        rounds = plan_rounds(
-            self.recipe,
-            self.stages,
-            steps_per_epoch=self.steps_per_epoch,
-            warm_up=base.warm_up,
-            condemns_each_step=base.condemns_each_step,
-        )
+        rounds = plan_rounds(self.recipe, self.stages, base, steps_per_epoch=self.steps_per_epoch)
         trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
         rectify = decay.rectify if trains else None
         return Pruning(
@@ -144,11 +147,12 @@ class Run:
 
     def events(self, *, resume: bool = False) -> Events:
         yield self._started()
+        self.world.require_same("the recipe, the model file or the data", self._origin)
         self._measure_floor()
         if resume:
             yield from self._restore()
         yield from self._tell_corrupt()
-        with Metrics(self.output / "metrics.jsonl", self._metrics_bytes) as self.metrics:
+        with self._open_metrics() as self.metrics:
             yield from self._train_stages()
             while not self._holds_floor():
                 is_final = self._went_back or self._held_the_target
@@ -159,7 +163,8 @@ class Run:
                 yield self._save_checkpoint(None)
                 yield from self._train_stages()
             yield from self._finish()
-        remove_checkpoints(self.output)
+        if self.world.is_main:
+            remove_checkpoints(self.output)
         for note in self.notes:
             yield {"event": "note", "text": note}
         yield {"event": "done"}
@@ -170,7 +175,8 @@ class Run:
         """What is left of the stages; then the BatchNorm statistics are settled."""
         while self.progress.stage < len(self.stages):
             stage = self.stages[self.progress.stage]
-            if not (stage.ends_with_pruning and self.pruning.is_done):
+            is_over = self.pruning.is_done or self._went_back
+            if self.progress.step or not (stage.ends_with_pruning and is_over):
                 yield from self._train(stage)
             self.progress.stage, self.progress.step = self.progress.stage + 1, 0
             if self.progress.stage >= self._stage_after_pruning:
@@ -191,34 +197,41 @@ class Run:
         first_step = self._steps_before(stage)
         before = [self.pruning.base.before_step_] if stage.name == "sparse" else []
         yield {"event": "stage", "name": stage.name}
+        waiting = Waiting()
         started = epoch_started = time.monotonic()
         if self._restored:
             with _foreign_state(self.output / CHECKPOINT):
                 learner.load_state_dict(self._restored["optimizer"])
                 meter.load_state_dict(self._restored["meter"])
                 epoch_started -= float(self._restored["epoch_seconds"])
+                waiting.seconds = float(self._restored["waited_seconds"])
             self._restored = None
-        for images, labels in self._batches(stage):
+        for images, labels in waiting.timed(self._batches(stage)):
             step = self.progress.step
+            (count,) = self.world.sum(len(labels))
             if pruning and pruning.is_due(first_step + step):
+                self._require_agreement(f"the model before round {pruning.round + 1}")
                 if self._holds_floor():
                     self._remember_state()
                 elif pruning.round:
                     yield self._go_back(f"round {pruning.round}")
                     break
-                yield self.metrics.write({"event": "round", "stage": stage.name, "step": step} | pruning.start_round())
+                chosen = pruning.start_round()
+                self._require_agreement(f"the victims of round {pruning.round}")
+                yield self.metrics.write({"event": "round", "stage": stage.name, "step": step} | chosen)
             if pruning and pruning.is_over:  # one-step pruning
                 yield self._remove(pruning.finish_round, stage, learner, meter)
             loss = learner.step_(
                 images,
                 labels,
                 step=step,
+                count=count,
                 before=[pruning.before_step_] if pruning and not pruning.is_done else before,
                 after=[partial(pruning.after_step_, first_step + step, learner.learning_rate(step))]
                 if pruning and not pruning.is_done
                 else (),
             )
-            meter.add_(loss, images=len(labels), step=step)
+            meter.add_(loss, images=int(count), step=step)
             self.progress.step = step = step + 1
             if pruning and pruning.is_over:
                 yield self._remove(pruning.finish_round, stage, learner, meter)
@@ -228,10 +241,10 @@ class Run:
                     yield self._remove(pruning.remove_dead, stage, learner, meter)
                 if stage.name != "finetune":
                     self.pruning.base.end_epoch()
-                yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started)
+                yield self._end_epoch(stage, learner, meter, time.monotonic() - epoch_started, waiting.take())
                 yield from self._tell_corrupt()
                 epoch_started = time.monotonic()
-            stopping = self.should_stop()
+            stopping = self.world.largest(self.should_stop())
             if stopping or (step % self.recipe.checkpoint.every == 0 and step < learner.steps):
                 self._require_finite(meter, stage, learner)
                 self._count_seconds(stage, started)
@@ -241,10 +254,12 @@ class Run:
                         "optimizer": learner.state_dict(),
                         "meter": meter.state_dict(),
                         "epoch_seconds": started - epoch_started,
+                        "waited_seconds": waiting.seconds,
                     }
                 )
             if stopping:
-                raise Interrupted(f"stopped in stage {stage.name} at step {step}; continue with --resume")
+                text = f"stopped in stage {stage.name} at step {step}; continue with --resume"
+                raise Interrupted(text, stopping if stopping > 1 else Interrupted.exit_code)
         if pruning and not learner.steps and pruning.is_due(0):  # no training: all units are cut at once
             yield self.metrics.write({"event": "round", "stage": stage.name, "step": 0} | pruning.start_round())
             yield self._remove(pruning.finish_round, stage, learner, meter)
@@ -267,6 +282,7 @@ class Run:
         removal = remove(self._check_images())
         to_fast_layout_(self.model)
         learner.shrink_(lambda name, value: take(value, removal.kept.get(name, {})))
+        self._require_agreement(f"what round {self.pruning.round} removed")
         self.progress.difference = max(self.progress.difference, removal.difference)
         groups = self.pruning.groups
         alive = self.pruning.all_alive
@@ -285,8 +301,9 @@ class Run:
             }
         )
 
-    def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float) -> Event:
+    def _end_epoch(self, stage: Stage, learner: Learner, meter: LossMeter, seconds: float, waited: float) -> Event:
         reading = self._require_finite(meter, stage, learner)
+        self._require_agreement(f"the model after step {self.progress.step}")
         meter.reset_()
         return self.metrics.write(
             epoch_event(
@@ -299,6 +316,7 @@ class Run:
                 lr=learner.learning_rate(self.progress.step - 1),
                 images=reading.images,
                 seconds=seconds,
+                waited=waited,
             )
         )
 
@@ -310,6 +328,12 @@ class Run:
                 cuts.append(cut)
                 yield self.metrics.write({"event": "cut"} | asdict(cut.report))
             self.model = cuts[0].module
+        validation_accuracy = self._validate()
+        if self.world.is_main:
+            yield from self._deliver(validation_accuracy, cuts)
+        self.report = cast(Report, self.world.share(self.report if self.world.is_main else None))
+
+    def _deliver(self, validation_accuracy: float | None, cuts: Sequence[CutModel]) -> Events:
         slim = copy.deepcopy(self.model).cpu().to(memory_format=torch.contiguous_format).eval()
         delivery = Delivery(
             self.recipe,
@@ -339,7 +363,7 @@ class Run:
             difference=self.progress.difference,
             seconds=seconds,
             precision=self.precision.name,
-            validation_accuracy=self._validate(),
+            validation_accuracy=validation_accuracy,
             floor=self.floor,
             notes=self.notes,
             cuts=cuts,
@@ -406,6 +430,7 @@ class Run:
         if held:
             self._restore_model(copy.deepcopy(held["pruning"]), held["model"])
         pruning = self.pruning
+        pruning.restore_()
         if not floor.broken:
             floor.broken = (
                 f"{culprit} broke the accuracy floor and did not recover: validation {accuracy:.2f} %, floor "
@@ -456,8 +481,13 @@ class Run:
             },
         }
 
+    def _open_metrics(self) -> Metrics:
+        return Metrics(self.output / "metrics.jsonl", self._metrics_bytes) if self.world.is_main else Unwritten()
+
     def _tell_corrupt(self) -> Events:
         """If images were left out since the last call; streamed ones are found on the way."""
+        for paths in self.world.gather(self.splits.corrupt.paths):
+            self.splits.corrupt.adopt_(paths)
         if len(self.splits.corrupt) > self._corrupt_told:
             self._corrupt_told = len(self.splits.corrupt)
             yield {"event": "note", "text": self.splits.corrupt.note}
@@ -470,6 +500,7 @@ class Run:
             steps_per_epoch=self.steps_per_epoch,
             seed=self.recipe.seed * 1_000_003 + stage.first_epoch,
             teacher=self.teacher,
+            world=self.world,
             **stage.training.model_dump(exclude={"epochs"}),
         )
         self.model.train()
@@ -488,7 +519,7 @@ class Run:
 
     def _epoch_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Full batches only, unless the images do not fill one. epoch: over the whole run."""
-        train, batch, recipe = self.splits.train, self.recipe.data.batch, self.recipe
+        train, batch, recipe = self.train_split, self.recipe.data.batch, self.recipe
         return train.batches(
             batch,
             seed=recipe.seed,
@@ -504,15 +535,25 @@ class Run:
 
     def _recalibrate_(self, model: nn.Module) -> None:
         count = self.recipe.recalibrate_batches
-        recalibrate_batchnorm_(model, self._calibration_batches(), count=count, precision=self.precision)
+        batches = self._calibration_batches()
+        recalibrate_batchnorm_(model, batches, count=count, precision=self.precision, world=self.world)
 
     def _validate(self) -> float | None:
-        if not (self.splits.labelled and len(self.splits.validation)):
+        if not (self.splits.labelled and len(self.validation_split)):
             return None
         score = evaluate_module(
-            self.model, self.splits.validation, batch=self.recipe.data.batch * 4, precision=self.precision
+            self.model,
+            self.validation_split,
+            batch=self.recipe.data.batch * 4,
+            precision=self.precision,
+            world=self.world,
         )
         return score.accuracy
+
+    def _require_agreement(self, what: str) -> None:
+        """Several processes must decide alike. Raises RunError if they do not."""
+        self.world.share_buffers_(self.model)
+        self.world.require_same(what, [self.model.state_dict(), self.pruning.state_dict()])
 
     def _check_images(self) -> Tensor:
         held_out = self.splits.validation if len(self.splits.validation) else self.splits.train
@@ -542,11 +583,14 @@ class Run:
 
     def _save_checkpoint(self, in_stage: dict[str, Any] | None) -> Event:
         """in_stage: what only matters until the stage is over; none between stages."""
+        self._require_agreement(f"the model after step {self.progress.step}")
+        if self.world.is_main:
+            save_checkpoint(self.output, self._state(in_stage))
+        return {"event": "checkpoint", "step": self.progress.step, "path": str(self.output / CHECKPOINT)}
+
+    def _state(self, in_stage: dict[str, Any] | None) -> dict[str, Any]:
         scaler = self.precision.scaler
-        state = {
-            "recipe": self._settings,
-            "weights": self._fingerprint,
-            "data": dict(self.splits.fingerprints),
+        return self._origin | {
             "stage": self.progress.stage,
             "step": self.progress.step,
             "difference": self.progress.difference,
@@ -559,26 +603,21 @@ class Run:
             "rng": capture_rng(),
             "metrics_bytes": self.metrics.flush_to_disk(),
         }
-        save_checkpoint(self.output, state)
-        return {"event": "checkpoint", "step": self.progress.step, "path": str(self.output / CHECKPOINT)}
+
+    @cached_property
+    def _origin(self) -> dict[str, Any]:
+        """What the run starts from: a resumed one must agree on it, and all processes."""
+        weights = digest(self.dense.state_dict())
+        return {"recipe": self._settings, "weights": weights, "data": dict(self.splits.fingerprints)}
 
     @property
     def _settings(self) -> str:
         """What a resumed run must agree on: all but the exports, so that an export that fails costs no training."""
         return dump_recipe(self.recipe.model_copy(update={"export": (), "opset": 18}))
 
-    @cached_property
-    def _fingerprint(self) -> str:
-        """Of the weights that the run started from."""
-        digest = hashlib.sha256()
-        for name, tensor in self.dense.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return digest.hexdigest()
-
     def _restore(self) -> Events:
         """Continue from the last whole checkpoint of the output folder, if there is one."""
-        checkpoint = load_checkpoint(self.output)
+        checkpoint = self.world.share(load_checkpoint(self.output) if self.world.is_main else None)
         if checkpoint is None:
             yield {"event": "note", "text": f"{self.output} holds no checkpoint: the run starts at its beginning"}
             return
@@ -590,7 +629,7 @@ class Run:
             raise OutputError(
                 f"{checkpoint.path} was made with another recipe ({changed}): resume with the same one, or --overwrite"
             )
-        if weights != self._fingerprint:
+        if weights != self._origin["weights"]:
             raise OutputError(
                 f"{checkpoint.path} was made from another model file: resume with the same, or --overwrite"
             )

@@ -2,6 +2,7 @@
 
 import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -27,11 +28,12 @@ class Survey:
 def survey(module: nn.Module, recipe: Recipe) -> Survey:
     """module: dense, in eval mode on the CPU. Raises what `find_groups` raises."""
     prune, example, shifts = recipe.prune, torch.zeros(2, *recipe.model.input), Shifts()
-    groups = find_groups(module, example, prune.keep)
+    find = partial(find_groups, keep=prune.keep, prune_embedding=prune.embedding == "prune")
+    groups = find(module, example)
     if recipe.folds_means:
         shifts, module = find_shifts(module, example), copy.deepcopy(module)
         if give_biases_(module, groups, shifts):
-            groups = find_groups(module, example, prune.keep)
+            groups = find(module, example)
     groups = make_base(recipe).choosable(groups, module)
     target = prune.target
     if recipe.cuts_weights:

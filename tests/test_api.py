@@ -29,8 +29,9 @@ from dpm_cli.errors import (
 from dpm_cli.export import open_exported
 from dpm_cli.measure import count_parameters, measure_in_turns
 from dpm_cli.models import build, load, load_slim
-from dpm_cli.recipe import Prune
+from dpm_cli.recipe import Prune, parse_recipe
 from dpm_cli.report import Report
+from dpm_cli.stages import plan_stages
 
 
 @pytest.fixture(autouse=True)
@@ -389,10 +390,15 @@ def start_killed_run(dense_file, folder, settings, moment="never", number=0):
 @pytest.mark.parametrize("base", get_args(Prune.model_fields["base"].annotation))
 def test_run_killed_at_twenty_random_moments_ends_with_the_same_bits(dense_file, tmp_path, base):
     """Between any two events, in the middle of a checkpoint, before it is flushed and before each of its renames."""
-    settings = recipe(
-        train={"epochs": 30}, finetune={"epochs": 20}, decay={"steps": 15, "rectify": {"rate": 0.0, "length": 0.8}},
-        prune={"rounds": 3, "base": base}, checkpoint={"every": 2}, export=["torchscript"],
-    )  # fmt: skip
+    own = {
+        "gate-decorator": {"train": {"epochs": 10}, "prune": {"gates": {"tick_epochs": 5, "tick_lr": 0.01}}},
+        "on-the-fly": {"train": {"epochs": 50}, "finetune": {"epochs": 0}, "prune": {"target": {"sparsity": 0.5}}},
+    }.get(base, {})
+    changes = {
+        "train": {"epochs": 30}, "finetune": {"epochs": 20}, "checkpoint": {"every": 2}, "export": ["torchscript"],
+        "decay": {"steps": 15, "rectify": {"rate": 0.0, "length": 0.8}},
+    } | own  # fmt: skip
+    settings = recipe(**changes | {"prune": {"rounds": 3, "base": base} | own.get("prune", {})})
     whole, folder = tmp_path / "whole", tmp_path / "killed"
     assert start_killed_run(dense_file, whole, settings) == 0
     dice = np.random.default_rng(0)
@@ -409,8 +415,8 @@ def test_run_killed_at_twenty_random_moments_ends_with_the_same_bits(dense_file,
     assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint"))]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [(line["stage"], line["epoch"]) for line in lines if line["event"] == "epoch"]
-    wanted = [("train", 30), ("finetune", 20)]
-    assert epochs == [(stage, epoch) for stage, last in wanted for epoch in range(1, last + 1)]
+    stages = plan_stages(parse_recipe(settings))
+    assert epochs == [(stage.name, epoch) for stage in stages for epoch in range(1, stage.training.epochs + 1)]
 
 
 @pytest.mark.slow
@@ -483,6 +489,17 @@ def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished)
     assert exported["accuracy"] == report.slim.accuracy
     with pytest.raises(ModelFileError):
         api.evaluate(folder / "report.json", recipe())
+
+
+def test_evaluating_a_torch_export_archive_needs_trust(finished, tmp_path):
+    folder, report = finished
+    (made,) = api.export_slim(folder / "slim.pt", formats=["pt2"], output=tmp_path)
+    with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code .* --trust-pickle"):
+        api.evaluate(made.path, recipe())
+    measured = api.evaluate(made.path, recipe(), trust_pickle=True)
+    assert (measured["kind"], measured["bytes"]) == ("pt2", made.bytes)
+    assert measured["accuracy"] == report.slim.accuracy
+    assert measured["latency"].keys() == {"pt2"}
 
 
 def test_slim_file_is_exported_again(finished, tmp_path):

@@ -7,7 +7,7 @@ from torch import nn
 from torchvision.models import VisionTransformer
 from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTransformer
 
-from dpm_cli.attention import SlimMultiheadAttention, _window_attention_class
+from dpm_cli.attention import SlimMultiheadAttention, _window_attention_class, fit_transformer_layer_
 from dpm_cli.export import export_model
 from dpm_cli.graph import Units, compact_, find_groups
 from dpm_cli.models import load_slim, save_slim
@@ -46,6 +46,20 @@ def test_slim_window_attention_is_swins_own_while_all_heads_are_there(size, shif
     torch.testing.assert_close(slim(x), dense(x))
 
 
+def test_slim_layer_norm_counts_lost_channels_as_zeros():
+    torch.manual_seed(0)
+    dense = nn.LayerNorm(8)
+    nn.init.normal_(dense.weight)
+    nn.init.normal_(dense.bias)
+    slim, x = copy.deepcopy(dense), torch.randn(2, 5, 8)
+    left = torch.tensor([0, 3, 4, 6])
+    x[..., [1, 2, 5, 7]] = 0
+    slim.weight, slim.bias = nn.Parameter(dense.weight[left]), nn.Parameter(dense.bias[left])
+    assert fit_transformer_layer_(slim)
+    torch.testing.assert_close(slim(x[..., left]), dense(x)[..., left])
+
+
+@pytest.mark.parametrize("prune_embedding", [False, True])
 @pytest.mark.parametrize(
     "build",
     [
@@ -53,14 +67,16 @@ def test_slim_window_attention_is_swins_own_while_all_heads_are_there(size, shif
         lambda: SwinTransformer([4, 4], 16, [2], [4], [2, 2], num_classes=5),
     ],
 )
-def test_a_transformer_that_lost_heads_is_exact_and_reloads(build, tmp_path):
+def test_a_transformer_that_lost_heads_is_exact_and_reloads(build, prune_embedding, tmp_path):
     torch.manual_seed(0)
     dense = build().eval()
     for name, parameter in dense.named_parameters():
         if name.startswith("head") or "bias" in name:
             nn.init.normal_(parameter, 0, 0.1)
     slim, images = copy.deepcopy(dense), torch.randn(2, 3, 16, 16)
-    groups = find_groups(slim, images)
+    groups = find_groups(slim, images, prune_embedding=prune_embedding)
+    patches = "conv_proj" if hasattr(slim, "conv_proj") else "features.0.0"
+    assert (patches in {group.name for group in groups}) is prune_embedding
     assert any(group.channels_per_unit == 12 for group in groups)  # q, k and v of a head of 4 dimensions
     alive = np.ones(groups.units, bool)
     for group in groups:
@@ -84,5 +100,9 @@ def test_a_transformer_that_lost_heads_is_exact_and_reloads(build, tmp_path):
         dense=dense,
     )
     assert torch.equal(load_slim(path, model=build()).module(images), after)
+    found = find_groups(load_slim(path, model=build()).module, images)
+    assert [group.size for group in found] == [
+        group.size - group.size // 2 for group in groups if group.name != patches
+    ]
     exported = export_model(slim, images[:1], format="pt2", path=tmp_path / "slim.pt2", metadata={})
     assert exported.max_difference <= 1e-5  # at several batches, so none is frozen

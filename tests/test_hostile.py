@@ -413,6 +413,7 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "optimizer that is none": changed_at("in_stage/optimizer", 3),
     "meter that is none": changed_at("in_stage/meter", {}),
     "clock that is none": changed_at("in_stage/epoch_seconds", "long"),
+    "wait that is none": changed_at("in_stage/waited_seconds", None),
     "dice that are none": changed_at("rng", {"cpu": torch.zeros(3, dtype=torch.uint8), "cuda": []}),
     "metrics that are none": changed_at("metrics_bytes", [1]),
 }

@@ -59,13 +59,7 @@ def test_rounds_of_shipped_recipes_fit_their_train_stage(name: str) -> None:
     images = {"digits": 1294, "folder": 2000, "resnet50-imagenet-otov2": 1_255_544}.get(name, 45_000)
     recipe = load_recipe(name)
     base = make_base(recipe)
-    rounds = plan(
-        recipe,
-        plan_stages(recipe),
-        steps_per_epoch=images // recipe.data.batch,
-        warm_up=base.warm_up,
-        condemns_each_step=base.condemns_each_step,
-    )
+    rounds = plan(recipe, plan_stages(recipe), base, steps_per_epoch=images // recipe.data.batch)
     assert len(rounds.starts) == (1 if base.condemns_each_step else recipe.prune.rounds)
 
 

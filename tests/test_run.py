@@ -127,7 +127,11 @@ def metrics(output):
 def timeless(events):
     """What two runs that do the same must agree on."""
     return [
-        {key: value for key, value in event.items() if key not in ("seconds", "images_per_second", "path")}
+        {
+            key: value
+            for key, value in event.items()
+            if key not in ("seconds", "images_per_second", "waiting_for_data", "path")
+        }
         for event in events
     ]
 
@@ -199,15 +203,47 @@ def test_every_kind_of_target_is_met(tmp_path, splits, target):
     assert cost > 0.8 * run.report.target.limit
 
 
-def test_everything_released_still_meets_the_target(tmp_path, splits):
-    rule = ["rate=-1e9", "length=-1e9", "start=0", "smoothing=0"]
-    recipe = make_recipe("decay.rectify=true", *(f"decay.rectify.{setting}" for setting in rule))
-    run, events = go(tmp_path, recipe, splits)
+RELEASE_ALL = [
+    "decay.rectify=true", *(f"decay.rectify.{rule}" for rule in ("rate=-1e9", "length=-1e9", "start=0", "smoothing=0")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("base", ["depgraph", "gate-decorator"])
+def test_everything_released_still_meets_the_target(tmp_path, splits, base):
+    run, events = go(tmp_path, make_recipe(f"prune.base={base}", "finetune.epochs=0", *RELEASE_ALL), splits)
     rounds = [event for event in events if event["event"] == "round"]
     assert len(rounds) == 3
     assert run.report.units.released == sum(event["chosen"] for event in rounds[:2])
-    assert run.report.units.removed == rounds[2]["chosen"]
+    assert run.report.units.removed == run.pruning.topped_up == rounds[2]["chosen"]
     assert run.report.target.is_met
+    assert f"{rounds[2]['chosen']} units were chosen by score alone" in run.report.notes[0]
+    assert "others were released" in run.report.notes[0]
+
+
+def test_unit_that_was_released_rests_until_its_round_is_over(tmp_path, splits):
+    recipe = make_recipe("prune.base=otov2", "prune.otov2.strength=3", "finetune.epochs=0", *RELEASE_ALL)
+    run, events = go(tmp_path, recipe, splits)
+    rounds = [event for event in events if event["event"] == "round"]
+    assert len(rounds) == 2
+    assert 0 < run.report.units.released <= 20  # each once: a unit is not condemned again in the same round
+    assert run.report.units.chosen == run.report.units.released + rounds[1]["chosen"]
+    assert run.report.units.removed == run.pruning.topped_up == rounds[1]["chosen"]
+    assert run.report.target.is_met
+
+
+@pytest.mark.parametrize("base", ["depgraph", "otov2", "gate-decorator"])
+def test_penalties_and_hooks_are_over_when_the_target_is_met(tmp_path, splits, monkeypatch, base):
+    """And fine-tuning sees none of them, nor a gate."""
+    recipe = make_recipe(f"prune.base={base}", "prune.otov2.strength=3", "decay.steps=1")
+    run = make_run(tmp_path, recipe, splits)
+    calls, kind = [], type(run.pruning.base)
+    before_step_ = kind.before_step_
+    monkeypatch.setattr(kind, "before_step_", lambda self: (calls.append(run.pruning.is_done), before_step_(self)))
+    for event in run.events():
+        if event["event"] == "stage" and event["name"] == "finetune":
+            assert run.model.state_dict().keys() == make_net().state_dict().keys()
+    assert calls
+    assert not any(calls)
 
 
 def test_validation_of_zero_and_fewer_images_than_a_batch(tmp_path):
@@ -451,6 +487,20 @@ VARIANTS = {
         "train.mixup=0.4", "train.distill=0.5", "finetune.distill=0.3", "finetune.label_smoothing=0.1",
         "decay.envelope=shrink-only", "train.warmup_epochs=0.5",
     ],
+    "otov2": [
+        "prune.base=otov2", "prune.otov2.strength=1.5", "prune.end=0.55", "prune.target.macs=0.3", "train.momentum=0",
+        "decay.rectify=true", "decay.rectify.rate=-0.05", "decay.rectify.length=0.8",
+    ],
+    "hesso": ["prune.base=otov2", "prune.otov2.variant=hesso", "decay.envelope=multiplicative"],
+    "gate-decorator": [
+        "prune.base=gate-decorator", "prune.gates.tick_lr=0.01", "train.epochs=2", "decay.rectify=true",
+        "decay.rectify.rate=0.02", "decay.rectify.length=0.8",
+    ],
+    "fixed ticks": [
+        "prune.base=gate-decorator", "prune.gates.tick_lr=0.01", "prune.gates.fraction=0.1", "prune.rounds=4",
+        "prune.gates.ticks_per_tock=2", "train.epochs=2", "decay.steps=6",
+    ],
+    "mixed": ["prune.importance=mixed", "prune.observe_steps=3", "prune.end=0.7"],
 }  # fmt: skip
 
 
@@ -499,6 +549,21 @@ def test_stopping_after_every_single_step_changes_nothing(tmp_path, splits, whol
     resume_to_the_end(tmp_path, recipe, splits, lambda attempt: lambda: True)
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole(variant)))
     assert timeless(metrics(tmp_path)) == timeless(metrics(whole(variant)))
+
+
+def test_the_variants_above_visit_what_is_hard_to_resume(whole):
+    """Or the tests above would say little: removals in the middle of a long round, decays across stages, releases."""
+    events = metrics(whole("otov2"))
+    (condemning, *_) = [event for event in events if event["event"] == "round"]
+    removals = [event for event in events if event["event"] == "compact" and event["round"] == 1]
+    assert condemning["condemning"]
+    assert len(removals) > 1
+    assert removals[0]["removed"] > 0
+    assert sum(event["released"] for event in removals) > 0
+    for variant in ("gate-decorator", "fixed ticks"):
+        removals = [event for event in metrics(whole(variant)) if event["event"] == "compact"]
+        assert {event["stage"] for event in removals} == {"tick", "tock"}
+    assert sum(event["released"] for event in metrics(whole("gate-decorator")) if event["event"] == "compact") > 0
 
 
 def test_dropped_runs_go_on_from_their_last_checkpoint(tmp_path, splits, whole):
@@ -728,7 +793,20 @@ def test_fine_tuning_that_breaks_the_floor_is_taken_back_and_the_target_is_met(t
     assert_same_bits(tensors_of(tmp_path), tensors_of(without))
 
 
-@pytest.mark.parametrize("variant", ["plain", "rectify"])
+@pytest.mark.parametrize("epochs", [0, 1])
+@pytest.mark.parametrize("variant", ["otov2", "gate-decorator", "fixed ticks"])
+def test_going_back_prunes_no_more_and_leaves_a_plain_model(tmp_path, splits, accuracy, variant, epochs):
+    accuracy(lambda run: run.pruning.groups.units == 20)
+    recipe = make_recipe(*VARIANTS[variant], *FLOOR, f"finetune.epochs={epochs}")
+    report, events = go_and_break(tmp_path, recipe, splits)
+    (back,) = [place for place, event in enumerate(events) if event["event"] == "back"]
+    later = [event.get("name") for event in events[back:] if event["event"] in ("round", "stage")]
+    assert later == ["finetune"] * epochs
+    assert report.units.removed == 0
+    assert tensors_of(tmp_path).keys() == make_net().state_dict().keys()
+
+
+@pytest.mark.parametrize("variant", ["plain", "rectify", "otov2", "gate-decorator"])
 def test_stopped_run_breaks_its_floor_with_the_same_bits(tmp_path, splits, whole, accuracy, variant):
     recipe = make_recipe(*VARIANTS[variant], *FLOOR)
     first, *_ = units_after_rounds(whole(variant))
@@ -815,11 +893,15 @@ def test_optimizer_that_remembers_infinity_is_never_saved(tmp_path, splits):
         ("prune.target.macs=10G", TargetError, "keeps everything"),
         ("decay.steps=100", RecipeError, "do not fit"),
         ("prune.keep=[nothing]", RecipeError, "matches no layer"),
+        ("prune.base=otov2 prune.end=0.9", RecipeError, "8 steps must follow for what is missing then"),
+        ("prune.base=otov2 decay.steps=1 prune.end=1.0", RecipeError, "1 steps must follow"),
+        ("prune.base=gate-decorator decay.steps=7", RecipeError, "do not fit into a tick of 6 steps"),
+        ("prune.base=gate-decorator prune.gates.fraction=0.1 train.epochs=1", RecipeError, "no room for two times 4"),
     ],
 )
 def test_what_cannot_work_is_refused_before_training(tmp_path, splits, change, error, message):
     with pytest.raises(error, match=message):
-        make_run(tmp_path, make_recipe(change), splits)
+        make_run(tmp_path, make_recipe(*change.split()), splits)
     assert not any(tmp_path.iterdir())
 
 

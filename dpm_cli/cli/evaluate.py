@@ -11,7 +11,9 @@ from dpm_cli.cli.outcome import libraries_on_stderr, print_json
 
 
 def evaluate(
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="A dense model, slim.pt, model.ts or model.onnx.")],
+    file: Annotated[
+        Path, typer.Argument(metavar="FILE", help="A dense model, slim.pt, model.ts, model.onnx or model.pt2.")
+    ],
     recipe: RecipeName,
     overrides: Overrides = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Measure latency at batch N, too.")] = 1,
@@ -19,7 +21,7 @@ def evaluate(
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a dense, slim, TorchScript or ONNX file.
+    """Measure a dense, slim, TorchScript, ONNX or torch.export file.
 
     Test accuracy on the recipe's data, MACs, parameters, size and latency.
     """

@@ -22,7 +22,7 @@ Seed = Annotated[int | None, typer.Option(metavar="N", help="Replaces the recipe
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace results that are there.")]
 TrustPickle = Annotated[
     bool,
-    typer.Option("--trust-pickle", help="Load a pickled module, which runs code from the file. Only your own files!"),
+    typer.Option("--trust-pickle", help="Load a file that runs code: a pickled module, a .pt2. Only your own files!"),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No progress, only the result.")]

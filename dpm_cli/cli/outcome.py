@@ -13,7 +13,7 @@ from typing import Any
 
 import typer
 
-from dpm_cli.errors import DpmError, RecipeError
+from dpm_cli.errors import DpmError, RecipeError, ToldElsewhere
 
 # Older typer takes click's class, newer its own copy of it; both offer BadParameter, which derives from it.
 WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
@@ -38,6 +38,8 @@ def libraries_on_stderr() -> Iterator[None]:
 
 def fail(error: BaseException, *, as_json: bool) -> int:
     """Tell the user what went wrong; return the exit code."""
+    if isinstance(error, ToldElsewhere):
+        return error.exit_code
     problems, code = explain(error)
     sys.stdout.flush()
     for problem in problems:

@@ -102,6 +102,7 @@ def _readings(event: Event) -> list[str]:
         *([] if accuracy is None else [f"validation {numbers.percent(accuracy, 1)}"]),
         f"lr {event['lr']:.2g}",
         f"{event['images_per_second']:.0f} images/s",
+        f"waiting for data {numbers.percent(100 * event['waiting_for_data'], 0)}",
     ]
 
 

@@ -22,6 +22,7 @@ from dpm_cli.cli.options import (
     collect_overrides,
 )
 from dpm_cli.cli.outcome import flush, print_json
+from dpm_cli.cli.processes import speaking
 from dpm_cli.cli.progress import follow
 from dpm_cli.errors import AccuracyError, Interrupted
 from dpm_cli.report import Event, Report
@@ -44,50 +45,51 @@ def prune(
 
     Writes slim.pt, the exported files and report.json into the output folder.
 
-    Ctrl-C saves a checkpoint and stops; the same command with --resume goes on.
+    Ctrl-C saves a checkpoint and stops; the same command with --resume goes on. On several GPUs: torchrun
+    --nproc-per-node=K -m dpm_cli prune ...
     """
-    settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
-    with follow(quiet=quiet, as_json=as_json) as tell, stop_between_steps() as stop:
-        announced = False
+    with speaking(device) as is_speaker:
+        settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
         broken: AccuracyError | None = None
+        with follow(quiet=quiet or not is_speaker, as_json=as_json) as tell, stop_between_steps() as stop:
+            announced = False
 
-        def watch(event: Event) -> None:
-            nonlocal announced
-            tell(event)
-            if stop.is_wanted() and not announced:
-                announced = True
-                tell({"event": "note", "text": "saving a checkpoint to stop here; a second Ctrl-C stops at once"})
-            stop.watch(event)
+            def watch(event: Event) -> None:
+                nonlocal announced
+                tell(event)
+                if stop.is_wanted() and not announced:
+                    announced = True
+                    tell({"event": "note", "text": "saving a checkpoint to stop here; a second Ctrl-C stops at once"})
+                stop.watch(event)
 
-        try:
-            report = dpm_cli.prune(
-                model,
-                settings,
-                output=output,
-                device=device,
-                resume=resume,
-                overwrite=overwrite,
-                trust_pickle=trust_pickle,
-                on_event=watch,
-                should_stop=stop.is_wanted,
-            )
-        except AccuracyError as error:
-            report, broken = error.report, error
-        except Interrupted as stopped:
-            stopped.exit_code = stop.exit_code
-            raise
-        except KeyboardInterrupt:
-            raise _interrupted(output, stop.exit_code) from None
-        except RuntimeError as error:
-            # Ctrl-C on a terminal also reaches the processes that decode images.
-            if stop.is_wanted() and "DataLoader worker" in str(error):
+            try:
+                report = dpm_cli.prune(
+                    model,
+                    settings,
+                    output=output,
+                    device=device,
+                    resume=resume,
+                    overwrite=overwrite,
+                    trust_pickle=trust_pickle,
+                    on_event=watch,
+                    should_stop=lambda: stop.is_wanted() and stop.exit_code,
+                )
+            except AccuracyError as error:
+                report, broken = error.report, error
+            except KeyboardInterrupt:
                 raise _interrupted(output, stop.exit_code) from None
-            raise
-    show(report, as_json=as_json)
-    if broken:  # everything was written, and is shown, as for any finished run
-        flush()
-        print(f"error: {broken}", file=sys.stderr)
-        raise typer.Exit(broken.exit_code)
+            except RuntimeError as error:
+                # Ctrl-C on a terminal also reaches the processes that decode images.
+                if stop.is_wanted() and "DataLoader worker" in str(error):
+                    raise _interrupted(output, stop.exit_code) from None
+                raise
+        if is_speaker:
+            show(report, as_json=as_json)
+        if broken:  # everything was written, and is shown, as for any finished run
+            flush()
+            if is_speaker:
+                print(f"error: {broken}", file=sys.stderr)
+            raise typer.Exit(broken.exit_code)
 
 
 def show(report: Report, *, as_json: bool) -> None:
@@ -102,6 +104,4 @@ def show(report: Report, *, as_json: bool) -> None:
 def _interrupted(output: Path, exit_code: int) -> Interrupted:
     is_resumable = (output / "checkpoint.pt").exists()
     way_out = "continue from its last checkpoint with --resume" if is_resumable else "nothing was saved yet"
-    error = Interrupted(f"stopped at once; {way_out}")
-    error.exit_code = exit_code
-    return error
+    return Interrupted(f"stopped at once; {way_out}", exit_code)

@@ -41,7 +41,7 @@ def title(report: Report) -> str:
     name = report.arch or "model"
     if report.sparsities:
         return f"{name}, {report.base}, target sparsity {asked}: {share} of the weights left ({reached})"
-    return f"{name}, {report.base} + DPM, target {target.kind} {asked}: {share} left ({reached} of at most {limit})"
+    return f"{name}, {report.method}, target {target.kind} {asked}: {share} left ({reached} of at most {limit})"
 
 
 def rows(report: Report) -> list[tuple[str, str, str, str]]:

@@ -4,5 +4,6 @@ from dpm_cli.data.augment import Augmentation
 from dpm_cli.data.load import load_data
 from dpm_cli.data.splits import Images, Split, Splits
 from dpm_cli.data.streamed import Streamed
+from dpm_cli.data.waiting import Waiting
 
-__all__ = ["Augmentation", "Images", "Split", "Splits", "Streamed", "load_data"]
+__all__ = ["Augmentation", "Images", "Split", "Splits", "Streamed", "Waiting", "load_data"]

@@ -1,5 +1,7 @@
 """Images that cannot be read: named, counted, and left out up to a limit."""
 
+from collections.abc import Iterable
+
 from dpm_cli.errors import DataError
 
 SHOWN = 5  # that are named in a note
@@ -25,9 +27,19 @@ class Corrupt:
         raise DataError(f"{error}; it is number {len(self)} of that kind, data.max_corrupt is {self.limit}")
 
     @property
+    def paths(self) -> list[str]:
+        return list(self._paths)
+
+    def adopt_(self, paths: Iterable[str]) -> None:
+        """Count those that another process met. Raises DataError if they are too many."""
+        self._paths |= dict.fromkeys(paths)
+        if len(self) > self.limit:
+            raise DataError(f"{self.note}; data.max_corrupt is {self.limit}: repair or remove them, or raise it")
+
+    @property
     def note(self) -> str:
         """One sentence for the user."""
-        paths = list(self._paths)
+        paths = self.paths
         more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
         plural = "images are" if len(paths) > 1 else "image is"
         return f"{len(paths)} {plural} unreadable and left out: {', '.join(paths[:SHOWN])}{more}"

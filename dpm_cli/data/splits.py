@@ -2,7 +2,8 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -12,6 +13,7 @@ from dpm_cli.data.augment import Augmentation, draw_epoch, finish, normalise
 from dpm_cli.data.corrupt import Corrupt
 
 Shape = tuple[int, int, int]  # channels, height, width
+Share = tuple[int, int]  # rank, and number of processes that share each batch
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32 normalised, labels (B,) int64; both on the device
 
 
@@ -42,6 +44,10 @@ class Split(Protocol):
         """The images of `index` (M,), a CPU tensor, in that order."""
         ...
 
+    def of_rank(self, rank: int, size: int) -> "Split":
+        """The same images, but of each batch only the slice of one of `size` processes; empty slices are left out."""
+        ...
+
     def to(self, device: torch.device) -> "Split":
         """The same images, with their batches on `device`."""
         ...
@@ -55,6 +61,7 @@ class Images:
     labels: Tensor  # (N,) int64
     mean: Tensor  # (C,) of pixels in [0, 1]
     std: Tensor  # (C,)
+    share: Share = (0, 1)
 
     def __len__(self) -> int:
         return len(self.pixels)
@@ -71,13 +78,14 @@ class Images:
     ) -> Iterator[Batch]:
         """See `Split.batches`."""
         device = self.pixels.device
+        cut = partial(split_order, batch=batch, start=start, drop_last=drop_last, share=self.share)
         if augment is None:
-            parts = split_order(torch.arange(len(self), device=device), batch, start=start, drop_last=drop_last)
+            parts = cut(torch.arange(len(self), device=device))
             return ((normalise(self.pixels[part], self.mean, self.std), self.labels[part]) for part in parts)
         height, width = self.pixels.shape[-2:]
         order, draws = draw_epoch(len(self), augment, height=height, width=width, seed=seed, epoch=epoch)
         draws = draws.to(device)  # once per epoch, so that no step waits for a copy
-        parts = split_order(order.to(device), batch, start=start, drop_last=drop_last)
+        parts = cut(order.to(device))
         return (
             (finish(self.pixels[part], draws.of(part), augment, mean=self.mean, std=self.std), self.labels[part])
             for part in parts
@@ -85,10 +93,14 @@ class Images:
 
     def select(self, index: Tensor) -> "Images":
         index = index.to(self.pixels.device)
-        return Images(self.pixels[index], self.labels[index], self.mean, self.std)
+        return replace(self, pixels=self.pixels[index], labels=self.labels[index])
+
+    def of_rank(self, rank: int, size: int) -> "Images":
+        return replace(self, share=(rank, size))
 
     def to(self, device: torch.device) -> "Images":
-        return Images(self.pixels.to(device), self.labels.to(device), self.mean.to(device), self.std.to(device))
+        tensors = {name: getattr(self, name).to(device) for name in ("pixels", "labels", "mean", "std")}
+        return replace(self, **tensors)
 
     def digest(self) -> str:
         """The number of images, and a digest of their pixels and labels."""
@@ -116,7 +128,10 @@ class Splits:
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # which images -> their number and a digest
 
 
-def split_order(order: Tensor, batch: int, *, start: int, drop_last: bool) -> list[Tensor]:
-    """Cut the visiting order (N,) into batches of indexes, from batch `start` on."""
+def split_order(order: Tensor, batch: int, *, start: int, drop_last: bool, share: Share) -> list[Tensor]:
+    """Cut the visiting order (N,) into batches of indexes, from batch `start` on; of each, this share."""
     end = len(order) // batch * batch if drop_last else len(order)
-    return [order[first : min(first + batch, end)] for first in range(start * batch, end, batch)]
+    batches = (order[first : min(first + batch, end)] for first in range(start * batch, end, batch))
+    rank, size = share
+    slices = (part[len(part) * rank // size : len(part) * (rank + 1) // size] for part in batches)
+    return [part for part in slices if len(part)]

@@ -9,7 +9,7 @@ from torch import Tensor
 from dpm_cli.data.augment import Augmentation, Draws, draw_epoch, finish
 from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.decode import decode_batches
-from dpm_cli.data.splits import Batch, Shape, split_order
+from dpm_cli.data.splits import Batch, Shape, Share, split_order
 from dpm_cli.errors import DataError
 
 
@@ -24,6 +24,7 @@ class Streamed:
     std: Tensor  # (C,)
     workers: int  # decoding processes; 0: in this one
     corrupt: Corrupt = field(default_factory=Corrupt)
+    share: Share = (0, 1)
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -46,7 +47,7 @@ class Streamed:
         order, draws = torch.arange(len(self)), Draws(None, None, None, None)
         if augment is not None:
             order, draws = draw_epoch(len(self), augment, height=height, width=width, seed=seed, epoch=epoch)
-        parts = split_order(order, batch, start=start, drop_last=drop_last)
+        parts = split_order(order, batch, start=start, drop_last=drop_last, share=self.share)
         return self._decode(parts, draws, augment or Augmentation())
 
     def _decode(self, parts: list[Tensor], draws: Draws, augment: Augmentation) -> Iterator[Batch]:
@@ -66,6 +67,9 @@ class Streamed:
         """The files of `index` (M,), a CPU tensor, in that order."""
         paths = tuple(self.paths[i] for i in index.tolist())
         return replace(self, paths=paths, labels=self.labels[index.to(self.labels.device)])
+
+    def of_rank(self, rank: int, size: int) -> "Streamed":
+        return replace(self, share=(rank, size))
 
     def to(self, device: torch.device) -> "Streamed":
         return replace(self, labels=self.labels.to(device), mean=self.mean.to(device), std=self.std.to(device))

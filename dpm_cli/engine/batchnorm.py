@@ -10,14 +10,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.precision import Precision
 
 
 class _Pool:
     """Mean and variance of everything one layer saw, merged batch by batch in fp64 (Chan et al. 1979)."""
 
-    def __init__(self, layer: _BatchNorm) -> None:
-        self.count = 0
+    def __init__(self, layer: _BatchNorm, world: World) -> None:
+        self.count, self._world = 0, world
         self.mean = torch.zeros_like(_tensor(layer.running_mean), dtype=torch.float64)  # (channels,)
         self.squares = torch.zeros_like(self.mean)  # (channels,) around the mean
 
@@ -25,7 +26,7 @@ class _Pool:
         """A forward hook; with momentum 1 the running statistics are those of this batch."""
         assert isinstance(layer, _BatchNorm)
         mean, variance = _tensor(layer.running_mean).double(), _tensor(layer.running_var).double()
-        count = inputs[0].numel() // inputs[0].shape[1]  # values per channel
+        count = int(self._world.sum(inputs[0].numel() // inputs[0].shape[1])[0])  # values per channel
         merged = self.count + count
         difference = mean - self.mean
         self.squares += variance * (count - 1) + difference.square() * (self.count * count / merged)
@@ -34,9 +35,16 @@ class _Pool:
 
 
 def recalibrate_batchnorm_(
-    model: nn.Module, batches: Iterator[tuple[Tensor, Tensor]], *, count: int, precision: Precision
+    model: nn.Module,
+    batches: Iterator[tuple[Tensor, Tensor]],
+    *,
+    count: int,
+    precision: Precision,
+    world: World = ALONE,
 ) -> None:
     """Replace running statistics by those of `count` training batches of two or more images; 0 changes nothing.
+
+    `world`: of which every process was given its slice of each batch.
 
     All other layers run in eval mode (no dropout). Frozen layers are left alone: those without running statistics, with
     momentum 0, or in eval mode inside a model in train mode. Modes and momenta are restored.
@@ -46,13 +54,13 @@ def recalibrate_batchnorm_(
         return
     modes = {module: module.training for module in model.modules()}
     momenta = {layer: layer.momentum for layer in layers}
-    pools = {layer: _Pool(layer) for layer in layers}
+    pools = {layer: _Pool(layer, world) for layer in layers}
     hooks = [layer.register_forward_hook(pools[layer].add_) for layer in layers]
     try:
         model.eval()
         for layer in layers:
             layer.training, layer.momentum = True, 1.0
-        with torch.no_grad(), precision.autocast():
+        with torch.no_grad(), precision.autocast(), world.normalising():
             for images, _ in islice(batches, count):
                 model(images)
     finally:

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.loss import main_output
 from dpm_cli.engine.precision import Precision
 from dpm_cli.errors import DataError
@@ -31,34 +32,44 @@ class Score:
     images: int
 
 
-def evaluate(run: Callable[[Tensor], object], split: Split, *, batch: int, precision: Precision | None = None) -> Score:
+def evaluate(
+    run: Callable[[Tensor], object],
+    split: Split,
+    *,
+    batch: int,
+    precision: Precision | None = None,
+    world: World = ALONE,
+) -> Score:
     """Score anything that maps images (B, C, H, W) to logits; a module must already be in eval mode.
 
-    `precision` none: as it is. Raises DataError if the split is empty.
+    `precision` none: as it is. `world`: of which every process was given its slice of the split. Raises DataError if
+    the split is empty.
     """
     correct, loss = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
     images_seen = 0
     with torch.inference_mode(), precision.autocast() if precision else nullcontext():
-        for images, labels in split.batches(batch, seed=0, epoch=0, augment=None):
-            logits = main_output(run(images)).float()  # (B, classes)
+        for pixels, labels in split.batches(batch, seed=0, epoch=0, augment=None):
+            logits = main_output(run(pixels)).float()  # (B, classes)
             labels = labels.to(logits.device)  # an exported file may answer on another device
             if not images_seen:
                 correct, loss = correct.to(logits.device), loss.to(logits.device)
             correct += (logits.argmax(1) == labels).sum()
             loss += F.cross_entropy(logits, labels, reduction="sum")
             images_seen += len(labels)
-    if not images_seen:
+    hits, total, images = world.sum(*torch.stack([correct.double(), loss]).tolist(), images_seen)
+    if not images:
         raise DataError("the split to evaluate on holds no images; for validation raise data.validation above 0")
-    hits, total = torch.stack([correct.double(), loss]).tolist()
-    return Score(accuracy=100 * hits / images_seen, loss=total / images_seen, images=images_seen)
+    return Score(accuracy=100 * hits / images, loss=total / images, images=int(images))
 
 
-def evaluate_module(model: nn.Module, split: Split, *, batch: int, precision: Precision | None = None) -> Score:
+def evaluate_module(
+    model: nn.Module, split: Split, *, batch: int, precision: Precision | None = None, world: World = ALONE
+) -> Score:
     """Score a module in eval mode; every submodule gets its own mode back."""
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:
-        return evaluate(model, split, batch=batch, precision=precision)
+        return evaluate(model, split, batch=batch, precision=precision, world=world)
     finally:
         for module in training:
             module.training = True

@@ -7,6 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.loss import classification_loss, distillation_loss, mixup
 from dpm_cli.engine.optimizer import OptimizerState, make_optimizer, optimizer_state, restore_optimizer_state_
 from dpm_cli.engine.precision import Precision
@@ -19,7 +20,7 @@ Shrink = Callable[[str, Tensor], Tensor]  # (parameter name, its old tensor) -> 
 class Learner:
     """Takes training steps for one stage. The learning rate is a function of the step alone.
 
-    seed: for mix-up. teacher: the dense model, in eval mode, for distillation.
+    seed: for mix-up, and over several processes for dropout. teacher: the dense model, in eval mode, for distillation.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Learner:
         temperature: float,
         seed: int,
         teacher: nn.Module | None = None,
+        world: World = ALONE,
     ) -> None:
-        self.model, self.precision, self.steps, self.teacher = model, precision, steps, teacher
+        self.model, self.precision, self.steps, self.teacher, self.world = model, precision, steps, teacher, world
+        self._forward = world.wrap(model)
         self._make_optimizer = partial(
             make_optimizer,
             model,
@@ -73,11 +76,22 @@ class Learner:
         self._distill, self._temperature = (distill if teacher else 0.0), temperature
 
     def step_(
-        self, images: Tensor, labels: Tensor, *, step: int, before: Sequence[Hook] = (), after: Sequence[Hook] = ()
+        self,
+        images: Tensor,
+        labels: Tensor,
+        *,
+        step: int,
+        count: float | None = None,
+        before: Sequence[Hook] = (),
+        after: Sequence[Hook] = (),
     ) -> Tensor:
-        """One training step of the stage; returns the loss () on the device. Hooks as in `train_step`."""
+        """One training step of the stage; returns the loss () on the device. Hooks as in `train_step`.
+
+        count: images of the whole batch, if this is one process's slice of it; the loss is that of all of them.
+        """
         set_learning_rate_(self.optimizer, self.learning_rate(step))
-        mixed = mixup(images, labels, self._mixup, seed=self._seed, step=step)
+        self.world.seed(self._seed, step)
+        mixed = mixup(images, labels, self._mixup, seed=self._seed, step=step, world=self.world)
         images = mixed.images.contiguous(memory_format=torch.channels_last)
 
         def objective(outputs: object, labels: Tensor) -> Tensor:
@@ -89,19 +103,21 @@ class Learner:
                     taught = self.teacher(images)
                 softened = distillation_loss(outputs, taught, self._temperature)
                 loss = (1 - self._distill) * loss + self._distill * softened
-            return loss
+            return self.world.weigh(loss, len(labels), count or len(labels))
 
-        return train_step(
-            self.model,
+        loss = train_step(
+            self._forward,
             self.optimizer,
             images,
             mixed.labels,
             objective=objective,
             precision=self.precision,
+            world=self.world,
             clip_grad=self._clip_grad,
             before_step=before,
             after_step=after,
         )
+        return self.world.mean(loss)
 
     def shrink_(self, shrink: Shrink) -> None:
         """After compaction: a new optimizer for the new parameters, with what it remembers of those that stay.
@@ -109,6 +125,7 @@ class Learner:
         The optimizer's state is looked up by name, so the model's names must not have changed.
         """
         old = self._remembered
+        self._forward = self.world.wrap(self.model)
         self.optimizer = self._make_optimizer()
         restore_optimizer_state_(
             self.optimizer,

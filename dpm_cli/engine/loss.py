@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.errors import UnsupportedModelError
 
 
@@ -20,15 +21,15 @@ class Mixed(NamedTuple):
     share: float
 
 
-def mixup(images: Tensor, labels: Tensor, alpha: float, *, seed: int, step: int) -> Mixed:
-    """Blend every image with the next one of the batch (mixup, Zhang et al. 2018); share ~ Beta(alpha, alpha).
+def mixup(images: Tensor, labels: Tensor, alpha: float, *, seed: int, step: int, world: World = ALONE) -> Mixed:
+    """Blend every image with its neighbour in the batch (mixup, Zhang et al. 2018); share ~ Beta(alpha, alpha).
 
     Depends on (seed, step) alone. The neighbour is as random as a permutation, since batches are shuffled.
     """
     if alpha <= 0:
         return Mixed(images, labels, labels, 1.0)
     share = float(np.random.default_rng((seed, step)).beta(alpha, alpha))
-    return Mixed(torch.lerp(images.roll(1, 0), images, share), labels, labels.roll(1, 0), share)
+    return Mixed(torch.lerp(world.roll(images), images, share), labels, world.roll(labels), share)
 
 
 def classification_loss(

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.precision import Precision
 
 Hook = Callable[[], None]
@@ -15,25 +16,27 @@ NEVER = torch.iinfo(torch.int64).max
 
 
 def train_step(
-    model: nn.Module,
+    model: Callable[[Tensor], object],
     optimizer: Optimizer,
     images: Tensor,
     labels: Tensor,
     *,
     objective: Callable[[object, Tensor], Tensor],
     precision: Precision,
+    world: World = ALONE,
     clip_grad: float | None = None,
     before_step: Sequence[Hook] = (),
     after_step: Sequence[Hook] = (),
 ) -> Tensor:
     """Forward, backward, hooks, clip, step, hooks; returns the loss, detached and on the device.
 
-    `objective` maps (outputs, labels) to a scalar. `before_step` runs in the given order on the raw gradient, unscaled
+    `model` maps images to outputs; of several processes, it is what `world.wrap` made. `objective` maps (outputs,
+    labels) to a scalar. `before_step` runs in the given order on the raw gradient, unscaled
     and not yet clipped: what reads it comes before what adds to it. `after_step` runs on the stepped weights,
     and not at all when the fp16 scaler skipped the step. `clip_grad` bounds the global L2 norm, penalties included.
     """
     optimizer.zero_grad(set_to_none=True)
-    with precision.autocast():
+    with precision.autocast(), world.normalising():
         outputs = model(images)
         loss = objective(outputs, labels)
     scaler = precision.scaler

@@ -1,5 +1,6 @@
 """A deployed file, opened."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,3 +29,16 @@ class ExportedModel:
         if not outputs:
             raise RunError(f"{self.path} returns no tensor, so it cannot be a classifier")
         return outputs[0].to(images.device)
+
+
+def parse_extra(extra: str | bytes) -> tuple[dict[str, str], tuple[int, int, int] | None]:
+    """The metadata and the shape of one image that lie beside the code in an archive; nothing in a foreign file."""
+    if not extra:
+        return {}, None
+    content = json.loads(extra)
+    channels, height, width = content["shape"]
+    return {str(key): str(value) for key, value in content["metadata"].items()}, (
+        int(channels),
+        int(height),
+        int(width),
+    )

@@ -2,14 +2,15 @@
 
 import io
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import RunError
-from dpm_cli.export.exported import ExportedModel
+from dpm_cli.errors import ModelFileError, RunError
+from dpm_cli.export.exported import ExportedModel, parse_extra
 from dpm_cli.export.noise import explain, quiet
 from dpm_cli.export.verify import tensors
 from dpm_cli.measure import without_mha_fastpath
@@ -31,15 +32,30 @@ def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -
     return buffer.getvalue()
 
 
-def read_own(path: Path) -> ExportedModel:
-    """Open an archive that this process has just written: the loader may unpickle and evaluate what is in a file."""
+def is_torch_export(path: Path) -> bool:
+    """Whether a zip file looks like an archive of torch.export."""
+    with zipfile.ZipFile(path) as archive:
+        return any(name.partition("/")[2] == "archive_format" for name in archive.namelist())
+
+
+def read(path: Path) -> ExportedModel:
+    """Open an archive that this process wrote, or that the user trusts: the loader may unpickle what is in it.
+
+    Raises ModelFileError if it is damaged.
+    """
     extra = {EXTRA: ""}
-    with quiet():
-        loaded = torch.export.load(path, extra_files=extra).module()
-    content = json.loads(extra[EXTRA])
+    try:
+        with quiet():
+            loaded = torch.export.load(path, extra_files=extra).module()
+        metadata, shape = parse_extra(extra[EXTRA])
+    except Exception as error:  # a damaged file can upset the reader in any way
+        raise ModelFileError(f"{path} is a damaged torch.export archive ({explain(error)})") from None
 
     def outputs(images: Tensor) -> list[Tensor]:
-        with torch.no_grad():
-            return tensors(loaded(images.cpu()))
+        try:
+            with torch.no_grad():
+                return tensors(loaded(images.cpu()))
+        except Exception as error:  # its guards raise AssertionError, its operators RuntimeError
+            raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {explain(error)}") from error
 
-    return ExportedModel("pt2", path, content["metadata"], tuple(content["shape"]), outputs)
+    return ExportedModel("pt2", path, metadata, shape, outputs)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.errors import ModelFileError, RunError
-from dpm_cli.export.exported import ExportedModel
+from dpm_cli.export.exported import ExportedModel, parse_extra
 from dpm_cli.export.noise import explain
 from dpm_cli.export.verify import tensors
 from dpm_cli.measure import without_mha_fastpath
@@ -48,7 +48,7 @@ def read(path: Path) -> ExportedModel:
         with _quiet():
             loaded = torch.jit.load(str(path), map_location="cpu", _extra_files=extra)  # type: ignore[no-untyped-call]
             loaded.eval()
-        metadata, shape = _parse(extra[EXTRA])
+        metadata, shape = parse_extra(extra[EXTRA])
     except Exception as error:  # a damaged file can upset the reader in any way
         raise ModelFileError(f"{path} is a damaged TorchScript file ({explain(error)})") from None
 
@@ -60,19 +60,6 @@ def read(path: Path) -> ExportedModel:
             raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {_last_line(error)}") from error
 
     return ExportedModel("torchscript", path, metadata, shape, outputs)
-
-
-def _parse(extra: str | bytes) -> tuple[dict[str, str], tuple[int, int, int] | None]:
-    """The metadata and the shape of one image; nothing for a file written by someone else."""
-    if not extra:
-        return {}, None
-    content = json.loads(extra)
-    channels, height, width = content["shape"]
-    return {str(key): str(value) for key, value in content["metadata"].items()}, (
-        int(channels),
-        int(height),
-        int(width),
-    )
 
 
 def _last_line(error: RuntimeError) -> str:

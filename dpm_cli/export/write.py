@@ -111,6 +111,6 @@ def _read(path: Path, format: Format) -> ExportedModel:
         case "onnx" | "onnx-fp16":
             return onnx.read(path)
         case "pt2":
-            return pt2.read_own(path)
+            return pt2.read(path)
         case _:
             assert_never(format)

@@ -1,14 +1,15 @@
 """Physical removal: the network becomes really smaller, and computes the same as with zeros in it."""
 
 from collections.abc import Mapping, Sequence
+from typing import assert_never
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.attention import fit_attention_
+from dpm_cli.attention import fit_transformer_layer_
 from dpm_cli.graph.groups import Groups, NumberChange
-from dpm_cli.graph.labels import Flags, Ids
+from dpm_cli.graph.labels import Counts, Flags, Ids
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
 
@@ -36,7 +37,7 @@ def compact_(model: nn.Module, groups: Groups, alive: Flags) -> KeptPositions:
         fit_layer_(module, kept.get(f"{path}.weight".lstrip("."), {}).get(0))
     for name, changes in groups.new_numbers(alive).items():
         layer = model.get_submodule(name)
-        if not fit_attention_(layer):
+        if not fit_transformer_layer_(layer):
             _resize_numbers_(layer, changes)
     return kept
 
@@ -46,14 +47,26 @@ def _resize_numbers_(layer: nn.Module, changes: Sequence[NumberChange]) -> None:
     tells.
     """
     for name, value in vars(layer).items():
-        names_heads = "head" in name.lower() and "dim" not in name.lower()
         for change in changes:
-            if type(value) is int and (value,) == change.old and (names_heads or not change.counts_heads):
+            if type(value) is int and (value,) == change.old and _may_count(name.lower(), change.counts):
                 setattr(layer, name, change.new[0])
                 break
             if type(value) in (list, tuple) and len(value) > 1 and tuple(value) == change.old:
                 setattr(layer, name, type(value)(change.new))
                 break
+
+
+def _may_count(name: str, counts: Counts) -> bool:
+    """Whether an attribute of this name may hold a number of heads, a width, or any part of one."""
+    match counts:
+        case "heads":
+            return "head" in name and "dim" not in name
+        case "width":
+            return any(word in name for word in ("dim", "width", "channels", "features"))
+        case "parts":
+            return True
+        case _:
+            assert_never(counts)
 
 
 def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:
@@ -70,7 +83,7 @@ def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
     rows_kept: which rows of the weight stayed, if any left. A depthwise layer loses conv groups, any other grouped
     layer rows of every group; when one input channel per group is left, the shapes alone do not tell which it is.
     """
-    if fit_attention_(module):
+    if fit_transformer_layer_(module):
         return
     match module:
         case nn.modules.conv._ConvTransposeNd():

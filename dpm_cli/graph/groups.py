@@ -8,9 +8,10 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor, nn
 
+from dpm_cli.attention import can_lose_channels
 from dpm_cli.errors import RecipeError
 from dpm_cli.graph.cost import Cost, build_cost, parameter_term
-from dpm_cli.graph.labels import Flags, Ids, Owner, Role, Ties, Value
+from dpm_cli.graph.labels import Counts, Flags, Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.rules import NO_RULE
 from dpm_cli.graph.trace import Example, export, label, output_shapes, split_example
 
@@ -49,7 +50,7 @@ class HeldNumber:
 
     layer: str
     parts: tuple[Ids, ...]  # of each number: the units of what it counts; `Groups.units` for what always stays
-    counts_heads: bool
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -58,7 +59,7 @@ class NumberChange:
 
     old: tuple[int, ...]
     new: tuple[int, ...]
-    counts_heads: bool
+    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -121,7 +122,7 @@ class Groups:
             old = tuple(len(units) for units in number.parts)
             new = tuple(int(stays[units].sum()) for units in number.parts)
             if new != old:
-                changes.setdefault(number.layer, []).append(NumberChange(old, new, number.counts_heads))
+                changes.setdefault(number.layer, []).append(NumberChange(old, new, number.counts))
         return changes
 
     def survivors(self, alive: Flags) -> "Groups":
@@ -185,17 +186,21 @@ class Groups:
         )
 
 
-def trace_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -> Groups:
+def trace_groups(
+    model: nn.Module, example: Example, keep: Sequence[str] = (), *, prune_embedding: bool = False
+) -> Groups:
     """Groups of a model from its exported graph, before the check that its own code allows their removal.
 
     example: inputs as the model takes them, with a batch of 2 or more.
     keep: layers whose outputs stay whole, by name or pattern; a name covers the layers below it.
+    prune_embedding: whether channels that layer norms average over can go.
     Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
     """
     aliases = _aliases(model)
     first = {name: names[0] for names in aliases.values() for name in names}
     tensor = next(value for value in _tensors_in(example))
-    ties, parameters = Ties(int(tensor.shape[0]), _held_lists(model)), dict[str, Value]()
+    norms = {name for name, module in model.named_modules() if prune_embedding and can_lose_channels(module)}
+    ties, parameters = Ties(int(tensor.shape[0]), _held_lists(model), norms), dict[str, Value]()
     program = export(model, example)
     used = label(program, ties, parameters, first)
     unused = [name for name, _ in model.named_parameters() if first.get(name, name) not in used]
@@ -268,8 +273,13 @@ def _keep_shared_axes(ties: Ties) -> None:
         scales = owner.size > 1 and Role(roles[owner.start]).is_scaled
         if scales and touched[owner.start]:
             axes.setdefault(owner.tensor, []).append(owner)
-    for tensor, owners in axes.items():
-        for owner in owners[1:]:
+    several = {tensor: owners for tensor, owners in axes.items() if len(owners) > 1}
+    if not several:
+        return
+    components = ties.components()
+    is_kept = ties.kept(components)[0][components] >= 0
+    for tensor, owners in several.items():
+        for owner in [owner for owner in owners if not is_kept[owner.ids].all()][1:]:
             ties.keep(owner.ids, f"{tensor} belongs to two sets of channels")
 
 
@@ -281,11 +291,11 @@ def _build(
     unused: Sequence[str],
 ) -> Groups:
     components, made, roles = ties.components(), ties.made(), ties.roles()
-    reasons = ties.kept(components)
-    count = int(components.max(initial=-1)) + 1
+    reason_of_component, reasons = ties.kept(components)
+    count = len(reason_of_component)
     prunable = np.zeros(count, bool)
     prunable[components[made]] = True
-    prunable[list(reasons)] = False
+    prunable &= reason_of_component < 0
 
     # Units of one group touch the same axes equally often: add a random number per axis and compare the sums.
     numbers = np.random.default_rng(0).integers(2**63, size=len(ties.owners), dtype=np.uint64)
@@ -324,14 +334,14 @@ def _build(
         ),
         slices=tuple(slices),
         units=units,
-        kept=_explain_kept(ties, components, made, reasons, parameters, unused),
+        kept=_explain_kept(ties, reason_of_component[components], reasons, made, parameters, unused),
         cost=build_cost(ties.costs, terms, unit_of_label, units, ties.batch),
         aliases=aliases,
         numbers=tuple(
             HeldNumber(
                 held.layer,
                 tuple(np.where(unit_of_label[ids] >= 0, unit_of_label[ids], units) for ids in held.parts),
-                held.counts_heads,
+                held.counts,
             )
             for held in ties.numbers
         ),
@@ -370,18 +380,20 @@ def _name_groups(group_of: Ids, slices: Sequence[Slice], made_tensors: set[str])
 
 def _explain_kept(
     ties: Ties,
-    components: Ids,
+    reason_of_label: Ids,
+    reasons: Sequence[str],
     made: Flags,
-    reasons: Mapping[int, str],
     parameters: Mapping[str, Value],
     unused: Sequence[str],
 ) -> tuple[Kept, ...]:
+    """reason_of_label: (labels,) the number of the reason that keeps it, -1 for none."""
     found: dict[str, str] = {}
     for owner in ties.owners:
         if owner.size and (made[owner.start] or parameters[owner.tensor].rank > 1):
-            for component in components[owner.start : owner.start + owner.size].tolist():
-                if component in reasons and (made[owner.start] or reasons[component].endswith(NO_RULE)):
-                    found.setdefault(owner.tensor.rpartition(".")[0] or owner.tensor, reasons[component])
+            own = reason_of_label[owner.start : owner.start + owner.size]
+            for number in own[own >= 0].tolist():
+                if made[owner.start] or reasons[number].endswith(NO_RULE):
+                    found.setdefault(owner.tensor.rpartition(".")[0] or owner.tensor, reasons[number])
                     break
     for name in unused:
         if parameters[name].shape:

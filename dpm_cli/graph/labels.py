@@ -7,6 +7,7 @@ units. A label can be *kept*: its whole component then stays, with the reason.
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -133,13 +134,16 @@ class CostTerm:
     factors: tuple[Ids, ...]
 
 
+Counts = Literal["heads", "width", "parts"]
+
+
 @dataclass(frozen=True)
 class Number:
     """A number, or a list of them, that a layer's code may hold: how many of some labels there are."""
 
     layer: str
     parts: tuple[Ids, ...]  # of each number: the labels that it counts
-    counts_heads: bool = False
+    counts: Counts = "parts"
 
 
 @dataclass(frozen=True)
@@ -159,14 +163,19 @@ class Owner:
 class Ties:
     """Collects labels, ties, kept labels and costs while the graph is walked; solved once at the end."""
 
-    def __init__(self, batch: int, lists: Set[tuple[str, tuple[int, ...]]] = frozenset()) -> None:
-        """batch: of the example. lists: (layer, integers) for every list of integers that a layer holds."""
+    def __init__(
+        self, batch: int, lists: Set[tuple[str, tuple[int, ...]]] = frozenset(), norms: Set[str] = frozenset()
+    ) -> None:
+        """batch: of the example. lists: (layer, integers) for every list of integers that a layer holds.
+
+        norms: layer norms that can lose channels and go on counting them as zeros.
+        """
         self.batch = batch
         self.size = 0
         self.owners: list[Owner] = []
         self.costs: list[CostTerm] = []
         self.numbers: list[Number] = []
-        self.lists = lists
+        self.lists, self.norms = lists, norms
         self.layer = ""  # the module whose operators are being read, for reasons
         self._left: list[Ids] = []
         self._right: list[Ids] = []
@@ -261,19 +270,19 @@ class Ties:
         components: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
         return components
 
-    def kept(self, components: Ids) -> dict[int, str]:
-        """Component -> the first reason to keep it."""
-        reasons: dict[int, str] = {}
+    def kept(self, components: Ids) -> tuple[Ids, list[str]]:
+        """(components,) the number of the first reason to keep each, -1 for none; and the reasons."""
+        number = np.full(int(components.max(initial=-1)) + 1, -1)
         makes, reads = np.zeros(self.size, bool), np.zeros(self.size, bool)
         for ids, role in self._roles:
             (reads if role is Role.CONSUMER else makes)[ids] = True
         for ids in self._relied:
             makes[ids] = True
         both = (np.flatnonzero(makes & reads), "the same weights make and read it")
-        for ids, reason in [*self._kept, both]:
-            for component in np.unique(components[ids]).tolist():
-                reasons.setdefault(component, reason)
-        return reasons
+        kept = [*self._kept, both]
+        for i, (ids, _) in reversed(list(enumerate(kept))):  # the first reason is written last
+            number[components[ids]] = i
+        return number, [reason for _, reason in kept]
 
     def roles(self) -> npt.NDArray[np.int8]:
         """(labels,) the role of every label. A consumer anywhere is a consumer."""

@@ -5,6 +5,7 @@ that takes one channel too many, only shows when it is run.
 """
 
 import copy
+from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -18,22 +19,26 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dpm_cli.graph.compact import compact_
 from dpm_cli.graph.groups import Groups, trace_groups
 from dpm_cli.graph.labels import Flags
+from dpm_cli.graph.shapes import ShapesAlone
 from dpm_cli.graph.trace import Example, run_example
 
 BREAKS = "the model's code holds a size that removing its channels would break"
 Survives = Callable[[Sequence[int]], bool]  # whether these groups can lose units together
 
 
-def find_groups(model: nn.Module, example: Example, keep: Sequence[str] = ()) -> Groups:
+def find_groups(
+    model: nn.Module, example: Example, keep: Sequence[str] = (), *, prune_embedding: bool = False
+) -> Groups:
     """All groups of units that can be removed exactly, in the order of the model's layers.
 
     On a copy, every group loses half of its units, then all but one. Groups that break the code are kept whole; those
     that only break it with their last but one get a lower bound.
 
     example: inputs with a batch of 2 or more. keep: layer names or patterns whose outputs stay whole.
+    prune_embedding: whether channels that layer norms average over can go; the norms go on counting them as zeros.
     Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
     """
-    groups = trace_groups(model, example, keep)
+    groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
     rehearsal = Rehearsal(model, example, groups.outputs)
     halves = [group.size - group.size // 2 for group in groups]
 
@@ -112,7 +117,8 @@ class Rehearsal:
         with context, torch.no_grad():
             compact_(slim, groups, alive)
             try:
-                outputs = run_example(slim, tree_map_only(Tensor, self._without_data, self._example))
+                with ShapesAlone():
+                    outputs = run_example(slim, tree_map_only(Tensor, self._without_data, self._example))
             except Exception:  # whatever the model's own code raises about a size it does not expect
                 return False
         return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] == self._wanted
@@ -125,6 +131,10 @@ class Rehearsal:
             memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
         for buffer in self._model.buffers():
             memo[id(buffer)] = self._without_data(buffer)
+        for module in self._model.modules():  # a dozen empty ones each: most of what there is to copy
+            memo.update(
+                (id(hooks), hooks) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks
+            )
         return copy.deepcopy(self._model, memo).eval()
 
     def _without_data(self, tensor: Tensor) -> Tensor:

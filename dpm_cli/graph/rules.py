@@ -392,10 +392,23 @@ def layer_norm(ties: Ties, call: Call) -> Value:
     x: Value = call.args[0]
     normalised = call.args[1]
     first = x.rank - len(normalised)
+    if ties.layer in ties.norms and x.along(-1) and first == x.rank - 1:
+        return _normalise_remaining(ties, x, *call.args[2:4])
     for axis in range(first, x.rank):
         ties.fix_axis(x, axis, "layer norm: losing a channel changes the statistics of the others")
     ties.keep_all(call.args[2:4], "layer norm: losing a channel changes the statistics of the others")
     return x.without_zeros()
+
+
+def _normalise_remaining(ties: Ties, x: Value, weight: Value, bias: Value) -> Value:
+    """A layer norm that goes on counting lost channels: exact as long as they are zero."""
+    channels = x.labels[(x.rank - 1,)]
+    ties.consume(channels)
+    for parameter, role in ((weight, Role.NORM), (bias, Role.BIAS)):
+        ties.tie(channels, parameter.labels[(0,)])
+        ties.mark(parameter.labels[(0,)], role)
+    out = x.without_zeros()
+    return replace(out, labels={**out.labels, (x.rank - 1,): channels.with_zero(True)})
 
 
 def _normalise_channels(
@@ -761,6 +774,8 @@ def _reshape_block(
         )
     ids, zero = ids[index], zero[index]
     if len(moved) == 1:
+        if len(ids) == len(labels.ids):
+            ties.numbers.append(Number(ties.layer, (labels.ids,), "width"))
         return {moved: Labels(ids, zero)}
     if len(axes) == 1:
         # An axis split in several must stay rectangular: whole heads go, or else the same trailing index everywhere.
@@ -770,7 +785,7 @@ def _reshape_block(
         ties.tie(by_unit[:, :1], by_unit)
         if makes_heads:
             heads = np.unique(by_unit[:, 0])
-            ties.numbers.append(Number(ties.layer, (heads,), counts_heads=True))
+            ties.numbers.append(Number(ties.layer, (heads,), "heads"))
             ties.numbers.append(Number(ties.layer, (np.repeat(heads, shape[moved[-1]]),)))
         return {moved: Labels(ids, zero, unit_axis)}
     positions = np.arange(labels.ids.shape[labels.unit_axis])
@@ -832,6 +847,18 @@ def expand(ties: Ties, call: Call) -> Value:
     return Value(call.shape, value.labels)
 
 
+@rule("repeat")
+def repeat(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    times = call.args[1]
+    offset = len(times) - x.rank
+    repeated = {axis for axis in range(x.rank) if times[axis + offset] != 1}
+    for axis in repeated:
+        ties.keep_axis(x, axis, "repeated along this axis")
+    position = {axis: axis + offset for axis in range(x.rank) if axis not in repeated}
+    return x.renamed(call.shape, position)
+
+
 @rule("expand_as")
 def expand_as(ties: Ties, call: Call) -> Value:
     x, other = call.args[:2]
@@ -867,6 +894,11 @@ def concatenate(ties: Ties, call: Call) -> Value:
     return Value(call.shape, out)
 
 
+@rule("hstack")
+def concatenate_columns(ties: Ties, call: Call) -> Value | list[Value]:
+    return concatenate(ties, replace(call, args=(call.args[0], min(1, len(call.shape) - 1))))
+
+
 @rule("stack")
 def stack(ties: Ties, call: Call) -> Value:
     parts, axis = call.args[0], (call.args[1] if len(call.args) > 1 else 0) % len(call.shape)
@@ -900,6 +932,14 @@ def split(ties: Ties, call: Call) -> list[Value]:
         outputs.append(Value(shape, own))
         start += size
     return outputs
+
+
+@rule("glu")
+def gated_linear_unit(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    halves = replace(call, name="chunk", args=(x, 2, call.args[1]), shapes=(call.shape, call.shape))
+    values, gates = walk_values(split(ties, halves))
+    return _elementwise(ties, call.shape, [values, gates.without_zeros()], zero="any")
 
 
 @rule("unbind")

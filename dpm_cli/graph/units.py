@@ -43,22 +43,30 @@ class Units:
     def norm(self, tensors: Sequence[Tensor] | None = None) -> Tensor:
         """(units,) L2 norm of each unit's producer entries, in `tensors` shaped like the parameters (or in them)."""
         tensors = self.weights() if tensors is None else tensors
-        norms = [torch.linalg.vector_norm(_rows(t, axis), dim=1) for t, axis in self._matrices(tensors)]
-        return self._per_unit(self._joined(tensors, norms).square()).sqrt()
+        norms = [torch.linalg.vector_norm(rows, dim=1) for rows in self._matrices(tensors)]
+        return self._norms([self._joined_vectors(tensors), *norms])
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """(units,) inner product of each unit's entries in two lists of tensors shaped like the parameters."""
-        products = [
-            (_rows(a, axis) * _rows(b, axis)).sum(1)
-            for (a, axis), (b, _) in zip(self._matrices(left), self._matrices(right))
-        ]
-        vectors = self._joined_vectors(left) * self._joined_vectors(right)
-        return self._per_unit(torch.cat([vectors, *products]))
+        return self.compare(left, right)[2]
+
+    def compare(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+        """(units,) norms of `left`, norms of `right` and inner products, from one read of the memory."""
+        a, b = self._joined_vectors(left), self._joined_vectors(right)
+        of_left, of_right, products = [a], [b], [a * b]
+        for a, b in zip(self._matrices(left), self._matrices(right)):
+            # What lies in a core's cache is read three times at the price of once. A GPU wants few, large kernels.
+            height = max(1, CACHED // max(a.shape[1], 1)) if a.device.type == "cpu" else max(len(a), 1)
+            for x, y in zip(torch.split(a, height), torch.split(b, height)):
+                of_left.append(torch.linalg.vector_norm(x, dim=1))
+                of_right.append(torch.linalg.vector_norm(y, dim=1))
+                products.append((x * y).sum(1))
+        return self._norms(of_left), self._norms(of_right), self._per_unit(torch.cat(products))
 
     def total(self, tensors: Sequence[Tensor]) -> Tensor:
         """(units,) sum of each unit's entries in tensors shaped like the parameters."""
-        sums = [_rows(tensor, axis).sum(1) for tensor, axis in self._matrices(tensors)]
-        return self._per_unit(self._joined(tensors, sums))
+        sums = [rows.sum(1) for rows in self._matrices(tensors)]
+        return self._per_unit(torch.cat([self._joined_vectors(tensors), *sums]))
 
     @torch.no_grad()
     def scale_(self, factor: Tensor) -> None:
@@ -87,15 +95,18 @@ class Units:
             for part, p, axis in zip(torch.split(spread, self._sizes), self.parameters, self._axes)
         ]
 
-    def _matrices(self, tensors: Sequence[Tensor]) -> list[tuple[Tensor, int]]:
-        return list(zip(tensors[self._vectors :], self._axes[self._vectors :]))
+    def _matrices(self, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Of those that are no vectors: (size, rest)."""
+        matrices = slice(self._vectors, None)
+        return [_rows(*each) for each in zip(tensors[matrices], self._axes[matrices], self.parameters[matrices])]
 
     def _joined_vectors(self, tensors: Sequence[Tensor]) -> Tensor:
         vectors = list(tensors[: self._vectors])
         return torch.cat(vectors) if vectors else torch.zeros(0, device=self.device)
 
-    def _joined(self, tensors: Sequence[Tensor], rows: list[Tensor]) -> Tensor:
-        return torch.cat([self._joined_vectors(tensors), *rows])
+    def _norms(self, norms: Sequence[Tensor]) -> Tensor:
+        """Norms of rows, (entries,) in parts, to those of units."""
+        return self._per_unit(torch.cat(list(norms)).square()).sqrt()
 
     def _per_unit(self, entries: Tensor) -> Tensor:
         """Sum entries of one unit. entries: (entries,) -> (units,)"""
@@ -103,9 +114,11 @@ class Units:
         return sums[: self.count]
 
 
-def _rows(tensor: Tensor, axis: int) -> Tensor:
-    """(size, rest) without a copy for the usual layouts. The order within a row does not matter here."""
-    tensor = tensor.movedim(axis, 0)
-    if tensor.dim() == 4 and not tensor.is_contiguous() and tensor.permute(0, 2, 3, 1).is_contiguous():
+CACHED = 1 << 18  # entries that are read at once: 1 MB
+
+
+def _rows(tensor: Tensor, axis: int, like: Tensor) -> Tensor:
+    """(size, rest), without a copy for the usual layouts. The order within a row is that of `like` in memory."""
+    if axis == 0 and tensor.dim() == 4 and not like.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.flatten(1)
+    return tensor.movedim(axis, 0).flatten(1)

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.attention import fit_attention_
+from dpm_cli.attention import SlimLayerNorm, fit_transformer_layer_
 from dpm_cli.errors import ModelFileError, UnsupportedModelError
 
 Size = int | list[int]
@@ -53,8 +53,8 @@ def apply_edits_(module: nn.Module, edits: Edits, tensors: Mapping[str, Tensor])
         _resize_(layers[name], name, sizes)
     _add_biases_(module, tensors)
     _replace_tensors_(module, tensors)
-    for name in edits:
-        fit_attention_(layers[name])
+    for layer in layers.values():
+        fit_transformer_layer_(layer)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -116,7 +116,8 @@ def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
     if other := slim_layers.keys() ^ dense_layers.keys():
         return f"{_few(other)} stands in only one of the model and its architecture"
     for name, layer in slim_layers.items():
-        if next(layer.children(), None) is None and type(layer) is not type(dense_layers[name]):
+        fits = type(layer) is type(dense_layers[name]) or isinstance(layer, SlimLayerNorm)
+        if next(layer.children(), None) is None and not fits:
             return f"{name} is a {type(layer).__name__}, in the architecture a {type(dense_layers[name]).__name__}"
     slim_tensors, dense_tensors = dict(named_tensors(slim)), dict(named_tensors(dense))
     other = {name for name in slim_tensors.keys() ^ dense_tensors.keys() if not _has_place_for_bias(dense, name)}

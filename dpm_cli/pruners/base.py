@@ -61,11 +61,12 @@ class BasePruner:
         redundant: how many would have to go by the scores. steps: how long the round may last.
         """
 
-    def after_step_(self, lr: float, going: Tensor, is_wanted: bool) -> None:
+    def after_step_(self, lr: float, going: Tensor, released: Tensor, is_wanted: bool) -> None:
         """After every optimizer step of a stage that prunes.
 
-        lr: of that step. going: (units,) decaying or dead, to be left alone. is_wanted: for a base that condemns units
-        each step, whether its round has started and the target is still missed.
+        lr: of that step. going: (units,) decaying or dead. released: (units,) in this round; both are to be left alone.
+        is_wanted: for a base that condemns units each step, whether its round has started and the target is still
+        missed.
         """
 
     def condemned(self) -> Tensor:

@@ -9,7 +9,6 @@ removes in up to 400 small steps and ranks anew after each; and equal importance
 """
 
 from collections.abc import Sequence
-from functools import reduce
 from typing import Any, Literal
 
 import numpy as np
@@ -20,6 +19,7 @@ from dpm_cli.budget import Scores
 from dpm_cli.graph import Groups, Role, Slice, Units
 from dpm_cli.pruners.base import BasePruner, Indices
 from dpm_cli.pruners.polarise import polar_pulls
+from dpm_cli.pruners.stack import Stack, stackable
 from dpm_cli.stages import StageName
 
 Normalizer = Literal["mean", "max"]
@@ -35,21 +35,22 @@ class GroupNorm:
 
     def __init__(self, groups: Groups, model: nn.Module) -> None:
         counted = (Role.PRODUCER, Role.NORM, Role.CONSUMER)
-        axes: dict[str, list[Slice]] = {}
+        slices: dict[str, list[Slice]] = {}
         for part in groups.slices:
             # Depthwise rows are not counted, as in the reference; vectors count only as normalisation weights.
             is_vector = part.role in counted and model.get_parameter(part.tensor).dim() == 1
             if part.role in counted and (part.role is Role.NORM) == is_vector:
-                axes.setdefault(part.tensor, []).append(part)
-        # Vectors first: they are joined into one tensor before any arithmetic.
-        names = sorted(axes, key=lambda name: model.get_parameter(name).dim() > 1)
-        parts = [part for name in names for part in axes[name]]
-        self.parameters = [model.get_parameter(name) for name in names]
-        self._axes = [[part.axis for part in axes[name]] for name in names]
-        self._vectors = sum(parameter.dim() == 1 for parameter in self.parameters)
-        self._sizes = [len(part.units) for part in parts]
+                slices.setdefault(part.tensor, []).append(part)
+        batches = list(stackable(slices, model))
+        self._stacks = [
+            Stack([model.get_parameter(name) for name in names], [part.axis for part in slices[names[0]]])
+            for names in batches
+        ]
+        parts = [
+            part for names in batches for same_axis in zip(*(slices[name] for name in names)) for part in same_axis
+        ]
         self.count, self.groups = groups.units, len(groups)
-        device = self.parameters[0].device if names else torch.device("cpu")
+        device = self._stacks[0].parameters[0].device if self._stacks else torch.device("cpu")
         units = [torch.from_numpy(part.units) for part in parts] or [torch.zeros(0, dtype=torch.int64)]
         self._units = torch.cat(units).to(device)  # (entries,) every index along every axis -> its unit
         self.group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
@@ -60,15 +61,7 @@ class GroupNorm:
 
     def importance(self, power: Literal[1, 2] = 2) -> Tensor:
         """(units,) mean over the group's layers of the unit's sum of |w|^power; not normalised."""
-        weights = [parameter.detach() for parameter in self.parameters]
-        vectors, matrices = weights[: self._vectors], weights[self._vectors :]
-        squares = [_powers(torch.cat(vectors), power)] if vectors else []
-        for weight, axes in zip(matrices, self._axes[self._vectors :]):
-            squares += _sums_along(_powers(weight, power), axes)
-        sums = torch.zeros(self.count + 1, device=self._units.device)
-        if squares:
-            sums = sums.index_add_(0, self._units, torch.cat(squares))
-        return sums[: self.count] / self._layers
+        return self._importance([stack.weights() for stack in self._stacks], power)
 
     def scores(self, normalizer: Normalizer, power: Literal[1, 2] = 2) -> Scores:
         """(units,) importance relative to its group's mean or maximum; low is redundant. Waits for the device."""
@@ -94,32 +87,29 @@ class GroupNorm:
 
         The weakest unit of a group is pushed hardest. Call between backward and the optimizer's step.
         """
-        root = self.importance().sqrt()
+        weights = [stack.weights() for stack in self._stacks]
+        root = self._importance(weights).sqrt()
         top, bottom = self.extremes(root)
-        self.pull_(strength * torch.exp2(alpha * (top - root) / (top - bottom + 1e-8)))
+        self._pull_(weights, strength * torch.exp2(alpha * (top - root) / (top - bottom + 1e-8)))
 
     @torch.no_grad()
     def pull_(self, strengths: Tensor) -> None:
         """Add strengths · w to the gradients of both sides of every unit. strengths: (units,)"""
-        gamma = torch.cat([strengths, strengths.new_zeros(1)])
-        factors = iter(torch.split(gamma[self._units], self._sizes))
-        for parameter, axes in zip(self.parameters, self._axes):
-            # A weight that makes one unit and reads another is pushed by both at once.
-            shapes = [[-1 if axis == k else 1 for k in range(parameter.dim())] for axis in axes]
-            factor = reduce(torch.add, [next(factors).view(shape) for shape in shapes])
-            if parameter.grad is not None:
-                parameter.grad.addcmul_(parameter, factor.to(parameter.dtype))
+        self._pull_([stack.weights() for stack in self._stacks], strengths)
 
+    def _importance(self, weights: Sequence[Tensor], power: Literal[1, 2] = 2) -> Tensor:
+        sums = torch.zeros(self.count + 1, device=self._units.device)
+        if weights:
+            powers = (weight.abs() if power == 1 else weight.square() for weight in weights)
+            entries = [part for stack, each in zip(self._stacks, powers) for part in stack.sums(each)]
+            sums = sums.index_add_(0, self._units, torch.cat(entries))
+        return sums[: self.count] / self._layers
 
-def _powers(weights: Tensor, power: Literal[1, 2]) -> Tensor:
-    return weights.abs() if power == 1 else weights.square()
-
-
-def _sums_along(squares: Tensor, axes: Sequence[int]) -> list[Tensor]:
-    """Sums over all axes but one, for each of `axes`; the tensor is read once."""
-    if squares.dim() > 2 and max(axes) < 2:
-        squares = squares.sum(tuple(range(2, squares.dim())))
-    return [squares.sum([k for k in range(squares.dim()) if k != axis]) for axis in axes]
+    def _pull_(self, weights: Sequence[Tensor], strengths: Tensor) -> None:
+        strengths = torch.cat([strengths, strengths.new_zeros(1)])
+        factors = iter(torch.split(strengths[self._units], [size for stack in self._stacks for size in stack.sizes]))
+        for stack, weight in zip(self._stacks, weights):
+            stack.pull_(weight, [next(factors) for _ in stack.sizes])
 
 
 class DepGraph(BasePruner):

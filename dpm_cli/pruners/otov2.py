@@ -9,7 +9,8 @@ How this differs from the reference implementation: the optimizer is PyTorch's o
 (x − x̂)/lr, stands for the paper's gradient variant ĝ (AdamW's decoupled decay taken out); the partition uses the
 gradient of the step before the first penalised one; how many groups are redundant is found from the target, in MACs,
 parameters or units, by the same scores; `upper_group_sparsity` (off by default there) is left out. A unit that is zero
-without any projection is condemned at once.
+without any projection is condemned at once. Of the units that are condemned in one step no more go than the target
+needs. Dead units leave at epoch ends, and with them the weights that read them: other units' norms count these no more.
 """
 
 from typing import Any, Literal
@@ -26,20 +27,25 @@ TINY = 1e-8
 MOST = 0.999  # of all units may be marked as redundant
 
 
-def salience(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor) -> Tensor:
+def salience(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor, live: Tensor) -> Tensor:
     """(units,) DHSPG's redundancy, high is redundant: descent shrinks the unit, and it is small (OTOv2, §3.2).
 
-    weight, gradient: (units,) ‖x‖ and ‖ĝ‖. dot: (units,) <x, ĝ>. entries: (units,) scalars per unit.
+    weight, gradient: (units,) ‖x‖ and ‖ĝ‖. dot: (units,) <x, ĝ>. entries: (units,) scalars per unit. live: (units,)
+    neither decaying nor dead; only these weigh the two criteria against each other, for what is almost zero would make
+    all others look equally large.
     """
     cosine = dot / (weight * gradient).clamp_min(TINY)
     smallness = 1 / (weight / entries.clamp_min(1) + 1e-6)
-    return 0.5 * _unit_length(cosine) + 0.5 * _unit_length(smallness)
+    criteria = torch.stack([cosine, smallness])  # (2, units)
+    lengths = torch.linalg.vector_norm(criteria * live, dim=1, keepdim=True)
+    mean: Tensor = (criteria / lengths.clamp_min(1e-30)).mean(0)
+    return mean
 
 
-def hesso_importance(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor) -> Tensor:
-    """(units,) HESSO's importance, low is redundant: the mean of five criteria, each of unit length over all units.
+def hesso_importance(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor, live: Tensor) -> Tensor:
+    """(units,) HESSO's importance, low is redundant: the mean of five criteria, each of unit length over live units.
 
-    The cosine has the opposite orientation to DHSPG's, as in the reference code.
+    The cosine has the opposite orientation to DHSPG's, as in the reference code. Arguments as of `salience`.
     """
     criteria = (
         weight,
@@ -48,7 +54,7 @@ def hesso_importance(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Ten
         dot.abs(),
         0.5 * dot.square(),
     )
-    return torch.stack([c / ((c.square().sum() + 1e-8).sqrt() + 1e-8) for c in criteria]).mean(0)
+    return torch.stack([c / (((c * live).square().sum() + 1e-8).sqrt() + 1e-8) for c in criteria]).mean(0)
 
 
 def penalty_strengths(
@@ -108,7 +114,7 @@ class Otov2(BasePruner):
             self.hits = torch.zeros_like(self.redundant)
             zeros = torch.zeros(groups.units, device=self.units.device)
             # Before any training (`dpm inspect`) there is no gradient: scores are those of the weights alone.
-            self._seen = {"weight": self.units.norm(), "gradient": zeros, "dot": zeros}
+            self._seen = {"weight": self.units.norm(), "gradient": zeros, "dot": zeros, "live": zeros == 0}
         else:
             index = torch.from_numpy(survivors).to(self.units.device)
             self.redundant, self.hits = self.redundant[index], self.hits[index]
@@ -137,7 +143,9 @@ class Otov2(BasePruner):
             self.used_strength = max(self.least_strength, 2 * typical / max(self._lr * steps, 1e-12))
 
     @torch.no_grad()
-    def after_step_(self, lr: float, going: Tensor, is_wanted: bool) -> None:
+    def after_step_(self, lr: float, going: Tensor, released: Tensor, is_wanted: bool) -> None:
+        if not lr:  # a schedule that fell below the smallest number: nothing moved
+            return
         self._lr = lr
         before, after = self._before, self.units.weights()
         update = torch._foreach_sub(before, after)  # x − x̂ = lr ĝ, with decoupled decay in it
@@ -146,10 +154,10 @@ class Otov2(BasePruner):
         if decay:  # ĝ = (x − x̂)/lr − decay · x
             length = (length.square() - 2 * decay * dot + (decay * weight).square()).clamp_min(0).sqrt()
             dot = dot - decay * weight.square()
-        self._seen = {"weight": weight, "gradient": length, "dot": dot}
+        self._seen = {"weight": weight, "gradient": length, "dot": dot, "live": ~going}
         if not (is_wanted and self.is_partitioned):
             return
-        pushed = self.redundant & ~going
+        pushed = self.redundant & ~going & ~released
         strengths = penalty_strengths(
             weight, length, dot, strength=self.used_strength, amplify=self.amplify, ceiling=self.ceiling
         )
@@ -165,7 +173,7 @@ class Otov2(BasePruner):
         return self.hits
 
     def scores(self) -> Scores:
-        seen = (self._seen["weight"], self._seen["gradient"], self._seen["dot"], self._entries)
+        seen = (self._seen["weight"], self._seen["gradient"], self._seen["dot"], self._entries, self._seen["live"])
         scores = hesso_importance(*seen) if self.variant == "hesso" else -salience(*seen)
         as_numbers: Scores = scores.double().cpu().numpy()
         return as_numbers
@@ -189,9 +197,3 @@ class Otov2(BasePruner):
         self._seen = {name: state["seen"][name].to(device) for name in self._seen}
         self.is_partitioned = bool(state["partitioned"])
         self.used_strength, self._lr = float(state["strength"]), float(state["lr"])
-
-
-def _unit_length(values: Tensor) -> Tensor:
-    """Divided by the L2 norm over all units."""
-    norm: Tensor = torch.linalg.vector_norm(values)
-    return values / norm.clamp_min(1e-30)

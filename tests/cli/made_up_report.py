@@ -19,6 +19,7 @@ def make_report(**changes: Any) -> Report:
     values: dict[str, Any] = {
         "arch": "resnet56",
         "base": "depgraph",
+        "method": "depgraph + DPM",
         "dense": Measured(
             macs=125_747_840,
             params=855_770,

@@ -73,8 +73,8 @@ def run_until_stopped(number: signal.Signals) -> Callable[..., None]:
         on_event(STEP)
         signal.raise_signal(number)
         on_event(STEP)
-        if should_stop():
-            raise Interrupted("stopped in stage train at step 1; continue with --resume")
+        if code := should_stop():
+            raise Interrupted("stopped in stage train at step 1; continue with --resume", code)
 
     return prune
 

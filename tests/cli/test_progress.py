@@ -29,6 +29,7 @@ EPOCH: Event = {
     "validation_accuracy": 91.22,
     "lr": 0.0461,
     "images_per_second": 512.4,
+    "waiting_for_data": 0.031,
     "seconds": 1.0,
 }
 ROUND: Event = {
@@ -76,8 +77,8 @@ EVENTS: list[Event] = [
     ("event", "line"),
     [
         (START, "resnet56  125.7 M MACs  855.8 K parameters  1120 units  target macs ≤ 59.1 M  cpu bf16"),
-        (EPOCH, "train 3/10  loss 0.412  validation 91.2 %  lr 0.046  512 images/s"),
-        (EPOCH | {"validation_accuracy": None}, "train 3/10  loss 0.412  lr 0.046  512 images/s"),
+        (EPOCH, "train 3/10  loss 0.412  validation 91.2 %  lr 0.046  512 images/s  waiting for data 3 %"),
+        (EPOCH | {"validation_accuracy": None}, "train 3/10  loss 0.412  lr 0.046  512 images/s  waiting for data 3 %"),
         (ROUND, "round 1/4  32 units start to decay  leads to 90.0 M MACs, 600.0 K parameters"),
         (COMPACT, "round 1  30 units removed, 2 released  now 91.0 M MACs, 610.0 K parameters"),
         (STEP, None),
@@ -149,7 +150,7 @@ def test_bars_follow_the_steps_of_a_stage() -> None:
         bars.show(event)
     (task,) = progress.tasks
     assert (task.description, task.completed, task.total) == ("train", 4, 8)
-    assert task.fields["state"] == "epoch 3/10  loss 0.412  validation 91.2 %  512 images/s"
+    assert task.fields["state"] == "epoch 3/10  loss 0.412  validation 91.2 %  512 images/s  waiting for data 3 %"
 
 
 def test_bars_take_every_event_and_end_full() -> None:

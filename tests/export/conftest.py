@@ -48,3 +48,12 @@ def torchscript_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     metadata = {"recipe": "0123", "classes": "4"}
     export_model(tiny_net(), torch.randn(1, 3, 8, 8), format="torchscript", path=path, metadata=metadata)
     return path
+
+
+@pytest.fixture(scope="session")
+def pt2_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("pt2") / "model.pt2"
+    export_model(
+        tiny_net(), torch.randn(1, 3, 8, 8), format="pt2", path=path, metadata={"recipe": "0123", "classes": "4"}
+    )
+    return path

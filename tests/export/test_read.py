@@ -7,8 +7,10 @@ import torch
 from torch import nn
 
 from dpm_cli.errors import ModelFileError, RunError, UsageError
-from dpm_cli.export import export_model, open_exported
+from dpm_cli.export import is_program, open_exported
 from dpm_cli.export.torchscript import EXTRA
+
+FORMATS = ["onnx_file", "torchscript_file", "pt2_file"]
 
 
 def write_zip(path: Path) -> None:
@@ -38,15 +40,20 @@ def test_anything_else_is_refused_in_one_line(
     assert capfd.readouterr() == ("", "")
 
 
-def test_torch_export_archive_is_refused(net: nn.Module, tmp_path: Path) -> None:
-    path = tmp_path / "model.pt2"
-    export_model(net, torch.randn(1, 3, 8, 8), format="pt2", path=path, metadata={})
-    with pytest.raises(ModelFileError, match="not TorchScript"):
-        open_exported(path)
+def test_torch_export_archive_needs_trust(pt2_file: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code[^\n]+--trust-pickle"):
+        open_exported(pt2_file)
+
+
+def test_only_programs_are_programs(onnx_file: Path, torchscript_file: Path, pt2_file: Path, tmp_path: Path) -> None:
+    weights = tmp_path / "model.pt"
+    torch.save({"weight": torch.zeros(3)}, weights)
+    files = (torchscript_file, pt2_file, onnx_file, weights, tmp_path / "missing.ts")
+    assert [is_program(path) for path in files] == [True, True, False, False, False]
 
 
 @pytest.mark.parametrize("kept", [0.01, 0.3, 0.9, 0.99])
-@pytest.mark.parametrize("kind", ["onnx_file", "torchscript_file"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_truncated_file_is_refused_in_one_line(
     kind: str, kept: float, request: pytest.FixtureRequest, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -54,23 +61,23 @@ def test_truncated_file_is_refused_in_one_line(
     path = tmp_path / "model"
     path.write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(ModelFileError, match=r"^[^\n]+$"):
-        open_exported(path)
+        open_exported(path, trust_pickle=True)
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.parametrize("kind", ["onnx_file", "torchscript_file"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_name_of_the_file_does_not_matter(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(request.getfixturevalue(kind).read_bytes())
-    model = open_exported(str(path))
+    model = open_exported(str(path), trust_pickle=True)
     assert model.shape == (3, 8, 8)
     assert model.metadata == {"recipe": "0123", "classes": "4"}
     assert model(torch.randn(3, 3, 8, 8)).shape == (3, 4)
 
 
-@pytest.mark.parametrize("kind", ["onnx_file", "torchscript_file"])
+@pytest.mark.parametrize("kind", FORMATS)
 def test_images_of_the_wrong_shape_are_refused(kind: str, request: pytest.FixtureRequest) -> None:
-    model = open_exported(request.getfixturevalue(kind))
+    model = open_exported(request.getfixturevalue(kind), trust_pickle=True)
     with pytest.raises(UsageError, match=r"takes images of shape \(batch, 3, 8, 8\), not \(1, 3, 9, 9\)"):
         model(torch.randn(1, 3, 9, 9))
 

@@ -503,14 +503,37 @@ class WeightNorm(Trunk):
         self.stem[0] = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
 
 
-@topology(groups={"stem.0": 8, "last.0": 6})
+@topology(groups={"stem.0": 8, "wide": 8, "last.0": 6})
 class GatedLinearUnit(Trunk):
+    """A value and its gate go together."""
+
     def __init__(self) -> None:
         super().__init__()
         self.wide = nn.Conv2d(8, 16, 1)
 
     def between(self, x: Tensor) -> Tensor:
         return F.glu(self.wide(x), 1)
+
+
+@topology(groups={"stem.0": 8, "last.0": 6})
+class TokenIsRepeated(Trunk):
+    """A parameter becomes as long as the batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.token = nn.Parameter(torch.randn(1, 8, 1, 1))
+
+    def between(self, x: Tensor) -> Tensor:
+        return x * self.token.repeat(len(x), 1, 1, 1)
+
+
+@topology(groups={"stem.0": 8, "last.0": 6})
+class StackedSideBySide(Trunk):
+    def __init__(self) -> None:
+        super().__init__(16)
+
+    def between(self, x: Tensor) -> Tensor:
+        return torch.hstack([x, x.tanh()])
 
 
 @topology(groups={"stem.0": 8, "last.0": 6})

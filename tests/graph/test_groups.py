@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from exactness import cast, outputs_of, random_survivors, randomise_
+import torch.nn.functional as F
+from exactness import assert_removable, cast, outputs_of, random_survivors, randomise_
 from topologies import TOPOLOGIES, Net, conv_bn
 from torch import nn
 
@@ -166,3 +167,33 @@ def test_what_dies_makes_exact_zeros_whatever_the_statistics():
     (features,) = outputs_of(model.stem, cast(EXAMPLE, torch.float64))
     assert not features[:, 2].any()
     assert features.flatten(2).any(-1).sum() == 2 * 7
+
+
+class NormByHand(Net):
+    """Calls the function, not the layer: nothing would go on counting lost channels."""
+
+    def __init__(self):
+        super().__init__(8)
+        self.stem, self.norm = nn.Conv2d(3, 8, 3), nn.LayerNorm(8)
+
+    def trunk(self, x):
+        x = self.stem(x).permute(0, 2, 3, 1)
+        return F.layer_norm(x, x.shape[-1:], self.norm.weight, self.norm.bias).permute(0, 3, 1, 2)
+
+
+@pytest.mark.parametrize("name", ["FusedAttention", "AttentionThatCountsItsHeads", "WindowAttention"])
+def test_the_embedding_is_removed_exactly_on_request(name):
+    torch.manual_seed(0)
+    model, example = TOPOLOGIES[name].build().double(), cast(TOPOLOGIES[name].example, torch.float64)
+    randomise_(model, example)
+    groups = find_groups(model, example, prune_embedding=True)
+    assert names(groups) == {*TOPOLOGIES[name].groups, "stem"}
+    assert_removable(model, example, groups, random_survivors(groups), retrace=False)
+
+
+def test_the_embedding_stays_where_the_recipe_or_the_code_says_so():
+    fused = TOPOLOGIES["FusedAttention"].build()
+    assert "stem" not in names(find_groups(fused, EXAMPLE, ["stem"], prune_embedding=True))
+    by_hand = TOPOLOGIES["HandWrittenAttention"].build()
+    assert names(find_groups(by_hand, EXAMPLE, prune_embedding=True)) == {"widen"}
+    assert names(find_groups(NormByHand(), EXAMPLE, prune_embedding=True)) == set()

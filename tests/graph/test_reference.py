@@ -65,8 +65,10 @@ def test_groups_units_and_importances_are_those_of_torch_pruning(arch, size, cou
 
 
 @pytest.mark.parametrize(("arch", "size", "count", "units"), ARCHITECTURES)
-def test_penalty_is_the_sparse_learning_gradient_of_torch_pruning(arch, size, count, units):
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+def test_penalty_is_the_sparse_learning_gradient_of_torch_pruning(arch, size, count, units, layout):
     model, example, classifier = make(arch, size)
+    model.to(memory_format=layout)
     measure = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=None)
     pruner = torch_pruning.pruner.GroupNormPruner(
         model, example, importance=measure, reg=1e-3, ignored_layers=[classifier], global_pruning=True

@@ -5,8 +5,10 @@ import pytest
 import torch
 from exactness import cast, randomise_
 from topologies import TOPOLOGIES
+from torch import nn
 
 from dpm_cli.graph import Role, Units, find_groups
+from dpm_cli.graph.units import CACHED
 
 NAMES = ("ResidualChain", "GroupedConv", "ConvTranspose", "FlattenToLinear", "BareScaleAndBias", "ThreeDimensions")
 
@@ -52,6 +54,32 @@ def test_inner_products_are_those_of_each_units_entries(bound):
         torch.dot(entries_of(groups, model, u), entries_of(groups, model, u, other)).item() for u in range(groups.units)
     ]
     assert products.tolist() == pytest.approx(expected)
+
+
+def test_a_comparison_gives_both_norms_and_the_inner_product(bound):
+    groups, model = bound
+    units = Units(groups, model)
+    other = [torch.randn_like(parameter) for parameter in units.parameters]
+    norms, others, products = units.compare(units.weights(), other)
+    torch.testing.assert_close(norms, units.norm())
+    torch.testing.assert_close(others, units.norm(other))
+    torch.testing.assert_close(products, units.dot(units.weights(), other))
+
+
+def test_large_tensors_in_parts_and_layouts_give_the_same():
+    """A layer of several parts beside small ones; the gradient's layout is not the weight's."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 512, 3), nn.ReLU(), nn.Conv2d(512, 64, 3), nn.ReLU(), nn.Conv2d(64, 2, 1))
+    groups = find_groups(model, torch.zeros(2, 3, 8, 8))
+    units = Units(groups, model)
+    assert max(parameter.numel() for parameter in units.parameters) > CACHED
+    other = [torch.randn_like(parameter) for parameter in units.parameters]
+    contiguous = units.compare(units.weights(), other)
+    model.to(memory_format=torch.channels_last)
+    for mixed, expected in zip(units.compare(units.weights(), other), contiguous):
+        torch.testing.assert_close(mixed, expected)
+    by_hand = [entries_of(groups, model, unit).norm() for unit in range(groups.units)]
+    torch.testing.assert_close(contiguous[0], torch.stack(by_hand))
 
 
 def test_entries_are_counted(bound):

@@ -76,6 +76,22 @@ def test_a_family_is_pruned_to_half_trains_and_reloads(name: str, tmp_path: Path
         assert torch.equal(load(path)(images), after)
 
 
+def test_the_embedding_is_pruned_on_request() -> None:
+    model = make("deit_tiny_patch16_224")
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, 0, 0.1)
+    groups = find_groups(model, IMAGES, prune_embedding=True)
+    assert next(iter(groups)).name == "patch_embed.proj"
+    assert not [kept.layer for kept in groups.kept if kept.layer != "head"]
+    alive = np.arange(groups.units) % 2 == 0
+    Units(groups, model).scale_(torch.from_numpy(alive).float())
+    with torch.no_grad():
+        before = model(IMAGES)
+        compact_(model, groups, alive)
+        assert float((before - model(IMAGES)).abs().max()) <= 1e-5 * float(before.abs().max())
+    assert count_macs(model, IMAGES) == groups.cost.macs(alive)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenetv3_small_100", "mobilevit_xxs"])
 def test_a_pruned_family_becomes_onnx(name: str, tmp_path: Path) -> None:

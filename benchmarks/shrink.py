@@ -1,0 +1,135 @@
+"""What removing dead units at the end of every round is worth, against keeping them as zeros until training is over.
+
+    python benchmarks/shrink.py --root FOLDER [--model FILE]   FOLDER holds train/<class>/… of 32×32 images
+
+Two whole pruning runs to a quarter of the MACs, alike but for the moment of removal: same model, data, rounds, epochs.
+Without a file the model starts from random weights. One after the other, so wall seconds suffer from whatever else the
+machine does; seconds of CPU time suffer less.
+"""
+
+import argparse
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from common import print_table, save
+from torch import Tensor
+
+import dpm_cli.api
+import dpm_cli.run
+from dpm_cli.engine.precision import to_fast_layout_
+from dpm_cli.models import build
+from dpm_cli.pruning import Pruning, Removal
+from dpm_cli.report import Event
+from dpm_cli.run import Run
+from dpm_cli.stages import Stage
+
+
+class LatePruning(Pruning):
+    """Dead units stay in the network as zeros until `remove_late`."""
+
+    is_late = True  # nothing was removed yet
+
+    @property
+    def is_met(self) -> bool:
+        left = np.bincount(self.groups.group_of_unit[self._present], minlength=len(self.groups))
+        return self._meets_target() and bool(self.floors.are_widths_allowed(left).all())
+
+    @property
+    def is_done(self) -> bool:
+        return not self.is_late and super().is_done
+
+    def is_due(self, step: int) -> bool:
+        return super().is_due(step) and not (self.round >= len(self.starts) and self.is_met)
+
+    def finish_round(self, images: Tensor) -> Removal:
+        self.in_round = False
+        released = int(self.decay.released.sum())
+        self.released += released
+        return Removal(0, released, 0.0, {})
+
+    def after_step_(self, step: int, lr: float) -> None:
+        super().after_step_(step, lr)
+        self.units.scale_(torch.where(self.decay.dead, 0.0, 1.0))  # momentum goes on pushing them
+
+    def remove_late(self, images: Tensor) -> Removal:
+        self.is_late = False
+        return self.remove_dead(images)
+
+
+class LateRun(Run):
+    def _train(self, stage: Stage) -> Iterator[Event]:
+        yield from super()._train(stage)
+        if isinstance(self.pruning, LatePruning) and stage is self.stages[-1]:
+            removal = self.pruning.remove_late(self._check_images())
+            to_fast_layout_(self.model)
+            self.progress.difference = removal.difference
+
+
+def prune(
+    root: Path, arch: str, weights: Path | None, epochs: int, limit: int, seed: int, *, late: bool
+) -> dict[str, Any]:
+    recipe = {
+        "model": {"arch": arch},
+        "data": {"name": "folder", "root": str(root), "limit": limit},
+        "prune": {"target": {"macs": 0.25}, "rounds": 4, "end": 0.35},
+        "decay": {"steps": 30},
+        "train": {"epochs": epochs, "lr": 0.05},
+        "finetune": {"epochs": 0},
+        "export": [],
+        "seed": seed,
+    }
+    torch.manual_seed(seed)
+    model = weights or build(arch, classes=10, shape=(3, 32, 32))
+    kinds = (LateRun, LatePruning) if late else (Run, Pruning)
+    started, started_cpu = time.monotonic(), time.process_time()
+    with TemporaryDirectory() as folder, patch("dpm_cli.api.Run", kinds[0]), patch("dpm_cli.run.Pruning", kinds[1]):
+        report = dpm_cli.api.prune(model, recipe, output=folder)
+    return {
+        "model": arch,
+        "seed": seed,
+        "removal": "at the end" if late else "every round",
+        "seconds": time.monotonic() - started,
+        "training seconds": report.seconds["train"],
+        "CPU seconds": time.process_time() - started_cpu,
+        "MACs left": report.slim.macs / report.dense.macs,
+        "validation": report.validation_accuracy,
+        "test": report.slim.accuracy,
+        "difference at removal": report.compact_difference,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--root", type=Path, required=True)
+    parser.add_argument("--arch", default="resnet56")
+    parser.add_argument("--model", type=Path, help="trained weights of --arch")
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--limit", type=int, default=8000)
+    parser.add_argument("--seeds", type=int, default=1)
+    arguments = parser.parse_args()
+    rows = []
+    for seed in range(arguments.seeds):
+        for late in (False, True):
+            rows.append(
+                prune(
+                    arguments.root, arguments.arch, arguments.model, arguments.epochs, arguments.limit, seed, late=late
+                )
+            )
+        early, last = rows[-2:]
+        for row in (early, last):
+            row["of the time"] = row["seconds"] / last["seconds"]
+            row["of the CPU time"] = row["CPU seconds"] / last["CPU seconds"]
+    print_table(rows)
+    save(
+        f"shrink-{arguments.arch}", rows, epochs=arguments.epochs, limit=arguments.limit, trained=bool(arguments.model)
+    )
+
+
+if __name__ == "__main__":
+    main()
