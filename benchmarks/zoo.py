@@ -59,7 +59,7 @@ MORE = [
     "pit_ti_224",
 ]
 MEMORY_BYTES = 14 * 2**30
-SECONDS = {"dpm": 900, "peer": 300}
+SECONDS = {"dpm": 900, "peer": 120}
 TIMES = "export_s labels_s rehearse_s choose_s compact_s".split()
 COLUMNS = ["model", "units", *TIMES, *"analysis_GB lowest kept macs difference onnx_difference result".split()]
 PEER = ["peer s", "peer GB", "peer result"]

@@ -160,11 +160,11 @@ class OnTheFly(Section):
     """The base `on-the-fly`, which cuts single weights. `train` is its training; `prune.keep` names layers to spare."""
 
     penalty: Literal["ternary-cosine", "tail-energy"] = "ternary-cosine"
-    strength: float = Field(default=0.1, ge=0, le=100)  # of the penalty, summed over the layers
+    strength: float = Field(default=2.0, ge=0, le=100)  # of the penalty, summed over the layers
     per: Literal["filter", "layer"] = "filter"  # what lies on a sphere, and what shares a mean
     keep_first: bool = True  # the first convolution stays whole
     threshold: float | None = Field(default=None, gt=0, le=100)  # cut below so many root mean squares, not to a share
-    recover: Literal["none", "mean", "signed-mean", "split-mean"] = "mean"  # in the place of what was cut
+    recover: Literal["none", "mean", "signed-mean", "split-mean"] = "split-mean"  # in the place of what was cut
 
 
 class Prune(Section):
