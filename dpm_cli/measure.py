@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_cli.errors import UsageError
+from dpm_cli.modes import in_mode
 
 Counter = Literal["flop_counter", "thop"]
 Run = Callable[[Tensor], object]
@@ -71,7 +72,7 @@ def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_coun
             flops = FlopCounterMode(display=False)
             # Inference mode hides the matrix products inside aten.linear from the counter, the fast path all attention.
             with (
-                evaluating(module),
+                in_mode(module, training=False),
                 _frozen(module),  # its hooks stumble over parameters that are handed from module to module
                 torch.inference_mode(False),
                 torch.no_grad(),
@@ -114,7 +115,7 @@ def measure_in_turns(
     with ExitStack() as stack:
         for run in runs.values():
             if isinstance(run, nn.Module):
-                stack.enter_context(evaluating(run))
+                stack.enter_context(in_mode(run, training=False))
         stack.enter_context(torch.inference_mode())
         stack.enter_context(flushing_denormals())
         for run in runs.values():
@@ -140,18 +141,6 @@ def hardware() -> dict[str, str | int | None]:
         "onnxruntime": _version("onnxruntime"),
         "dpm": _version("dpm-cli"),
     }
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode for a while; afterwards every submodule is in the mode it was in."""
-    modes = [(part, part.training) for part in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from dpm_cli.errors import RunError
 from dpm_cli.graph import Groups, Units, compact_
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.labels import Flags
+from dpm_cli.modes import in_mode
 from dpm_cli.pruners.base import BasePruner
 from dpm_cli.rectify import Rectifier
 
@@ -282,15 +283,10 @@ class Pruning:
 
 def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
     """Outputs in eval mode and full precision."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        cudnn = torch.backends.cudnn
-        with torch.no_grad(), cudnn.flags(enabled=cudnn.enabled, allow_tf32=False):  # TF32 alone is off by 1e-3
-            return list(_tensors(model(images)))
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 alone is off by 1e-3
+    with in_mode(model, training=False), torch.no_grad(), exact:
+        return list(_tensors(model(images)))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

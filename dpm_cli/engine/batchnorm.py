@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.precision import Precision
+from dpm_cli.modes import in_mode
 
 
 class _Pool:
@@ -52,15 +53,13 @@ def recalibrate_batchnorm_(
     layers = [module for module in model.modules() if isinstance(module, _BatchNorm) and _adapts(module, model)]
     if not layers:
         return
-    modes = {module: module.training for module in model.modules()}
     momenta = {layer: layer.momentum for layer in layers}
     pools = {layer: _Pool(layer, world) for layer in layers}
     hooks = [layer.register_forward_hook(pools[layer].add_) for layer in layers]
     try:
-        model.eval()
-        for layer in layers:
-            layer.training, layer.momentum = True, 1.0
-        with torch.no_grad(), precision.autocast(), world.normalising():
+        with in_mode(model, training=False), torch.no_grad(), precision.autocast(), world.normalising():
+            for layer in layers:
+                layer.training, layer.momentum = True, 1.0
             for images, _ in islice(batches, count):
                 model(images)
     finally:
@@ -68,8 +67,6 @@ def recalibrate_batchnorm_(
             hook.remove()
         for layer, momentum in momenta.items():
             layer.momentum = momentum
-        for module, mode in modes.items():
-            module.training = mode
     for layer, pool in pools.items():
         if pool.count > 1:
             _tensor(layer.running_mean).copy_(pool.mean)

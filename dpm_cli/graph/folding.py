@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags, Ids, Role
 from dpm_cli.graph.trace import Example, find_layer_calls
+from dpm_cli.modes import in_mode
 
 MatrixLayer = nn.Linear | nn.modules.conv._ConvNd
 ReadAxes = list[tuple[int, Ids]]  # (axis of a weight, unit of every index along it)
@@ -102,16 +103,13 @@ def measure_lost(model: nn.Module, groups: Groups, alive: Flags, images: Iterabl
                 counts[layer] += rows.shape[1]
 
             hooks.append(module.register_forward_hook(add))
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
     try:
-        for batch in images:
-            model(batch)
+        with in_mode(model, training=False):
+            for batch in images:
+                model(batch)
     finally:
         for hook in hooks:
             hook.remove()
-        for module, mode in modes.items():
-            module.training = mode
     return {layer: total / counts[layer] for layer, total in sums.items()}
 
 

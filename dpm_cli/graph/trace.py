@@ -19,6 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpm_cli.errors import UnsupportedModelError
 from dpm_cli.graph.labels import Axes, Labels, Ties, Value, walk_values
 from dpm_cli.graph.rules import NO_RULE, Call, apply_rule
+from dpm_cli.modes import in_mode
 
 PRODUCTS = frozenset("scaled_dot_product_attention matmul bmm baddbmm".split())
 RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
@@ -52,10 +53,8 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
     Raises UnsupportedModelError with the reason when the model's code cannot be exported.
     """
     args, kwargs = split_example(example)
-    modes = {module: module.training for module in model.modules()}
-    model.train(training)
     try:
-        with _slow_attention(), _set_momentum(model), warnings.catch_warnings():
+        with in_mode(model, training=training), _slow_attention(), _set_momentum(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises dozens of types for what a model's code may do
@@ -63,9 +62,6 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
         raise UnsupportedModelError(
             f"the model cannot be exported to a graph, so it cannot be analysed: {reason}"
         ) from None
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def find_layer_calls(model: nn.Module, example: Example) -> Iterator[tuple[str, str | None]]:

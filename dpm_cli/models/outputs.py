@@ -5,18 +5,13 @@ from torch import Tensor, nn
 
 from dpm_cli.models.own_code import one_line
 from dpm_cli.models.zoo import Shape
+from dpm_cli.modes import in_mode
 
 
 def run_once(module: nn.Module, images: Tensor) -> Tensor:
     """Outputs in eval mode without gradients. Every layer keeps the mode it was in. Raises what the module raises."""
-    modes = {layer: layer.training for layer in module.modules()}
-    module.eval()
-    try:
-        with torch.no_grad():
-            outputs = module(images)
-    finally:
-        for layer, mode in modes.items():
-            layer.training = mode
+    with in_mode(module, training=False), torch.no_grad():
+        outputs = module(images)
     if not isinstance(outputs, Tensor):
         raise TypeError(f"its forward returns a {type(outputs).__name__}, not one tensor of logits")
     return outputs
