@@ -27,6 +27,13 @@ def test_a_fraction_of_an_epoch_warms_up():
     assert learning_rate(0, **STAGE, schedule="constant", warmup_epochs=0.5) == pytest.approx(0.4 / 5)
 
 
+def test_triangular_is_that_of_gate_decorator():
+    """From 1e-3 up to 1e-2 at half of the stage and back, straight in between."""
+    stage = {"steps": 1000, "steps_per_epoch": 10, "lr": 0.01, "schedule": "triangular", "gamma": 0.1}
+    rates = [learning_rate(step, **stage) for step in (0, 250, 500, 750, 1000)]
+    assert rates == pytest.approx([1e-3, 5.5e-3, 1e-2, 5.5e-3, 1e-3])
+
+
 def test_step_counts_epochs():
     rates = [learning_rate(step, **STAGE, schedule="step", step_size=30, gamma=0.1) for step in (299, 300, 599, 900)]
     assert rates == pytest.approx([0.4, 0.04, 0.04, 0.0004])

@@ -390,3 +390,18 @@ def test_one_step_without_rectifying_is_dhspg(tmp_path, splits, training, streng
     assert run.pruning.topped_up == missing
     assert any("chosen by score alone" in note for note in run.report.notes) == topped_up
     assert_same_model(run, model.state_dict(), dead)
+
+
+@pytest.mark.parametrize(("kept", "rounds"), [(0.7, 1), (0.45, 3), (0.3, 4)])
+def test_hesso_prunes_the_share_of_each_period_and_all_it_was_asked_for_in_the_end(tmp_path, splits, kept, rounds):
+    """R units over the periods, R // P at each but for rounding, none of them twice (HESSO's reference code)."""
+    recipe = make_recipe(
+        "prune.base=otov2", "prune.otov2.variant=hesso", "decay.envelope=multiplicative", "decay.steps=2",
+        f"prune.target.channels={kept}", f"prune.rounds={rounds}", "prune.end=0.8",
+    )  # fmt: skip
+    run, events = go(tmp_path, recipe, splits)
+    asked = UNITS - math.floor(kept * UNITS)
+    removed = [event["removed"] for event in events if event["event"] == "compact"]
+    assert sum(removed) == asked == UNITS - run.pruning.survivors.sum()
+    assert len(removed) == rounds
+    assert all(abs(count - asked / rounds) < 1 for count in removed)
