@@ -8,7 +8,6 @@ How this differs from the reference implementation: victims of a round are taken
 removes in up to 400 small steps and ranks anew after each; and equal importances within a group give a finite penalty.
 """
 
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -61,7 +60,11 @@ class GroupNorm:
 
     def importance(self, power: Literal[1, 2] = 2) -> Tensor:
         """(units,) mean over the group's layers of the unit's sum of |w|^power; not normalised."""
-        return self._importance([stack.weights() for stack in self._stacks], power)
+        sums = torch.zeros(self.count + 1, device=self._units.device)
+        if self._stacks:
+            entries = [part for stack in self._stacks for part in stack.sums(power)]
+            sums = sums.index_add_(0, self._units, torch.cat(entries))
+        return sums[: self.count] / self._layers
 
     def scores(self, normalizer: Normalizer, power: Literal[1, 2] = 2) -> Scores:
         """(units,) importance relative to its group's mean or maximum; low is redundant. Waits for the device."""
@@ -87,29 +90,17 @@ class GroupNorm:
 
         The weakest unit of a group is pushed hardest. Call between backward and the optimizer's step.
         """
-        weights = [stack.weights() for stack in self._stacks]
-        root = self._importance(weights).sqrt()
+        root = self.importance().sqrt()
         top, bottom = self.extremes(root)
-        self._pull_(weights, strength * torch.exp2(alpha * (top - root) / (top - bottom + 1e-8)))
+        self.pull_(strength * torch.exp2(alpha * (top - root) / (top - bottom + 1e-8)))
 
     @torch.no_grad()
     def pull_(self, strengths: Tensor) -> None:
         """Add strengths · w to the gradients of both sides of every unit. strengths: (units,)"""
-        self._pull_([stack.weights() for stack in self._stacks], strengths)
-
-    def _importance(self, weights: Sequence[Tensor], power: Literal[1, 2] = 2) -> Tensor:
-        sums = torch.zeros(self.count + 1, device=self._units.device)
-        if weights:
-            powers = (weight.abs() if power == 1 else weight.square() for weight in weights)
-            entries = [part for stack, each in zip(self._stacks, powers) for part in stack.sums(each)]
-            sums = sums.index_add_(0, self._units, torch.cat(entries))
-        return sums[: self.count] / self._layers
-
-    def _pull_(self, weights: Sequence[Tensor], strengths: Tensor) -> None:
         strengths = torch.cat([strengths, strengths.new_zeros(1)])
         factors = iter(torch.split(strengths[self._units], [size for stack in self._stacks for size in stack.sizes]))
-        for stack, weight in zip(self._stacks, weights):
-            stack.pull_(weight, [next(factors) for _ in stack.sizes])
+        for stack in self._stacks:
+            stack.pull_([next(factors) for _ in stack.sizes])
 
 
 class DepGraph(BasePruner):

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
 from dpm_cli.graph import Slice
 
-STACKED = 1 << 18  # entries of a stack; to copy more costs more than the kernels that it saves
+STACKED = 1 << 18  # entries of a stack: a copy of 1 MB stays in a core's cache
 
 
 def stackable(slices: Mapping[str, Sequence[Slice]], model: nn.Module) -> Iterator[list[str]]:
@@ -34,39 +35,34 @@ class Stack:
         self.sizes = [sum(parameter.shape[axis] for parameter in parameters) for axis in axes]
         self._rows = [len(parameter) for parameter in parameters]
 
-    def weights(self) -> Tensor:
-        """(sum of rows, …), a copy if there are several; in the memory format of the parameters."""
+    def sums(self, power: Literal[1, 2]) -> list[Tensor]:
+        """For each axis the sums of |w|^power over all others, (its size in all parameters,)."""
         tensors = [parameter.detach() for parameter in self.parameters]
-        return torch.cat(tensors) if len(tensors) > 1 else tensors[0]
-
-    def sums(self, entries: Tensor) -> list[Tensor]:
-        """For each axis the sums over all others, (its size in all parameters,); the tensor is read once."""
+        weights = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # (sum of rows, …)
+        copy = weights if len(tensors) > 1 else None
+        entries = torch.abs(weights, out=copy) if power == 1 else torch.square(weights, out=copy)
         if entries.dim() > 2 and max(self.axes) < 2:
             entries = entries.sum(tuple(range(2, entries.dim())))
         if entries.dim() == 1:
             return [entries]
-        each = self._apart(entries)  # (B, rows, columns, …)
+        each = entries.view(len(tensors), -1, *entries.shape[1:])  # (B, rows, columns, …)
         return [each.sum([k for k in range(1, each.dim()) if k != axis + 1]).flatten() for axis in self.axes]
 
-    def pull_(self, weights: Tensor, factors: Sequence[Tensor]) -> None:
+    def pull_(self, factors: Sequence[Tensor]) -> None:
         """Add to each gradient its weight times a factor per index of each axis, as long as in `sums`.
 
-        A weight that makes one unit and reads another is pulled by both at once. Uses `weights` up.
+        A weight that makes one unit and reads another is pulled by both at once.
         """
-        each = weights if weights.dim() == 1 else self._apart(weights)
-        shapes = [[size if k in (0, axis + 1) else 1 for k, size in enumerate(each.shape)] for axis in self.axes]
-        factor = reduce(torch.add, [values.view(shape) for values, shape in zip(factors, shapes)]).to(each.dtype)
-        if len(self.parameters) == 1:
-            if (gradient := self.parameters[0].grad) is not None:
-                gradient.addcmul_(weights, factor.view(factor.shape[-weights.dim() :]))
-            return
-        each.mul_(factor)
-        pulls = [
-            (p.grad, pull) for p, pull in zip(self.parameters, torch.split(weights, self._rows)) if p.grad is not None
-        ]
-        if pulls:
-            torch._foreach_add_([gradient for gradient, _ in pulls], [pull for _, pull in pulls])
-
-    def _apart(self, tensor: Tensor) -> Tensor:
-        """(sum of rows, …) -> (B, rows, …)"""
-        return tensor.view(len(self.parameters), -1, *tensor.shape[1:])
+        first, count = self.parameters[0], len(self.parameters)
+        if first.dim() == 1:
+            (values,) = factors
+            each = torch.split(values.to(first.dtype), self._rows)
+        else:
+            sides = [
+                values.view(count, *(size if k == axis else 1 for k, size in enumerate(first.shape)))
+                for axis, values in zip(self.axes, factors)
+            ]
+            each = reduce(torch.add, sides).to(first.dtype).unbind()
+        pulled = [(p.grad, p.detach(), factor) for p, factor in zip(self.parameters, each) if p.grad is not None]
+        if pulled:
+            torch._foreach_addcmul_(*(list(tensors) for tensors in zip(*pulled)))
