@@ -1,13 +1,16 @@
 """What DPM adds to a training step: plain against every unit decaying with rectifying on, in turns in one process.
 
-python benchmarks/step.py            ResNet-56 at batch 128 and ResNet-50 at 224, batch 16
-python benchmarks/step.py --penalty  also DepGraph's penalty against Torch-Pruning's GroupNormPruner.regularize
+python benchmarks/step.py                   all of these:
+python benchmarks/step.py --only step       ResNet-56 at batch 128 and ResNet-50 at 224, batch 16
+python benchmarks/step.py --only penalty    DepGraph's penalty against Torch-Pruning's GroupNormPruner.regularize
+python benchmarks/step.py --only precision  a plain step in bf16 against one in fp32, for nets of different kinds
 """
 
 import argparse
 import copy
 import statistics
 import time
+from functools import partial
 
 import numpy as np
 import torch
@@ -17,13 +20,24 @@ from torch import nn
 
 from dpm_cli.decay import Decay
 from dpm_cli.engine.optimizer import make_optimizer
-from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import Precision, choose_precision, to_fast_layout_
 from dpm_cli.engine.step import train_step
 from dpm_cli.graph import Groups, Units, find_groups
 from dpm_cli.models import build
 from dpm_cli.pruners.depgraph import GroupNorm
 from dpm_cli.rectify import Rectifier
 
+PRECISIONS = (
+    ("resnet20", 32, 64),
+    ("torchvision:mobilenet_v2", 32, 64),
+    ("torchvision:mobilenet_v2", 224, 8),
+    ("torchvision:efficientnet_b0", 224, 4),
+    ("torchvision:mobilenet_v3_small", 224, 8),
+    ("torchvision:shufflenet_v2_x1_0", 224, 8),
+    ("torchvision:convnext_tiny", 224, 2),
+    ("torchvision:vit_b_16", 224, 1),
+    ("torchvision:resnext50_32x4d", 224, 2),
+)
 CASES = {"resnet56": ("resnet56", (3, 32, 32), 128), "resnet50": ("torchvision:resnet50", (3, 224, 224), 16)}
 
 
@@ -125,20 +139,45 @@ def compare_penalties(turns: int) -> dict[str, object]:
     }
 
 
+def compare_precisions(arch: str, side: int, batch: int, turns: int) -> dict[str, object]:
+    """A plain training step in bf16 by that in fp32, one thread, CPU time."""
+    shape, threads = (3, side, side), torch.get_num_threads()
+    torch.set_num_threads(1)
+    contender = Contender(build(arch, classes=10, shape=shape), None, torch.device("cpu"))
+    images, labels = torch.randn(batch, *shape), torch.randint(0, 10, (batch,))
+
+    def step(precision: Precision) -> None:
+        contender.precision = precision
+        contender.step(images, labels)
+
+    calls = {name: partial(step, choose_precision(name, torch.device("cpu"))) for name in ("fp32", "bf16")}
+    times = time_in_turns(calls, turns=turns, warm_up=1, clock=time.thread_time)
+    torch.set_num_threads(threads)
+    return {
+        "model": arch,
+        "images": f"{batch} of {side}×{side}",
+        "fp32 ms": 1e3 * statistics.median(times["fp32"]),
+        "bf16 ms": 1e3 * statistics.median(times["bf16"]),
+        "of the time": paired_ratio(times, "bf16", "fp32"),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=15)
-    parser.add_argument("--penalty", action="store_true")
+    parser.add_argument("--only", choices=("step", "penalty", "precision"))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     arguments = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = [measure(case, arguments.turns, device) for case in arguments.cases]
-    print_table(rows)
-    save(f"step-{device.type}", rows, turns=arguments.turns)
-    if arguments.penalty:
-        penalties = [compare_penalties(arguments.turns)]
-        print_table(penalties)
-        save(f"penalty-{device.type}", penalties, turns=arguments.turns)
+    device, turns = torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.turns
+    parts = {
+        "step": lambda: [measure(case, turns, device) for case in arguments.cases],
+        "penalty": lambda: [compare_penalties(turns)],
+        "precision": lambda: [compare_precisions(*net, turns=min(turns, 5)) for net in PRECISIONS],
+    }
+    for name in [arguments.only] if arguments.only else parts:
+        rows = parts[name]()
+        print_table(rows)
+        save(f"{name}-{device.type}", rows, turns=turns)
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
 """The number format of a training step: weights stay fp32, convolutions and products may run in 16 bits."""
 
-from contextlib import AbstractContextManager
+import contextlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal, assert_never
+from typing import Any, Literal, assert_never
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from dpm_cli.errors import UsageError
 
@@ -20,9 +23,32 @@ class Precision:
     device_type: str
     scaler: torch.amp.GradScaler | None = None
 
-    def autocast(self) -> AbstractContextManager[object]:
+    @contextmanager
+    def autocast(self) -> Iterator[None]:
         """A context for forward passes; nothing changes in fp32."""
-        return torch.autocast(self.device_type, FORMATS[self.name], enabled=self.name != "fp32")
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(torch.autocast(self.device_type, FORMATS[self.name], enabled=self.name != "fp32"))
+            if self.name == "bf16" and self.device_type == "cpu":
+                stack.enter_context(_DepthwiseInFp32())
+            yield
+
+
+class _DepthwiseInFp32(TorchFunctionMode):
+    """Inside autocast: depthwise convolutions compute in fp32 between bf16 neighbours.
+
+    On CPUs PyTorch has no fast backward pass for most of them in bf16 (strides, 5×5, maps of a few pixels): those alone
+    took up to 27 times as long as in fp32, and MobileNetV2 as a whole 2.2 times.
+    """
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d and len(args) > 1:
+            images, weight, *rest = args
+            groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+            if groups == images.shape[-3] > 1:
+                with torch.autocast("cpu", enabled=False):
+                    return func(images.float(), weight.float(), *rest, **kwargs).bfloat16()
+        return func(*args, **kwargs)
 
 
 def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:

@@ -56,6 +56,25 @@ def test_bf16_computes_in_16_bits_and_leaves_weights_alone():
     assert layer.weight.dtype == torch.float32
 
 
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_convolutions_compute_in_fp32_between_bf16_neighbours(stride):
+    """Their backward pass in bf16 is many times slower on a CPU."""
+    before, depthwise = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, stride=stride, padding=1, groups=8)
+    images = torch.randn(2, 8, 6, 6)
+    with choose_precision("bf16", CPU).autocast():
+        inputs = before(images)
+        outputs = depthwise(inputs)
+        assert nn.Conv2d(8, 8, 3, groups=2)(inputs).dtype == torch.bfloat16
+    assert outputs.dtype == inputs.dtype == torch.bfloat16
+    torch.testing.assert_close(outputs, depthwise(inputs.float()).bfloat16(), rtol=0, atol=0)
+    outputs.float().square().sum().backward()
+    exact = nn.Conv2d(8, 8, 3, stride=stride, padding=1, groups=8)
+    exact.load_state_dict(depthwise.state_dict())
+    exact(inputs.detach().float()).bfloat16().float().square().sum().backward()
+    torch.testing.assert_close(depthwise.weight.grad, exact.weight.grad, rtol=1e-6, atol=1e-6)
+    assert before.weight.grad is not None
+
+
 def test_fast_layout_spreads_from_weights_to_activations():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     images = torch.randn(2, 3, 8, 8)
