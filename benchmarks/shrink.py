@@ -8,6 +8,7 @@ machine does; seconds of CPU time suffer less.
 """
 
 import argparse
+import copy
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,15 +24,20 @@ from torch import Tensor
 import dpm_cli.api
 import dpm_cli.run
 from dpm_cli.engine.precision import to_fast_layout_
+from dpm_cli.graph import compact_
 from dpm_cli.models import build
+from dpm_cli.pruners.depgraph import GroupNorm
 from dpm_cli.pruning import Pruning, Removal
 from dpm_cli.report import Event
 from dpm_cli.run import Run
 from dpm_cli.stages import Stage
 
+ROUNDS, END = 3, 0.2  # the last round is over after this fraction of the training
+BATCH, VALIDATION = 128, 0.1
+
 
 class LatePruning(Pruning):
-    """Dead units stay in the network as zeros until `remove_late`."""
+    """Dead units stay in the network as zeros until `remove_late`. All decisions are those of early removal."""
 
     is_late = True  # nothing was removed yet
 
@@ -46,6 +52,16 @@ class LatePruning(Pruning):
 
     def is_due(self, step: int) -> bool:
         return super().is_due(step) and not (self.round >= len(self.starts) and self.is_met)
+
+    def start_round(self) -> dict[str, int]:
+        """By the importances of what is still alive, as if the rest were gone."""
+        present = self._present
+        shadow = copy.deepcopy(self.model)
+        compact_(shadow, self.groups, present)
+        scores = np.full(len(present), np.inf)
+        scores[present] = GroupNorm(self.groups.survivors(present), shadow).scores("mean")
+        with patch.object(self.base, "scores", lambda: scores):
+            return super().start_round()
 
     def finish_round(self, images: Tensor) -> Removal:
         self.in_round = False
@@ -74,11 +90,12 @@ class LateRun(Run):
 def prune(
     root: Path, arch: str, weights: Path | None, epochs: int, limit: int, seed: int, *, late: bool
 ) -> dict[str, Any]:
+    steps = epochs * (int((1 - VALIDATION) * limit) // BATCH)
     recipe = {
         "model": {"arch": arch},
-        "data": {"name": "folder", "root": str(root), "limit": limit},
-        "prune": {"target": {"macs": 0.25}, "rounds": 4, "end": 0.35, "round_to": 4},
-        "decay": {"steps": 30},
+        "data": {"name": "folder", "root": str(root), "limit": limit, "batch": BATCH, "validation": VALIDATION},
+        "prune": {"target": {"macs": 0.25}, "rounds": ROUNDS, "end": END},
+        "decay": {"steps": int(END * steps) // ROUNDS},
         "train": {"epochs": epochs, "lr": 0.05},
         "finetune": {"epochs": 0},
         "export": [],

@@ -122,7 +122,7 @@ class Pruning:
         self.round += 1
         rounds = len(self.starts)
         is_planned = self.round <= rounds
-        scores = self.base.scores()
+        scores, present = self.base.scores(), self._present
         limit, eligible = self.limit, None
         if is_planned:
             eligible = ~self.decay.released.cpu().numpy()  # a released unit rests for one round
@@ -130,7 +130,7 @@ class Pruning:
                 eligible &= self.base.condemned().cpu().numpy()
             else:
                 limit = self.dense_cost - (self.dense_cost - self.limit) * self.round // rounds
-        choose = partial(choose_victims, self.groups, self.floors, scores, kind=self.kind)
+        choose = partial(choose_victims, self.groups, self.floors, scores, kind=self.kind, alive=present)
         self.is_condemning = is_planned and self.base.condemns_each_step
         if self.is_condemning:
             self.base.start_round(int(choose(limit=limit).sum()), self.end - self.starts[0])
@@ -147,8 +147,8 @@ class Pruning:
             "chosen": int(victims.sum()),
             "condemning": self.is_condemning,
             "limit": limit,
-            "predicted_macs": self.groups.cost.macs(~victims),
-            "predicted_params": self.groups.cost.parameters(~victims),
+            "predicted_macs": self.groups.cost.macs(present & ~victims),
+            "predicted_params": self.groups.cost.parameters(present & ~victims),
         }
 
     def before_step_(self) -> None:
