@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from digits_recipe import recipe
 from PIL import Image
 from torch import nn
 
@@ -38,22 +39,6 @@ from dpm_cli.stages import plan_stages
 def _short_latencies(monkeypatch):
     monkeypatch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
     monkeypatch.setattr("dpm_cli.api.measure_latency", partial(api.measure_latency, seconds=0.002))
-
-
-def recipe(**changes):
-    values = {
-        "model": {"arch": "digits", "classes": 10, "input": [1, 8, 8]},
-        "data": {"name": "digits", "batch": 32, "limit": 128, "augment": {"crop": 1, "flip": False}},
-        "prune": {"target": {"macs": 0.5}, "rounds": 1, "round_to": 4},
-        "decay": {"steps": 2, "rectify": False},
-        "train": {"epochs": 2},
-        "finetune": {"epochs": 0},
-        "export": [],
-        "precision": "fp32",
-    }
-    for key, change in changes.items():
-        values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
-    return values
 
 
 @pytest.fixture(scope="module")

@@ -16,6 +16,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import digits_recipe
 import numpy as np
 import pytest
 import torch
@@ -39,20 +40,8 @@ def _short_latencies_and_own_cache(monkeypatch, tmp_path):
 
 
 def recipe(**changes):
-    values = {
-        "model": {"arch": "digits", "classes": 10, "input": [1, 8, 8]},
-        "data": {"name": "digits", "batch": 32, "limit": 128, "augment": {"crop": 1, "flip": False}},
-        "prune": {"target": {"macs": 0.5}, "rounds": 1, "round_to": 4},
-        "decay": {"steps": 2, "rectify": False},
-        "train": {"epochs": 2},
-        "finetune": {"epochs": 1},
-        "export": [],
-        "precision": "fp32",
-        "checkpoint": {"every": 2},
-    }
-    for key, change in changes.items():
-        values[key] = values.get(key, {}) | change if isinstance(change, dict) else change
-    return values
+    """With fine-tuning, and a checkpoint every other step."""
+    return digits_recipe.recipe(**{"finetune": {"epochs": 1}, "checkpoint": {"every": 2}} | changes)
 
 
 @pytest.fixture(scope="module")

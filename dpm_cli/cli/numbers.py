@@ -58,11 +58,12 @@ def points_change(dense: float | None, slim: float | None) -> str:
 
 
 def speed_change(dense: float, slim: float) -> str:
-    """Of two latencies: "1.55× faster"."""
+    """Of two latencies: "1.55× faster", or "as fast" if that would read 1.00×."""
     if not dense or not slim:
         return NOTHING
     ratio = dense / slim
-    return f"{ratio:.2f}× faster" if ratio >= 1 else f"{1 / ratio:.2f}× slower"
+    factor = f"{max(ratio, 1 / ratio):.2f}"
+    return "as fast" if factor == "1.00" else f"{factor}× {'faster' if ratio > 1 else 'slower'}"
 
 
 def _signed(value: float, digits: int) -> str:

@@ -55,6 +55,7 @@ def test_accuracy_changes_by_points() -> None:
 def test_latency_changes_by_a_factor_with_its_direction() -> None:
     assert numbers.speed_change(3.0, 2.0) == "1.50× faster"
     assert numbers.speed_change(2.0, 3.0) == "1.50× slower"
+    assert numbers.speed_change(1.0, 1.004) == numbers.speed_change(1.004, 1.0) == "as fast"
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(12.4, "12 s"), (750, "12 min 30 s"), (11_101, "3 h 05 min")])
