@@ -92,8 +92,8 @@ def test_target_is_met_within_one_unit_and_the_slim_net_outlives_its_run(tmp_pat
     assert run.report.compact_difference <= 1e-5
     slim = load_slim(tmp_path / "slim.pt").module.eval()
     assert count_macs(slim, torch.zeros(1, 3, 32, 32)) == target.reached
-    images = torch.randn(5, 3, 32, 32)
-    torch.testing.assert_close(slim(images), run.model.eval()(images), rtol=1e-4, atol=1e-5)
+    images = torch.randn(5, 3, 32, 32).double()  # in fp32 the layouts of both alone differ by more than the tolerance
+    torch.testing.assert_close(slim.double()(images), run.model.double().eval()(images), rtol=1e-9, atol=1e-9)
     if export:
         assert run.report.exports[0].max_difference < 1e-3
         assert (tmp_path / "model.onnx").exists()
