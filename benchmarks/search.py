@@ -34,6 +34,13 @@ def spans(first: int, last: int) -> dict[str, float]:
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "SP over 70 steps": {},
+    "SR, cosine > 0.2": {"decay.rectify": COSINE},
+    "SR, cosine > 0.1": {"decay.rectify": COSINE | {"rate": 0.1}},
+    "SR, cosine > 0.05 and length > 0.8": {"decay.rectify": COSINE | {"rate": 0.05, "length": 0.8}},
+    "SR, significance > 2": {"decay.rectify": RELEASE | {"rate": 2.0}},
+    "SR, significance > 3": {"decay.rectify": RELEASE},
+    "SR, significance > 4": {"decay.rectify": RELEASE | {"rate": 4.0}},
+    "SR, significance > 3, any length": {"decay.rectify": RELEASE | {"length": 0.0}},
     "one cut at step 70": {"decay.steps": 1, **spans(70, 70)},
     "one cut at step 0": {"decay.steps": 1, "prune.start": 0.0},
     "SP over 35 steps": {"decay.steps": 35, **spans(0, 35)},
@@ -44,13 +51,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "SP, learning rate 0.1": {"train.lr": 0.1},
     "SP, envelope multiplicative": {"decay.envelope": "multiplicative"},
     "SP, envelope shrink-only": {"decay.envelope": "shrink-only"},
-    "SR, cosine > 0.2": {"decay.rectify": COSINE},
-    "SR, cosine > 0.1": {"decay.rectify": COSINE | {"rate": 0.1}},
-    "SR, cosine > 0.05 and length > 0.8": {"decay.rectify": COSINE | {"rate": 0.05, "length": 0.8}},
-    "SR, significance > 2": {"decay.rectify": RELEASE | {"rate": 2.0}},
-    "SR, significance > 3": {"decay.rectify": RELEASE},
-    "SR, significance > 4": {"decay.rectify": RELEASE | {"rate": 4.0}},
-    "SR, significance > 3, any length": {"decay.rectify": RELEASE | {"length": 0.0}},
 }
 
 
@@ -82,13 +82,14 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
     parser.add_argument("--work", type=Path, required=True, help="where runs and the dense checkpoint are kept")
     parser.add_argument("--seeds", type=int, default=2)
+    parser.add_argument("--first", type=int, default=len(SETTINGS), help="only so many of the settings")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     rows = []
     for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
-        for setting in SETTINGS:
+        for setting in list(SETTINGS)[: arguments.first]:
             folder = arguments.work / f"search-{re.sub('[^a-zA-Z0-9.]+', '-', setting)}-{seed}"
             if not (arguments.table or (folder / "report.json").exists()):
                 try:

@@ -43,8 +43,7 @@ class LatePruning(Pruning):
 
     @property
     def is_met(self) -> bool:
-        left = np.bincount(self.groups.group_of_unit[self._present], minlength=len(self.groups))
-        return self._meets_target() and bool(self.floors.are_widths_allowed(left).all())
+        return self._would_meet(self._present)
 
     @property
     def is_done(self) -> bool:

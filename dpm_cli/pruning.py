@@ -94,8 +94,11 @@ class Pruning:
     @property
     def is_met(self) -> bool:
         """The model as it is meets the target, and releases have left no width between two allowed ones."""
-        present = np.array([group.size for group in self.groups], np.int64)
-        return self.cost() <= self.limit and bool(self.floors.are_widths_allowed(present).all())
+        return self._would_meet(self.all_alive)
+
+    def _would_meet(self, alive: Flags) -> bool:
+        widths = np.bincount(self.groups.group_of_unit[alive], minlength=len(self.groups))
+        return self.cost(alive) <= self.limit and bool(self.floors.are_widths_allowed(widths).all())
 
     @property
     def is_done(self) -> bool:
@@ -117,24 +120,26 @@ class Pruning:
         """Choose victims for this round's share of the target and let them decay.
 
         A base that condemns has its own pace, and only the target bounds it. The rounds beyond the planned ones take
-        what is missing by the scores alone, and nothing is released in them.
+        what is missing by the scores alone, and nothing is released in them. A unit that was just released rests for
+        this round: it is short now, and would be the first to be chosen again. Only a target that cannot be met without
+        it takes it back.
         """
         self.round += 1
         rounds = len(self.starts)
         is_planned = self.round <= rounds
         scores, present = self.base.scores(), self._present
-        limit, eligible = self.limit, None
-        if is_planned:
-            eligible = ~self.decay.released.cpu().numpy()  # a released unit rests for one round
-            if self.base.condemns:
-                eligible &= self.base.condemned().cpu().numpy()
-            else:
-                limit = self.dense_cost - (self.dense_cost - self.limit) * self.round // rounds
+        limit, eligible = self.limit, ~self.decay.released.cpu().numpy()
+        if is_planned and self.base.condemns:
+            eligible &= self.base.condemned().cpu().numpy()
+        elif is_planned:
+            limit = self.dense_cost - (self.dense_cost - self.limit) * self.round // rounds
         choose = partial(choose_victims, self.groups, self.floors, scores, kind=self.kind, alive=present)
         self.is_condemning = is_planned and self.base.condemns_each_step
         if self.is_condemning:
             self.base.start_round(int(choose(limit=limit).sum()), self.end - self.starts[0])
         victims = choose(limit=limit, eligible=eligible)
+        if not is_planned and not self._would_meet(present & ~victims):
+            victims = choose(limit=limit)
         if self.fold_means and self.decay.steps == 1:
             self.fold_means(self.groups, ~victims)
         self.decay.start(victims, rectify=is_planned)

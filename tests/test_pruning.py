@@ -198,6 +198,18 @@ def test_topping_up_takes_released_units_when_no_others_suffice():
     assert pruning.is_done
 
 
+def test_topping_up_spares_released_units_while_others_suffice():
+    """They are the shortest of all, so any ranking by length would take them at once."""
+    _, learner, pruning = make(starts=(0,), amount=0.8, rectify=RELEASE_ALL)
+    run(learner, pruning, 1)
+    released = pruning.decay.released.numpy().copy()
+    assert released.sum() == pruning.chosen > 0
+    happened = run(learner, pruning, 19, first=1)
+    assert sum(one["chosen"] for one in happened if isinstance(one, dict)) > 0
+    assert pruning.is_done
+    assert pruning.survivors[released].all()
+
+
 def test_released_units_rest_for_one_round():
     _, learner, pruning = make(rectify=RELEASE_ALL)
     run(learner, pruning, 4)
