@@ -9,6 +9,7 @@ one setting changed at a time. Seeds begin where those of `paired.py` do not rea
 
 import argparse
 import json
+import math
 import re
 import statistics
 from pathlib import Path
@@ -22,7 +23,7 @@ import dpm_cli
 from dpm_cli.errors import OutputError
 
 SCALE, BUDGET = SCALES["cpu"], 0.25
-FIRST_SEED = 100
+FIRST_SEED, HELD_OUT = 100, 0.1
 STEPS = SCALE.epochs * ((SCALE.images or 50_000) // 128)
 COSINE = {"criterion": "cosine", "rate": 0.2, "length": 1.0}
 
@@ -56,7 +57,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 def recipe_of(setting: str, seed: int, data: Path) -> dict[str, Any]:
     recipe = make_recipe(SCALE, data, Trial("depgraph", "+ SP", BUDGET, seed))
-    recipe["data"] |= {"validation": 0.1}
+    recipe["data"] |= {"validation": HELD_OUT, "limit": math.ceil((SCALE.images or 50_000) / (1 - HELD_OUT))}
     for key, value in SETTINGS[setting].items():
         section, _, name = key.partition(".")
         recipe[section] |= {name: value}
