@@ -48,7 +48,7 @@ SCALES = {
     "gpu": Scale("resnet56", None, 160, epochs=60, decay_steps=1000, budgets=(0.47, 0.25), seeds=5),
     "gpu-vgg16": Scale("vgg16_bn", None, 160, epochs=60, decay_steps=1000, budgets=(0.265, 0.1), seeds=5),
 }
-RELEASE = {"criterion": "significance", "rate": 3.0, "length": 1.0, "start": 0.3}
+RELEASE = {"criterion": "significance", "rate": 2.0, "length": 1.0, "start": 0.3}
 ARMS = {
     "depgraph": ("base", "base, cut at once", "+ SP", "+ SP + SR"),
     "depgraph, mixed": ("base", "+ SP"),

@@ -53,8 +53,8 @@ class Contender:
         if groups is not None:
             units = Units(groups, self.model)
             group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
-            # A release never happens at this rate, so every unit goes on decaying and nothing is skipped.
-            rectifier = Rectifier(group_of_unit, len(groups), rate=2.0, length=1.0)
+            # No release at this rate, so every unit goes on decaying and nothing is skipped.
+            rectifier = Rectifier(group_of_unit, len(groups), rate=float("inf"), length=1.0)
             self.decay = Decay(units, steps=1_000_000, rectifier=rectifier)
             self.decay.start(np.ones(groups.units, bool))
 

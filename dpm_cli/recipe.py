@@ -217,15 +217,23 @@ class Prune(Section):
 class Rectify(Section):
     """When a decaying unit is released. The paper names the criteria; their closed forms are ours and selectable."""
 
-    rate: float = 0.2  # T_rate
-    length: float = 1.0  # T_len
     # significance: `rate` counts standard errors of the mean outward direction over the decay so far
-    criterion: Literal["cosine", "norm_per_update", "norm_per_decay", "norm_relative", "significance"] = "cosine"
+    criterion: Literal["significance", "cosine", "norm_per_update", "norm_per_decay", "norm_relative"] = "significance"
+    rate: float = 2.0  # T_rate; left out: 0.2 for the other criteria
+    length: float = 1.0  # T_len
     combine: Literal["and", "or"] = "and"
     smoothing: float = Field(default=0.9, ge=0, lt=1)  # of both criteria over the steps; 0: each step alone
-    start: Fraction = 0.1  # of the decay: not judged before
+    start: Fraction = 0.3  # of the decay: not judged before
     hits: Positive = 1  # steps in a row that both criteria must hold
     limit: NonNegative = 1  # releases per unit
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rate_of_its_criterion(cls, values: Any) -> Any:
+        is_left_out = isinstance(values, dict) and "rate" not in values
+        if is_left_out and values.get("criterion", "significance") != "significance":
+            return values | {"rate": 0.2}
+        return values
 
 
 class Decay(Section):

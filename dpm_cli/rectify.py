@@ -61,10 +61,10 @@ class Rectifier:
         *,
         rate: float,
         length: float,
-        criterion: Criterion = "cosine",
+        criterion: Criterion = "significance",
         combine: Literal["and", "or"] = "and",
         smoothing: float = 0.9,
-        start: float = 0.1,
+        start: float = 0.3,
         hits: int = 1,
         limit: int = 1,
     ) -> None:

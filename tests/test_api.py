@@ -381,7 +381,7 @@ def test_run_killed_at_twenty_random_moments_ends_with_the_same_bits(dense_file,
     }.get(base, {})
     changes = {
         "train": {"epochs": 30}, "finetune": {"epochs": 20}, "checkpoint": {"every": 2}, "export": ["torchscript"],
-        "decay": {"steps": 15, "rectify": {"rate": 0.0, "length": 0.8}},
+        "decay": {"steps": 15, "rectify": {"criterion": "cosine", "rate": 0.0, "length": 0.8}},
     } | own  # fmt: skip
     settings = recipe(**changes | {"prune": {"rounds": 3, "base": base} | own.get("prune", {})})
     whole, folder = tmp_path / "whole", tmp_path / "killed"

@@ -283,9 +283,10 @@ def test_remaining_counts_steps_until_all_decays_are_over():
 
 
 @pytest.mark.parametrize("stop", [1, 4])
-def test_state_round_trip_continues_identically(stop):
+@pytest.mark.parametrize(("criterion", "rate"), [("cosine", 0.02), ("significance", -1.0)])
+def test_state_round_trip_continues_identically(stop, criterion, rate):
     def rectifier():
-        return at_once(rate=0.02, length=0.9, hits=2, smoothing=0.5)
+        return at_once(criterion=criterion, rate=rate, length=0.9, hits=2, smoothing=0.5)
 
     model, optimizer, decay = make(6, rectifier=rectifier())
     decay.start(ALL)

@@ -315,7 +315,7 @@ def test_not_a_number_in_the_outputs_stops_the_run_too():
 
 @pytest.mark.parametrize("stop", [0, 2, 4, 6, 9, 13])
 def test_restored_pruning_goes_on_with_the_same_bits(stop):
-    rule = {"rate": -0.05, "length": 0.9, "smoothing": 0.5, "start": 0.3, "hits": 2}
+    rule = {"criterion": "cosine", "rate": -0.05, "length": 0.9, "smoothing": 0.5, "start": 0.3, "hits": 2}
     model, learner, pruning = make(rectify=rule)
     run(learner, pruning, stop)
     again, _, restored = make(rectify=rule)

@@ -91,6 +91,13 @@ def test_an_unknown_key_names_the_nearest_known_one(section: str, key: str, near
     assert f"did you mean '{nearest}'?" in problem if nearest else "known: epochs" in problem
 
 
+def test_a_rate_left_out_is_that_of_the_criterion() -> None:
+    for rule, expected in [(True, ("significance", 2.0)), ({"criterion": "cosine"}, ("cosine", 0.2))]:
+        rectify = parse_recipe(SMALLEST | {"decay": {"rectify": rule}}).decay.rectify
+        assert rectify
+        assert (rectify.criterion, rectify.rate) == expected
+
+
 def test_an_unknown_key_inside_rectify_is_explained_too() -> None:
     (problem,) = problems_of(SMALLEST | {"decay": {"rectify": {"rates": 0.1}}})
     assert "did you mean 'rate'?" in problem

@@ -206,7 +206,9 @@ def test_the_rule_above_sees_both_outcomes_for_every_criterion():
 
 
 def test_smoothing_forgets_an_earlier_decay():
-    rectifier = Rectifier(GROUP_OF_UNIT, len(GROUPS), rate=0.5, length=-math.inf, start=0.0, limit=5)
+    rectifier = Rectifier(
+        GROUP_OF_UNIT, len(GROUPS), criterion="cosine", rate=0.5, length=-math.inf, start=0.0, limit=5
+    )
     decaying, age = torch.ones(UNITS, dtype=torch.bool), torch.ones(UNITS, dtype=torch.int64)
     model = copy.deepcopy(NET)
     units = Units(GROUPS, model)

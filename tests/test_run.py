@@ -477,7 +477,8 @@ VARIANTS = {
     "plain": [],
     "one step": ["decay.steps=1"],
     "rectify": [
-        "decay.rectify=true", "decay.rectify.rate=-0.02", "decay.rectify.length=0.9", "decay.rectify.hits=2",
+        "decay.rectify.criterion=cosine", "decay.rectify.rate=-0.02", "decay.rectify.length=0.9",
+        "decay.rectify.hits=2",
     ],
     "sparse adamw": [
         "prune.sparse_epochs=1", "train.optimizer=adamw", "train.lr=0.01", "finetune.optimizer=adamw",
@@ -489,11 +490,11 @@ VARIANTS = {
     ],
     "otov2": [
         "prune.base=otov2", "prune.otov2.strength=1.5", "prune.end=0.55", "prune.target.macs=0.3", "train.momentum=0",
-        "decay.rectify=true", "decay.rectify.rate=-0.05", "decay.rectify.length=0.8",
+        "decay.rectify.criterion=cosine", "decay.rectify.rate=-0.05", "decay.rectify.length=0.8",
     ],
     "hesso": ["prune.base=otov2", "prune.otov2.variant=hesso", "decay.envelope=multiplicative"],
     "gate-decorator": [
-        "prune.base=gate-decorator", "prune.gates.tick_lr=0.01", "train.epochs=2", "decay.rectify=true",
+        "prune.base=gate-decorator", "prune.gates.tick_lr=0.01", "train.epochs=2", "decay.rectify.criterion=cosine",
         "decay.rectify.rate=0.02", "decay.rectify.length=0.8",
     ],
     "fixed ticks": [
