@@ -308,6 +308,16 @@ class Recipe(Section):
     recalibrate_batches: NonNegative = 20  # BatchNorm statistics anew from so many batches, at the end
     checkpoint: Checkpoint = Checkpoint()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rectifies_where_it_helps(cls, values: Any) -> Any:
+        """Left out, `decay.rectify` is off for otov2: released units cost accuracy there (benchmarks/RESULTS.md)."""
+        prune, decay = (values.get(name, {}) if isinstance(values, dict) else {} for name in ("prune", "decay"))
+        is_dict = isinstance(prune, dict) and isinstance(decay, dict)
+        if is_dict and prune.get("base") == "otov2" and "rectify" not in decay:
+            return values | {"decay": decay | {"rectify": False}}
+        return values
+
     @model_validator(mode="after")
     def _can_see_its_floor(self) -> "Recipe":
         if self.prune.max_drop is not None and not self.data.validation:

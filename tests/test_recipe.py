@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from dpm_cli.errors import RecipeError
 from dpm_cli.pruners import make_base
-from dpm_cli.recipe import Recipe, dump_recipe, load_recipe, parse_amount, parse_recipe, shipped_recipes
+from dpm_cli.recipe import Decay, Recipe, Rectify, dump_recipe, load_recipe, parse_amount, parse_recipe, shipped_recipes
 from dpm_cli.rounds import plan
 from dpm_cli.stages import plan_stages
 
@@ -96,6 +96,14 @@ def test_a_rate_left_out_is_that_of_the_criterion() -> None:
         rectify = parse_recipe(SMALLEST | {"decay": {"rectify": rule}}).decay.rectify
         assert rectify
         assert (rectify.criterion, rectify.rate) == expected
+
+
+def test_rectifying_is_left_out_for_otov2_unless_it_is_asked_for() -> None:
+    otov2 = SMALLEST | {"prune": {"base": "otov2", "target": {"macs": 0.5}}}
+    assert parse_recipe(otov2).decay.rectify is None
+    assert parse_recipe(otov2 | {"decay": {"steps": 7}}).decay == Decay(steps=7, rectify=None)
+    assert parse_recipe(otov2 | {"decay": {"rectify": True}}).decay.rectify == Rectify()
+    assert parse_recipe(SMALLEST).decay.rectify == Rectify()
 
 
 def test_an_unknown_key_inside_rectify_is_explained_too() -> None:
