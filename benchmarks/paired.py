@@ -12,7 +12,6 @@ layout train/<class>/*, test/<class>/*; the published numbers use CIFAR-10.
 import argparse
 import json
 import math
-import os
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -235,7 +234,7 @@ def main() -> None:
     rows = [row for trial in trials if (row := read(trial, work))]
     if rows:
         print_table(summarise(rows))
-        settings = {"scale": {**vars(scale)}, "release": RELEASE, "threads": arguments.threads, "pid": os.getpid()}
+        settings = {"scale": {**vars(scale)}, "release": RELEASE, "threads": arguments.threads}
         save(f"paired_{arguments.scale}", rows, **settings)
 
 
