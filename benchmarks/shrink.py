@@ -123,10 +123,10 @@ def prune(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True)
-    parser.add_argument("--arch", default="resnet56")
+    parser.add_argument("--arch", default="vgg16_bn")
     parser.add_argument("--model", type=Path, help="trained weights of --arch")
     parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--limit", type=int, default=8000)
+    parser.add_argument("--limit", type=int, default=4000)
     parser.add_argument("--seeds", type=int, default=1)
     arguments = parser.parse_args()
     rows = []
