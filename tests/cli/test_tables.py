@@ -77,8 +77,8 @@ def test_the_title_claims_dpm_only_where_units_decay() -> None:
     assert method("prune.importance=mixed") == "depgraph (mixed) + DPM"
     assert method("prune.base=gate-decorator", decay_steps=1) == "gate-decorator"
     hesso = ("prune.base=otov2", "prune.otov2.variant=hesso", "decay.envelope=multiplicative")
-    assert method(*hesso) == "otov2 (hesso) + DPM"  # units can be released
-    assert method(*hesso, "decay.rectify=false") == "otov2 (hesso)"
+    assert method(*hesso, "decay.rectify=true") == "otov2 (hesso) + DPM"  # units can be released
+    assert method(*hesso) == "otov2 (hesso)"
 
 
 def test_a_speed_up_far_below_the_macs_is_said(report: Report) -> None:
