@@ -1,7 +1,9 @@
 """Self-Rectifying: a decaying unit that training fights for is released (DPM, arXiv 2406.03879).
 
 The paper names two criteria, an escape rate and a gradient length relative to the layer; it does not print their closed
-forms, how they combine or when they are judged. Everything of that kind here is our definition and is a setting.
+forms, how they combine or when they are judged. Everything of that kind here is our definition and is a setting. The
+default, `significance`, has no threshold in units of the network: one mini-batch says almost nothing about a unit, so
+the escape rate is averaged over the decay and counted in its own standard errors (benchmarks/RESULTS.md compares).
 """
 
 from typing import Any, Literal
