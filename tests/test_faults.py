@@ -362,7 +362,7 @@ KILL_WORKERS = """
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_killed_worker_is_one_line_and_the_run_goes_on_later(model, photos, tmp_path):
-    settings = folder_recipe(photos, memory_limit=1, workers=1)
+    settings = folder_recipe(photos, memory_limit=1, workers=1, batch=8)  # more batches to come than are read ahead
     whole, out = tmp_path / "whole", tmp_path / "out"
     api.prune(model, settings, output=whole)
 
