@@ -1,8 +1,7 @@
 """The number format of a training step: weights stay fp32, convolutions and products may run in 16 bits."""
 
-import contextlib
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
@@ -26,7 +25,7 @@ class Precision:
     @contextmanager
     def autocast(self) -> Iterator[None]:
         """A context for forward passes; nothing changes in fp32."""
-        with contextlib.ExitStack() as stack:
+        with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device_type, FORMATS[self.name], enabled=self.name != "fp32"))
             if self.name == "bf16" and self.device_type == "cpu":
                 stack.enter_context(_DepthwiseInFp32())
@@ -36,8 +35,7 @@ class Precision:
 class _DepthwiseInFp32(TorchFunctionMode):
     """Inside autocast: depthwise convolutions compute in fp32 between bf16 neighbours.
 
-    On CPUs PyTorch has no fast backward pass for most of them in bf16 (strides, 5×5, maps of a few pixels): those alone
-    took up to 27 times as long as in fp32, and MobileNetV2 as a whole 2.2 times.
+    On CPUs PyTorch has no fast backward pass for most of them in bf16 (strides, 5×5, maps of a few pixels).
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
