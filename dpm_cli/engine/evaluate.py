@@ -13,6 +13,7 @@ from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.loss import main_output
 from dpm_cli.engine.precision import Precision
 from dpm_cli.errors import DataError
+from dpm_cli.modes import in_mode
 
 
 class Split(Protocol):
@@ -66,10 +67,5 @@ def evaluate_module(
     model: nn.Module, split: Split, *, batch: int, precision: Precision | None = None, world: World = ALONE
 ) -> Score:
     """Score a module in eval mode; every submodule gets its own mode back."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
+    with in_mode(model, training=False):
         return evaluate(model, split, batch=batch, precision=precision, world=world)
-    finally:
-        for module in training:
-            module.training = True
