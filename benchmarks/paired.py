@@ -13,8 +13,9 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,18 @@ def run(trial: Trial, scale: Scale, data: Path, dense: Path, folder: Path) -> No
         dpm_cli.prune(dense, recipe, output=folder, resume=True)
 
 
+def fill(folder: Path, run: Callable[[], object]) -> bool:
+    """Run what writes a report into a folder, unless it is there or another process is at it. Whether it ran."""
+    if (folder / "report.json").exists():
+        return False
+    try:
+        run()
+    except OutputError as error:
+        print(f"{folder.name}: {error}", flush=True)
+        return False
+    return True
+
+
 def read(trial: Trial, work: Path) -> dict[str, Any] | None:
     path = work / trial.folder / "report.json"
     if not path.exists():
@@ -223,14 +236,9 @@ def main() -> None:
             recipe["dense"] = {"epochs": scale.dense_epochs, "lr": 0.1, "nesterov": True, "warmup_epochs": 1}
             dpm_cli.train(recipe, output=dense)
         for trial in trials:
-            if (work / trial.folder / "report.json").exists():
-                continue
-            try:
-                run(trial, scale, arguments.data, dense, work / trial.folder)
-            except OutputError as error:  # another process has it
-                print(f"{trial.folder}: {error}", flush=True)
-                continue
-            print(json.dumps(read(trial, work)), flush=True)
+            folder = work / trial.folder
+            if fill(folder, partial(run, trial, scale, arguments.data, dense, folder)):
+                print(json.dumps(read(trial, work)), flush=True)
     rows = [row for trial in trials if (row := read(trial, work))]
     if rows:
         print_table(summarise(rows))

@@ -12,15 +12,15 @@ import json
 import math
 import re
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from common import print_table, save
-from paired import RELEASE, SCALES, Trial, interval, make_recipe
+from paired import RELEASE, SCALES, Trial, fill, interval, make_recipe
 
 import dpm_cli
-from dpm_cli.errors import OutputError
 
 SCALE, BUDGET = SCALES["cpu"], 0.25
 FIRST_SEED, HELD_OUT = 100, 0.1
@@ -94,12 +94,9 @@ def main() -> None:
     for seed in range(FIRST_SEED, FIRST_SEED + arguments.seeds):
         for setting in list(SETTINGS)[: arguments.first]:
             folder = arguments.work / f"search-{re.sub('[^a-zA-Z0-9.]+', '-', setting)}-{seed}"
-            if not (arguments.table or (folder / "report.json").exists()):
-                try:
-                    recipe = recipe_of(setting, seed, arguments.data)
-                    dpm_cli.prune(arguments.work / f"{SCALE.arch}.pt", recipe, output=folder, resume=True)
-                except OutputError as error:  # another process has it
-                    print(f"{setting}: {error}", flush=True)
+            if not arguments.table:
+                recipe, dense = recipe_of(setting, seed, arguments.data), arguments.work / f"{SCALE.arch}.pt"
+                fill(folder, partial(dpm_cli.prune, dense, recipe, output=folder, resume=True))
             rows += [row] if (row := read(setting, seed, folder)) else []
     reference = {row["seed"]: row["validation"] for row in rows if row["setting"] == next(iter(SETTINGS))}
     table = []
