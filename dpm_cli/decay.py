@@ -46,6 +46,7 @@ class Decay:
         self.releases = torch.zeros(units.count, dtype=torch.int64, device=units.device)
         self.age = torch.zeros_like(self.releases)
         self.initial = torch.zeros(units.count, device=units.device)
+        self.norms = torch.zeros_like(self.initial)  # ‖x‖ while a round lasts, known from the last projection
         self.rectifying = rectifier is not None
         self.remaining = 0  # calls of `advance_` until every decay that was started is over
 
@@ -69,12 +70,13 @@ class Decay:
         gone = chosen if self.steps == 1 else chosen & (norms == 0)
         self.dead |= gone
         self.decaying |= chosen & ~gone
-        self.whole.scale_(torch.where(self.dead, 0.0, 1.0))
+        self.norms = torch.where(self.dead, 0.0, norms)
+        self._zero_dead_()
 
     def observe(self) -> None:
         """Before the optimizer's step, while gradients are those of the loss alone."""
         if self.rectifier and self.rectifying:
-            self.rectifier.observe(self.units)
+            self.rectifier.observe(self.units, self.norms)
 
     def advance_(self) -> None:
         """After the optimizer's step: release, shrink, kill."""
@@ -97,13 +99,15 @@ class Decay:
         finished = self.decaying & ((self.age >= self.steps) | (norms == 0))
         self.dead = self.dead | finished
         self.decaying = self.decaying & ~finished
-        shrunk = torch.where(self.decaying, factor, 1.0)
         # Momentum and weight decay keep pushing dead units, so they are zeroed after every step.
-        if self.whole is self.units:
-            self.units.scale_(torch.where(self.dead, 0.0, shrunk))
-        else:
-            self.units.scale_(shrunk)
-            self.whole.scale_(torch.where(self.dead, 0.0, 1.0))
+        scale = torch.where(self.dead, 0.0, torch.where(self.decaying, factor, 1.0))
+        self.units.scale_(scale)
+        self.norms = norms * scale
+        if self.whole is not self.units:
+            self._zero_dead_()
+
+    def _zero_dead_(self) -> None:
+        self.whole.scale_(torch.where(self.dead, 0.0, 1.0))
 
     def rebind(self, units: Units, survivors: Flags, whole: Units | None = None) -> None:
         """Go on with the compacted model's units. survivors: (units before,)"""
@@ -113,6 +117,7 @@ class Decay:
         if self.rectifier:
             self.rectifier.select(index)
         self.units, self.whole = units, whole or units
+        self.norms = units.norm()  # rows have lost the entries that read dead units
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {name: getattr(self, name) for name in STATE}
@@ -132,4 +137,4 @@ class Decay:
             self.rectifier.load_state_dict(state["rectifier"])
 
 
-STATE = ("decaying", "dead", "released", "releases", "age", "initial")
+STATE = ("decaying", "dead", "released", "releases", "age", "initial", "norms")

@@ -83,15 +83,15 @@ class Rectifier:
         """group_of_unit: (units,) on the units' device."""
         self.group_of_unit, self.groups = group_of_unit, groups
 
-    def observe(self, units: Units) -> None:
-        """Remember what the criteria need of x and of the raw gradient g."""
-        weights, gradients = units.weights(), units.gradients()
+    def observe(self, units: Units, norms: Tensor) -> None:
+        """Remember what the criteria need of x and of the raw gradient g. norms: (units,) ‖x‖."""
+        self._norm = norms
         if self.criterion in ("cosine", "significance"):
-            self._norm, self._gradient, self._dot = units.compare(weights, gradients)
+            self._gradient, self._dot = units.compare(units.gradients(), units.weights())
         else:
-            self._norm, self._gradient = units.norm(weights), units.norm(gradients)
+            self._gradient = units.norm(units.gradients())
         if self.criterion == "norm_per_update":
-            self._weights = [weight.clone() for weight in weights]
+            self._weights = [weight.clone() for weight in units.weights()]
 
     def judge(
         self, units: Units, updated: Tensor, decaying: Tensor, age: Tensor, initial: Tensor, steps: int

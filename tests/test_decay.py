@@ -120,6 +120,7 @@ def test_norm_falls_linearly_for_every_unit_at_its_own_age(seed, steps, momentum
             age = min(step + 1 - started[unit], steps)
             expected = length * (steps - age) / steps
             torch.testing.assert_close(unit_vector(model, unit).norm(), expected, rtol=1e-5, atol=0)
+        torch.testing.assert_close(decay.norms, decay.units.norm(), rtol=1e-5, atol=0)  # remembered, not measured
     assert set(np.flatnonzero(decay.dead)) == set(started)
 
 

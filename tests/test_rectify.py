@@ -216,7 +216,7 @@ def test_smoothing_forgets_an_earlier_decay():
     def judge(gradient_sign, decaying, age):
         for parameter in model.parameters():
             parameter.grad = gradient_sign * parameter.detach().clone()
-        rectifier.observe(units)
+        rectifier.observe(units, units.norm())
         return rectifier.judge(units, units.norm(), decaying, age, units.norm(), 10)
 
     assert judge(-1, decaying, age).all()  # cosine +1

@@ -19,7 +19,7 @@ class Units:
         """only: names of parameters; without it, all of the producer side."""
         parts = [part for part in groups.slices if part.role.is_scaled and (only is None or part.tensor in only)]
         # Vectors first: they are joined into one tensor before any arithmetic.
-        self.parameters = [model.get_parameter(part.tensor) for part in parts]
+        self.parameters: list[Tensor] = [model.get_parameter(part.tensor) for part in parts]
         order = sorted(range(len(parts)), key=lambda i: self.parameters[i].dim() > 1)
         parts, self.parameters = [parts[i] for i in order], [self.parameters[i] for i in order]
         self.names = [part.tensor for part in parts]
@@ -27,6 +27,9 @@ class Units:
         self._axes = [part.axis for part in parts]
         self._vectors = sum(parameter.dim() == 1 for parameter in self.parameters)
         self._sizes = [len(part.units) for part in parts]
+        self._shapes = [
+            [-1 if axis == k else 1 for k in range(p.dim())] for p, axis in zip(self.parameters, self._axes)
+        ]  # a vector along its axis, to be broadcast over the parameter
         self.device = self.parameters[0].device if parts else torch.device("cpu")
         self._units = torch.cat(
             [torch.from_numpy(part.units) for part in parts] or [torch.zeros(0, dtype=torch.int64)]
@@ -38,30 +41,31 @@ class Units:
 
     def gradients(self) -> list[Tensor]:
         """Their gradients; zeros where a parameter has none."""
-        return [torch.zeros_like(p) if p.grad is None else p.grad.detach() for p in self.parameters]
+        return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
+    @torch.no_grad()
     def norm(self, tensors: Sequence[Tensor] | None = None) -> Tensor:
         """(units,) L2 norm of each unit's producer entries, in `tensors` shaped like the parameters (or in them)."""
-        tensors = self.weights() if tensors is None else tensors
+        tensors = self.parameters if tensors is None else tensors
         norms = [torch.linalg.vector_norm(rows, dim=1) for rows in self._matrices(tensors)]
         return self._norms([self._joined_vectors(tensors), *norms])
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
         """(units,) inner product of each unit's entries in two lists of tensors shaped like the parameters."""
-        return self.compare(left, right)[2]
+        return self.compare(left, right)[1]
 
-    def compare(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """(units,) norms of `left`, norms of `right` and inner products, from one read of the memory."""
+    @torch.no_grad()
+    def compare(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(units,) norms of `left` and inner products with `right`, from one read of the memory."""
         a, b = self._joined_vectors(left), self._joined_vectors(right)
-        of_left, of_right, products = [a], [b], [a * b]
+        norms, products = [a], [a * b]
         for a, b in zip(self._matrices(left), self._matrices(right)):
-            # What lies in a core's cache is read three times at the price of once. A GPU wants few, large kernels.
-            height = max(1, CACHED // max(a.shape[1], 1)) if a.device.type == "cpu" else max(len(a), 1)
-            for x, y in zip(torch.split(a, height), torch.split(b, height)):
-                of_left.append(torch.linalg.vector_norm(x, dim=1))
-                of_right.append(torch.linalg.vector_norm(y, dim=1))
+            # What lies in a core's cache is read twice at the price of once. A GPU wants few, large kernels.
+            height = max(1, CACHED // max(a.shape[1], 1)) if a.device.type == "cpu" else len(a)
+            for x, y in zip(torch.split(a, height), torch.split(b, height)) if height < len(a) else ((a, b),):
+                norms.append(torch.linalg.vector_norm(x, dim=1))
                 products.append((x * y).sum(1))
-        return self._norms(of_left), self._norms(of_right), self._per_unit(torch.cat(products))
+        return self._norms(norms), self._per_unit(torch.cat(products))
 
     def total(self, tensors: Sequence[Tensor]) -> Tensor:
         """(units,) sum of each unit's entries in tensors shaped like the parameters."""
@@ -72,7 +76,7 @@ class Units:
     def scale_(self, factor: Tensor) -> None:
         """Multiply each unit's entries by its factor; exactly 1 leaves the bits alone. factor: (units,)"""
         if self.parameters:
-            torch._foreach_mul_(self.weights(), self.spread(factor, rest=1.0))
+            torch._foreach_mul_(self.parameters, self.spread(factor, rest=1.0))
 
     @torch.no_grad()
     def add_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -81,7 +85,7 @@ class Units:
         factor: (units,)
         """
         if self.parameters:
-            torch._foreach_addcmul_(self.weights(), list(tensors), self.spread(factor, rest=0.0))
+            torch._foreach_addcmul_(self.parameters, list(tensors), self.spread(factor, rest=0.0))
 
     def entries(self) -> Tensor:
         """(units,) how many scalars each unit owns on its producer side."""
@@ -91,8 +95,8 @@ class Units:
         """One per parameter, to be broadcast over it: its units' values. rest: for entries that always stay."""
         spread = torch.cat([values, values.new_full((1,), rest)])[self._units]
         return [
-            part.view([-1 if axis == k else 1 for k in range(p.dim())]).to(p.dtype)
-            for part, p, axis in zip(torch.split(spread, self._sizes), self.parameters, self._axes)
+            part.view(shape).to(p.dtype)
+            for part, shape, p in zip(torch.split(spread, self._sizes), self._shapes, self.parameters)
         ]
 
     def _matrices(self, tensors: Sequence[Tensor]) -> list[Tensor]:
@@ -121,4 +125,4 @@ def _rows(tensor: Tensor, axis: int, like: Tensor) -> Tensor:
     """(size, rest), without a copy for the usual layouts. The order within a row is that of `like` in memory."""
     if axis == 0 and tensor.dim() == 4 and not like.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
-    return tensor.movedim(axis, 0).flatten(1)
+    return (tensor.movedim(axis, 0) if axis else tensor).flatten(1)
