@@ -19,6 +19,7 @@ from common import paired_ratio, print_table, save, time_in_turns
 from torch import nn
 
 from dpm_cli.decay import Decay
+from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.optimizer import make_optimizer
 from dpm_cli.engine.precision import Precision, choose_precision, to_fast_layout_
 from dpm_cli.engine.step import train_step
@@ -86,6 +87,7 @@ def floor_seconds(units: Units) -> float:
 
 
 def measure(case: str, turns: int, device: torch.device) -> dict[str, object]:
+@keeping_freed_memory()
     arch, shape, batch = CASES[case]
     model = build(arch, classes=10, shape=shape)
     groups = find_groups(model, torch.zeros(2, *shape))
@@ -139,6 +141,7 @@ def compare_penalties(turns: int) -> dict[str, object]:
     }
 
 
+@keeping_freed_memory()
 def compare_precisions(arch: str, side: int, batch: int, turns: int) -> dict[str, object]:
     """A plain training step in bf16 by that in fp32, one thread, CPU time."""
     shape, threads = (3, side, side), torch.get_num_threads()

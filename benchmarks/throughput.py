@@ -13,6 +13,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -27,8 +28,9 @@ from torchvision.datasets import ImageFolder
 
 import dpm_cli.api
 from dpm_cli.api import load_splits
+from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.learner import Learner
-from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import choose_precision
 from dpm_cli.models import build
 from dpm_cli.recipe import Recipe, parse_recipe
 from dpm_cli.run import augmentation
@@ -100,7 +102,7 @@ def measure(root: Path, device: torch.device, turns: int, steps: int) -> list[di
 
     def ours() -> nn.Module:
         network = model()
-        to_fast_layout_(network)
+        network.to(memory_format=torch.channels_last)
         return network
 
     taken = {"plain": plain_step(model()), "dpm": our_step(settings, ours(), device)}
@@ -118,12 +120,18 @@ def measure(root: Path, device: torch.device, turns: int, steps: int) -> list[di
 
         return take
 
+    allocator = ExitStack()
+
     def settle() -> None:
+        """The workers fill their queues; then memory is handled as in a run of ours, whose first step fetches it."""
         time.sleep(SETTLE)
+        allocator.enter_context(keeping_freed_memory())
+        taken["dpm"](*next(data["dpm"]))
 
     calls = {name: several(step, data[name]) for name, step in taken.items()}
     calls = {"plain": calls.pop("plain"), "settle": settle} | calls
     calls["data alone"] = several(lambda images, labels: None, data["dpm"])
+    calls["release"] = allocator.close
     times = time_in_turns(calls, turns=turns)
     return [
         {
@@ -135,7 +143,7 @@ def measure(root: Path, device: torch.device, turns: int, steps: int) -> list[di
             "times dpm": paired_ratio(times, "dpm", name),
         }
         for name in calls
-        if name != "settle"
+        if name not in ("settle", "release")
     ]
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from dpm_cli.data import Splits, Waiting, load_data
 from dpm_cli.delivery import EXPORT_NAMES
+from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import is_launched, join
@@ -175,37 +176,40 @@ def _train_dense(
     )
     tell({"event": "stage", "name": "dense"})
     validation: Score | None = None
-    for epoch in range(training.epochs):
-        meter, waiting, epoch_started = LossMeter(torch_device), Waiting(), time.monotonic()
-        batches = splits.train.batches(
-            batch, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=len(splits.train) >= batch
-        )
-        for step, (images, labels) in enumerate(waiting.timed(batches), epoch * per_epoch):
-            meter.add_(learner.step_(images, labels, step=step), images=len(labels), step=step)
-            tell(step_event(stage="dense", step=step + 1, steps=learner.steps, steps_per_epoch=per_epoch))
-        reading = meter.read()
-        if reading.first_bad_step is not None or not all_finite(learner.tensors()):
-            bad = reading.first_bad_step
-            when = f"at step {bad}" if bad is not None else f"in epoch {epoch + 1}"
-            section = "dense" if recipe.dense else "train"
-            raise RunError(f"the loss or a weight is not finite {when}: lower {section}.lr or set {section}.clip_grad")
-        if len(splits.validation):
-            validation = evaluate_module(module, splits.validation, batch=batch * 4, precision=precision)
-        tell(
-            epoch_event(
-                stage="dense",
-                epoch=epoch + 1,
-                epochs=training.epochs,
-                step=(epoch + 1) * per_epoch,
-                loss=reading.mean,
-                validation_accuracy=validation.accuracy if validation else None,
-                lr=learner.learning_rate((epoch + 1) * per_epoch - 1),
-                images=reading.images,
-                seconds=time.monotonic() - epoch_started,
-                waited=waiting.seconds,
+    with keeping_freed_memory():
+        for epoch in range(training.epochs):
+            meter, waiting, epoch_started = LossMeter(torch_device), Waiting(), time.monotonic()
+            batches = splits.train.batches(
+                batch, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=len(splits.train) >= batch
             )
-        )
-    test = evaluate_module(module, splits.test, batch=batch * 4)
+            for step, (images, labels) in enumerate(waiting.timed(batches), epoch * per_epoch):
+                meter.add_(learner.step_(images, labels, step=step), images=len(labels), step=step)
+                tell(step_event(stage="dense", step=step + 1, steps=learner.steps, steps_per_epoch=per_epoch))
+            reading = meter.read()
+            if reading.first_bad_step is not None or not all_finite(learner.tensors()):
+                bad = reading.first_bad_step
+                when = f"at step {bad}" if bad is not None else f"in epoch {epoch + 1}"
+                section = "dense" if recipe.dense else "train"
+                raise RunError(
+                    f"the loss or a weight is not finite {when}: lower {section}.lr or set {section}.clip_grad"
+                )
+            if len(splits.validation):
+                validation = evaluate_module(module, splits.validation, batch=batch, precision=precision)
+            tell(
+                epoch_event(
+                    stage="dense",
+                    epoch=epoch + 1,
+                    epochs=training.epochs,
+                    step=(epoch + 1) * per_epoch,
+                    loss=reading.mean,
+                    validation_accuracy=validation.accuracy if validation else None,
+                    lr=learner.learning_rate((epoch + 1) * per_epoch - 1),
+                    images=reading.images,
+                    seconds=time.monotonic() - epoch_started,
+                    waited=waiting.seconds,
+                )
+            )
+    test = evaluate_module(module, splits.test, batch=batch)
     if len(splits.corrupt):
         tell({"event": "note", "text": splits.corrupt.note})
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
