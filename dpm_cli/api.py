@@ -258,7 +258,7 @@ def evaluate(
 def _evaluate(
     path: Path, recipe: Recipe, device: str, trust_pickle: bool, latency: bool, latency_batch: int
 ) -> dict[str, Any]:
-    batch = recipe.data.batch * 4
+    batch = recipe.data.batch
     result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
     runner: Any = _open_exported(path, trust_pickle)
     if runner:
@@ -383,7 +383,7 @@ def inspect(
         torch_device = choose_device(device)
         splits = load_splits(recipe, torch_device)
         held_out = bool(len(splits.validation))
-        some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch * 4)
+        some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch)
         dense, rows = measure_sensitivity(
             plan.module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity
         )

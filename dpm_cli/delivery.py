@@ -87,7 +87,7 @@ class Delivery:
             on_device = copy.deepcopy(network).to(self.device)
             score = None
             if self.splits.labelled:
-                score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch * 4)
+                score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch)
             measured.append(
                 Measured(
                     macs=count_macs(network, image, self.recipe.counter),

@@ -398,7 +398,7 @@ class Run:
         """Accuracy on the test set: to be reported, never to decide."""
         if not self.splits.labelled:
             return None
-        return evaluate_module(model, self.splits.test, batch=self.recipe.data.batch * 4).accuracy
+        return evaluate_module(model, self.splits.test, batch=self.recipe.data.batch).accuracy
 
     # --------------------------------------------------------------------------------------- the accuracy floor
 
@@ -550,7 +550,7 @@ class Run:
         score = evaluate_module(
             self.model,
             self.validation_split,
-            batch=self.recipe.data.batch * 4,
+            batch=self.recipe.data.batch,
             precision=self.precision,
             world=self.world,
         )
