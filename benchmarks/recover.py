@@ -26,7 +26,7 @@ from dpm_cli.data import Augmentation, Splits
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
-from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import choose_precision
 from dpm_cli.graph import find_groups
 from dpm_cli.models import load_model
 from dpm_cli.pruners import OnTheFly
@@ -75,7 +75,7 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, strength: float) -> 
         keep=recipe.prune.keep,
         keep_first=sparse.keep_first,
     )
-    to_fast_layout_(model)
+    model.to(memory_format=torch.channels_last)
     groups = find_groups(model, torch.zeros(2, *recipe.model.input))
     base.bind(base.prepare_(model, groups), model)
     per_epoch = len(splits.train) // batch

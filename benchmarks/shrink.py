@@ -23,7 +23,6 @@ from torch import Tensor
 
 import dpm_cli.api
 import dpm_cli.run
-from dpm_cli.engine.precision import to_fast_layout_
 from dpm_cli.graph import compact_
 from dpm_cli.models import build
 from dpm_cli.pruners.depgraph import GroupNorm
@@ -82,7 +81,7 @@ class LateRun(Run):
         yield from super()._train(stage)
         if isinstance(self.pruning, LatePruning) and stage is self.stages[-1]:
             removal = self.pruning.remove_late(self._check_images())
-            to_fast_layout_(self.model)
+            self.model.to(memory_format=self.layout)
             self.progress.difference = removal.difference
 
 

@@ -18,7 +18,7 @@ from dpm_cli.budget import choose_victims, resolve_limit
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
-from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import choose_precision
 from dpm_cli.graph import Units, compact_
 from dpm_cli.measure import count_parameters
 from dpm_cli.models import load_model
@@ -44,7 +44,7 @@ def prune_softly(dense: Path, values: dict[str, Any], *, epochs: int, asymptotic
     everything = np.ones(groups.units, bool)
     dense_macs, dense_params = groups.cost.macs(everything), count_parameters(model)
     dense_accuracy = evaluate_module(model, splits.test, batch=512).accuracy
-    to_fast_layout_(model)
+    model.to(memory_format=torch.channels_last)
     limit = resolve_limit(groups, floors, kind="macs", amount=amount)
     base, units, batch = DepGraph(), Units(groups, model), recipe.data.batch
     base.bind(groups, model)

@@ -1,4 +1,4 @@
-"""What DPM adds to a training step: plain against every unit decaying with rectifying on, in turns in one process.
+"""What DPM adds to a training step: plain against every unit decaying with rectifying on, in turns on the same model.
 
 python benchmarks/step.py                   all of these:
 python benchmarks/step.py --only step       ResNet-56 at batch 128 and ResNet-50 at 224, batch 16
@@ -21,7 +21,7 @@ from torch import nn
 from dpm_cli.decay import Decay
 from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.optimizer import make_optimizer
-from dpm_cli.engine.precision import Precision, choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import Precision, choose_precision
 from dpm_cli.engine.step import train_step
 from dpm_cli.graph import Groups, Units, find_groups
 from dpm_cli.models import build
@@ -47,7 +47,7 @@ class Contender:
 
     def __init__(self, model: nn.Module, groups: Groups | None, device: torch.device) -> None:
         self.model = copy.deepcopy(model).to(device).train()
-        to_fast_layout_(self.model)
+        self.model.to(memory_format=torch.channels_last)
         self.optimizer = make_optimizer(self.model, name="sgd", lr=1e-3, weight_decay=5e-4)
         self.precision = choose_precision("auto", device)
         self.decay = None
@@ -59,7 +59,8 @@ class Contender:
             self.decay = Decay(units, steps=1_000_000, rectifier=rectifier)
             self.decay.start(np.ones(groups.units, bool))
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor) -> None:
+    def step(self, images: torch.Tensor, labels: torch.Tensor, *, plain: bool = False) -> None:
+        decay = None if plain else self.decay
         train_step(
             self.model,
             self.optimizer,
@@ -67,8 +68,8 @@ class Contender:
             labels,
             objective=lambda outputs, labels: F.cross_entropy(outputs.float(), labels),
             precision=self.precision,
-            before_step=[self.decay.observe] if self.decay else [],
-            after_step=[self.decay.advance_] if self.decay else [],
+            before_step=[decay.observe] if decay else [],
+            after_step=[decay.advance_] if decay else [],
         )
 
     def hooks_alone(self) -> None:
@@ -86,19 +87,18 @@ def floor_seconds(units: Units) -> float:
     return statistics.median(times["move"])
 
 
-def measure(case: str, turns: int, device: torch.device) -> dict[str, object]:
 @keeping_freed_memory()
+def measure(case: str, turns: int, device: torch.device) -> dict[str, object]:
     arch, shape, batch = CASES[case]
     model = build(arch, classes=10, shape=shape)
     groups = find_groups(model, torch.zeros(2, *shape))
-    plain, full = Contender(model, None, device), Contender(model, groups, device)
+    contender = Contender(model, groups, device)
     images, labels = torch.randn(batch, *shape, device=device), torch.randint(0, 10, (batch,), device=device)
-    times = time_in_turns(
-        {"plain": lambda: plain.step(images, labels), "dpm": lambda: full.step(images, labels)}, turns=turns
-    )
-    hooks = statistics.median(time_in_turns({"hooks": full.hooks_alone}, turns=turns)["hooks"])
-    assert full.decay
-    floor = floor_seconds(full.decay.units)
+    calls = {name: partial(contender.step, images, labels, plain=name == "plain") for name in ("plain", "dpm")}
+    times = time_in_turns(calls, turns=turns)
+    hooks = statistics.median(time_in_turns({"hooks": contender.hooks_alone}, turns=turns)["hooks"])
+    assert contender.decay
+    floor = floor_seconds(contender.decay.units)
     plain_seconds = statistics.median(times["plain"])
     return {
         "model": case,
@@ -124,7 +124,7 @@ def compare_penalties(turns: int) -> dict[str, object]:
     )
     peer.update_regularizer()
     twin = copy.deepcopy(model)
-    to_fast_layout_(twin)  # each as it runs in training
+    twin.to(memory_format=torch.channels_last)  # each as it runs in training
     ours = GroupNorm(find_groups(twin, example), twin)
     for parameter in [*model.parameters(), *twin.parameters()]:
         parameter.grad = torch.zeros_like(parameter)
@@ -167,7 +167,7 @@ def compare_precisions(arch: str, side: int, batch: int, turns: int) -> dict[str
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--only", choices=("step", "penalty", "precision"))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     arguments = parser.parse_args()

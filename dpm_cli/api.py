@@ -23,7 +23,7 @@ from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.loss import main_output
-from dpm_cli.engine.precision import Precision, choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import Precision, choose_layout, choose_precision
 from dpm_cli.engine.step import LossMeter, all_finite
 from dpm_cli.errors import (
     AccuracyError,
@@ -162,8 +162,8 @@ def _train_dense(
     tell: Callable[[Event], None],
 ) -> dict[str, Any]:
     started = time.monotonic()
-    module = module.to(torch_device).train()
-    to_fast_layout_(module)
+    layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
+    module = module.to(torch_device).to(memory_format=layout).train()
     training, batch = recipe.dense or recipe.train, recipe.data.batch
     per_epoch = max(1, len(splits.train) // batch)
     learner = Learner(
@@ -171,6 +171,7 @@ def _train_dense(
         precision=precision,
         steps=training.epochs * per_epoch,
         steps_per_epoch=per_epoch,
+        layout=layout,
         seed=recipe.seed,
         **training.model_dump(exclude={"epochs"}),
     )

@@ -52,6 +52,7 @@ class Delivery:
     arch: str | None  # none: the model is not what `model.arch` builds
     output: Path
     device: torch.device  # where accuracy is measured
+    layout: torch.memory_format  # and in which
     dense: nn.Module
     groups: Groups  # of the dense model
     image: Tensor  # (1, C, H, W) a real input, on the CPU
@@ -84,7 +85,7 @@ class Delivery:
             latencies = measure_in_turns(runs, image)
         measured = []
         for name, network in (("dense", dense), ("slim", slim)):
-            on_device = copy.deepcopy(network).to(self.device)
+            on_device = copy.deepcopy(network).to(self.device).to(memory_format=self.layout)
             score = None
             if self.splits.labelled:
                 score = evaluate_module(on_device, self.splits.test, batch=self.recipe.data.batch)

@@ -24,7 +24,7 @@ from dpm_cli.engine.digest import digest
 from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
-from dpm_cli.engine.precision import Precision, to_fast_layout_
+from dpm_cli.engine.precision import Precision, choose_layout
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.files import CHECKPOINT
@@ -99,6 +99,7 @@ class Run:
         found = survey(model, recipe)
         self.dense_groups, self.round_to, self.floors = found.groups, found.round_to, found.floors
         self._start, self._shifts = found.module, found.shifts
+        self.layout = choose_layout(self._start, torch.zeros(2, *recipe.model.input))
         if recipe.prune.round_to == "auto" and not recipe.cuts_weights:
             self.notes.append(f"prune.round_to is auto: widths are multiples of {self.round_to}")
         self.floor: Floor | None = None  # of the accuracy, once the dense model was measured
@@ -109,14 +110,13 @@ class Run:
 
     def _begin_dense(self) -> None:
         """The model as it was given, and all of its pruning still to come."""
-        self.model = copy.deepcopy(self._start).to(self.device)
-        to_fast_layout_(self.model)
+        self.model = copy.deepcopy(self._start).to(self.device).to(memory_format=self.layout)
         self.pruning = self._plan_pruning()
 
     def _restore_model(self, pruning: dict[str, Any], weights: dict[str, Any]) -> None:
         """An earlier state of a model that is dense now."""
         self.pruning.load_state_dict(pruning)
-        to_fast_layout_(self.model)
+        self.model.to(memory_format=self.layout)
         self.model.load_state_dict(weights)
 
     def _plan_pruning(self) -> Pruning:
@@ -286,7 +286,7 @@ class Run:
         self._require_finite(meter, stage, learner)  # or the check of the outputs would blame the removal
         learner.remember()
         removal = remove(self._check_images())
-        to_fast_layout_(self.model)
+        self.model.to(memory_format=self.layout)
         learner.shrink_(lambda name, value: take(value, removal.kept.get(name, {})))
         self._require_agreement(f"what round {self.pruning.round} removed")
         self.progress.difference = max(self.progress.difference, removal.difference)
@@ -347,6 +347,7 @@ class Run:
             arch=self.arch,
             output=self.output,
             device=self.device,
+            layout=self.layout,
             dense=self.dense,
             groups=self.dense_groups,
             image=self._check_images()[:1].cpu(),
@@ -505,6 +506,7 @@ class Run:
             steps=stage.training.epochs * self.steps_per_epoch,
             steps_per_epoch=self.steps_per_epoch,
             seed=self.recipe.seed * 1_000_003 + stage.first_epoch,
+            layout=self.layout,
             teacher=self.teacher,
             world=self.world,
             **stage.training.model_dump(exclude={"epochs"}),

@@ -9,7 +9,7 @@ from torch import nn
 
 from dpm_cli.budget import cost_of, find_floors, resolve_limit
 from dpm_cli.engine.learner import Learner
-from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import choose_precision
 from dpm_cli.errors import RecipeError, RunError
 from dpm_cli.graph import find_groups, take
 from dpm_cli.pruners import DepGraph
@@ -45,7 +45,7 @@ FP32 = choose_precision("fp32", torch.device("cpu"))
 def make(*, steps=4, starts=(0, 4, 8), amount=0.5, kind="macs", rectify=None, round_to=1, optimizer="sgd"):
     """A model in training, its learner and its pruning. rectify: settings of a Rectifier."""
     model = copy.deepcopy(NET)
-    to_fast_layout_(model)
+    model.to(memory_format=torch.channels_last)
     floors = find_floors(GROUPS, round_to=round_to, min_keep=0.1)
     pruning = Pruning(
         model,

@@ -20,7 +20,8 @@ Shrink = Callable[[str, Tensor], Tensor]  # (parameter name, its old tensor) -> 
 class Learner:
     """Takes training steps for one stage. The learning rate is a function of the step alone.
 
-    seed: for mix-up, and over several processes for dropout. teacher: the dense model, in eval mode, for distillation.
+    seed: for mix-up, and over several processes for dropout. layout: of the images, as of the model. teacher: the dense
+    model, in eval mode, for distillation.
     """
 
     def __init__(
@@ -46,10 +47,12 @@ class Learner:
         distill: float,
         temperature: float,
         seed: int,
+        layout: torch.memory_format = torch.channels_last,
         teacher: nn.Module | None = None,
         world: World = ALONE,
     ) -> None:
         self.model, self.precision, self.steps, self.teacher, self.world = model, precision, steps, teacher, world
+        self._layout = layout
         self._forward = world.wrap(model)
         self._make_optimizer = partial(
             make_optimizer,
@@ -92,7 +95,7 @@ class Learner:
         set_learning_rate_(self.optimizer, self.learning_rate(step))
         self.world.seed(self._seed, step)
         mixed = mixup(images, labels, self._mixup, seed=self._seed, step=step, world=self.world)
-        images = mixed.images.contiguous(memory_format=torch.channels_last)
+        images = mixed.images.contiguous(memory_format=self._layout)
 
         def objective(outputs: object, labels: Tensor) -> Tensor:
             loss = classification_loss(

@@ -1,15 +1,17 @@
-"""The number format of a training step: weights stay fp32, convolutions and products may run in 16 bits."""
+"""The numbers of a training step: weights stay fp32, convolutions and products may run in 16 bits; how they lie."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, assert_never
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from dpm_cli.errors import UsageError
+from dpm_cli.modes import in_mode
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -73,6 +75,16 @@ def has_fast_bf16(device: torch.device) -> bool:
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
-def to_fast_layout_(model: nn.Module) -> None:
-    """Lay 4-D weights out channels last; activations follow. Call on the device, before training, after compacting."""
-    model.to(memory_format=torch.channels_last)
+def choose_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
+    """How images and 4-D weights should lie in memory: channels last, which convolutions are fastest in.
+
+    Contiguous if the model's own code fails with that, as `x.view(len(x), -1)` of a feature map does. images: (B, C, H,
+    W), as the model takes them, on its device.
+    """
+    trial = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    try:
+        with in_mode(trial, training=False), torch.no_grad():
+            trial(images.contiguous(memory_format=torch.channels_last))
+    except RuntimeError:
+        return torch.contiguous_format
+    return torch.channels_last

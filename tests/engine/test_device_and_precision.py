@@ -4,7 +4,7 @@ from torch import nn
 
 from dpm_cli.engine import precision as precision_module
 from dpm_cli.engine.device import choose_device
-from dpm_cli.engine.precision import choose_precision, to_fast_layout_
+from dpm_cli.engine.precision import choose_layout, choose_precision
 from dpm_cli.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -75,11 +75,26 @@ def test_depthwise_convolutions_compute_in_fp32_between_bf16_neighbours(stride):
     assert before.weight.grad is not None
 
 
+class Joins(nn.Module):
+    def forward(self, x):
+        return x.view(len(x), -1)
+
+
+def test_layout_is_channels_last_unless_the_models_own_code_fails_with_it():
+    convolution, images = nn.Conv2d(3, 8, 3), torch.randn(2, 3, 8, 8)
+    assert choose_layout(nn.Sequential(convolution, nn.Flatten()), images) == torch.channels_last
+    assert choose_layout(nn.Sequential(convolution, Joins()), images) == torch.contiguous_format
+    assert choose_layout(nn.Sequential(convolution, nn.AdaptiveAvgPool2d(1), Joins()), images) == torch.channels_last
+    assert convolution.weight.is_contiguous()
+    assert convolution.training
+
+
 def test_fast_layout_spreads_from_weights_to_activations():
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 3))
     images = torch.randn(2, 3, 8, 8)
     before = model.eval()(images)
-    to_fast_layout_(model)
+    assert choose_layout(model, images) == torch.channels_last
+    model.to(memory_format=torch.channels_last)
     after = model(images)
     assert after.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(after, before)

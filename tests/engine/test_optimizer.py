@@ -5,7 +5,6 @@ import torch
 from torch import nn
 
 from dpm_cli.engine.optimizer import make_optimizer, optimizer_state, restore_optimizer_state_
-from dpm_cli.engine.precision import to_fast_layout_
 from dpm_cli.errors import RunError
 
 SETTINGS = [
@@ -17,7 +16,7 @@ SETTINGS = [
 def make_model():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(8 * 36, 4))
-    to_fast_layout_(model)
+    model.to(memory_format=torch.channels_last)
     return model
 
 
