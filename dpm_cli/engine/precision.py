@@ -4,12 +4,12 @@ import copy
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, assert_never
+from typing import Literal, assert_never
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
 
+from dpm_cli.engine.cpu_operations import FasterOnCpu
 from dpm_cli.errors import UsageError
 from dpm_cli.modes import in_mode
 
@@ -26,29 +26,12 @@ class Precision:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """A context for forward passes; nothing changes in fp32."""
+        """A context for forward passes; nothing changes in fp32, which computes as PyTorch does, bit for bit."""
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device_type, FORMATS[self.name], enabled=self.name != "fp32"))
             if self.name == "bf16" and self.device_type == "cpu":
-                stack.enter_context(_DepthwiseInFp32())
+                stack.enter_context(FasterOnCpu())
             yield
-
-
-class _DepthwiseInFp32(TorchFunctionMode):
-    """Inside autocast: depthwise convolutions compute in fp32 between bf16 neighbours.
-
-    On CPUs PyTorch has no fast backward pass for most of them in bf16 (strides, 5×5, maps of a few pixels).
-    """
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.conv2d and len(args) > 1:
-            images, weight, *rest = args
-            groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
-            if groups == images.shape[-3] > 1:
-                with torch.autocast("cpu", enabled=False):
-                    return func(images.float(), weight.float(), *rest, **kwargs).bfloat16()
-        return func(*args, **kwargs)
 
 
 def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:

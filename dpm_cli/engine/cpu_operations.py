@@ -1,0 +1,145 @@
+"""Operations of training in bf16 that PyTorch is slow at on CPUs, computed by others of its operations instead."""
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.overrides import TorchFunctionMode
+
+LINE = 16  # floats of one cache line
+FOLDED, NARROW = 64, 64  # channels: at least so many after folding, fewer than so many before
+
+
+class FasterOnCpu(TorchFunctionMode):
+    """Inside autocast to bf16: depthwise convolutions and batch norms of narrow layers take other ways."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.conv2d:
+            return _convolve(*args, **kwargs)
+        if func is F.batch_norm:
+            return _normalise(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _convolve(*args: Any, **kwargs: Any) -> Tensor:
+    """Depthwise convolutions compute in fp32 between bf16 neighbours.
+
+    PyTorch has no fast backward pass for most of them in bf16 (strides, 5×5, maps of a few pixels).
+    """
+    if len(args) > 1:
+        images, weight, *rest = args
+        groups = args[6] if len(args) > 6 else kwargs.get("groups", 1)
+        if groups == images.shape[-3] > 1:
+            with torch.autocast("cpu", enabled=False):
+                return torch.conv2d(images.float(), weight.float(), *rest, **kwargs).bfloat16()
+    return torch.conv2d(*args, **kwargs)
+
+
+def _normalise(
+    images: Tensor,
+    running_mean: Tensor | None,
+    running_variance: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """`F.batch_norm`, folded where that is faster."""
+    fold = _fold_of(images) if training and weight is not None and bias is not None else 1
+    if fold == 1:
+        return F.batch_norm(images, running_mean, running_variance, weight, bias, training, momentum, eps)
+    outputs, mean, variance = _FoldedBatchNorm.apply(images, weight, bias, eps, fold)
+    if running_mean is not None and running_variance is not None:
+        count = images.numel() // images.shape[1]
+        running_mean.lerp_(mean, momentum)
+        running_variance.lerp_(variance * (count / (count - 1)), momentum)
+    return outputs  # type: ignore[no-any-return]
+
+
+def _fold_of(images: Tensor) -> int:
+    """How many pixels' channels become the channels of one; 1 if folding is not faster, or impossible."""
+    if images.dim() != 4 or images.dtype not in (torch.bfloat16, torch.float32):
+        return 1
+    channels, pixels = images.shape[1], images.numel() // max(images.shape[1], 1)
+    if not 0 < channels < NARROW or channels % LINE == 0 or pixels < 2:
+        return 1
+    if images.is_contiguous() or not images.is_contiguous(memory_format=torch.channels_last):
+        return 1
+    fold = LINE // math.gcd(channels, LINE)
+    while fold * channels < FOLDED:
+        fold *= 2
+    return fold if pixels % fold == 0 else 1
+
+
+class _FoldedBatchNorm(torch.autograd.Function):
+    """Batch norm in training of few channels, channels last, as one of `fold` times as many: the same memory.
+
+    PyTorch's kernel sums into one row of channels per thread. Rows that share a cache line, as those of 8 or 24
+    channels do, make two threads several times slower than one, and a few channels do not fill a vector either. The
+    means and variances of the parts are merged exactly; in bf16 the gradient of the images is rounded three times
+    instead of once.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, eps: float, fold: int) -> Any:
+        """images: (B, C, H, W) channels last. Returns them normalised, mean and biased variance, each (C,)."""
+        channels = images.shape[1]
+        folded = _folded(images, fold)
+        unused = torch.zeros(2, fold * channels, dtype=weight.dtype)  # their type is that of what is returned
+        means, variances = torch.batch_norm_update_stats(folded, unused[0], unused[1], 0.0)
+        means = means.view(fold, channels)
+        mean = means.mean(0)
+        variance = variances.view(fold, channels).mean(0) + (means - mean).square().mean(0)
+        outputs = _affine(folded, weight, bias, mean, variance, eps, fold)
+        ctx.save_for_backward(images, weight, mean, variance)
+        ctx.eps, ctx.fold = eps, fold
+        ctx.mark_non_differentiable(mean, variance)
+        return _unfolded(outputs, images), mean, variance
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> Any:
+        images, weight, mean, variance = ctx.saved_tensors
+        fold, channels = ctx.fold, images.shape[1]
+        folded = _folded(images, fold)
+        gradient = _folded(gradient.contiguous(memory_format=torch.channels_last), fold)
+        # With the statistics held fixed; then what flows back through them.
+        of_images, of_weights, of_biases = torch.ops.aten.native_batch_norm_backward(
+            gradient,
+            folded,
+            weight.repeat(fold),
+            mean.repeat(fold),
+            variance.repeat(fold),
+            None,
+            None,
+            False,
+            ctx.eps,
+            [True, True, True],
+        )
+        of_weight, of_bias = of_weights.view(fold, channels).sum(0), of_biases.view(fold, channels).sum(0)
+        share = -weight * (variance + ctx.eps).rsqrt() / (images.numel() // channels)
+        of_images += _affine(folded, share * of_weight, share * of_bias, mean, variance, ctx.eps, fold)
+        return _unfolded(of_images, images), of_weight, of_bias, None, None
+
+
+def _affine(
+    folded: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float, fold: int
+) -> Tensor:
+    """(images - mean) / sqrt(variance + eps) * weight + bias; all but the images (C,)."""
+    weight, bias, mean, variance = (values.repeat(fold) for values in (weight, bias, mean, variance))
+    return torch.native_batch_norm(folded, weight, bias, mean, variance, False, 0.0, eps)[0]
+
+
+def _folded(images: Tensor, fold: int) -> Tensor:
+    """(B, C, H, W) channels last -> (pixels / fold, fold * C, 1, 1), a view."""
+    return images.permute(0, 2, 3, 1).reshape(-1, fold * images.shape[1], 1, 1)
+
+
+def _unfolded(folded: Tensor, like: Tensor) -> Tensor:
+    batch, channels, height, width = like.shape
+    return folded.view(batch, height, width, channels).permute(0, 3, 1, 2)
