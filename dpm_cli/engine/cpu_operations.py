@@ -95,11 +95,11 @@ class _FoldedBatchNorm(torch.autograd.Function):
         means = means.view(fold, channels)
         mean = means.mean(0)
         variance = variances.view(fold, channels).mean(0) + (means - mean).square().mean(0)
-        outputs = _affine(folded, weight, bias, mean, variance, eps, fold)
+        outputs = _affine(images, weight, bias, mean, variance, eps, fold)
         ctx.save_for_backward(images, weight, mean, variance)
         ctx.eps, ctx.fold = eps, fold
         ctx.mark_non_differentiable(mean, variance)
-        return _unfolded(outputs, images), mean, variance
+        return outputs, mean, variance
 
     @staticmethod
     @once_differentiable
@@ -123,23 +123,33 @@ class _FoldedBatchNorm(torch.autograd.Function):
         )
         of_weight, of_bias = of_weights.view(fold, channels).sum(0), of_biases.view(fold, channels).sum(0)
         share = -weight * (variance + ctx.eps).rsqrt() / (images.numel() // channels)
-        of_images += _affine(folded, share * of_weight, share * of_bias, mean, variance, ctx.eps, fold)
-        return _unfolded(of_images, images), of_weight, of_bias, None, None
+        through = _affine(images, share * of_weight, share * of_bias, mean, variance, ctx.eps, fold)
+        _folded(through, fold).add_(of_images)
+        return through, of_weight, of_bias, None, None
 
 
 def _affine(
-    folded: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float, fold: int
+    images: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float, fold: int
 ) -> Tensor:
     """(images - mean) / sqrt(variance + eps) * weight + bias; all but the images (C,)."""
+    outputs = torch.empty_like(images)  # no view, so that an activation in place can follow
     weight, bias, mean, variance = (values.repeat(fold) for values in (weight, bias, mean, variance))
-    return torch.native_batch_norm(folded, weight, bias, mean, variance, False, 0.0, eps)[0]
+    torch.ops.aten.native_batch_norm.out(
+        _folded(images, fold),
+        weight,
+        bias,
+        mean,
+        variance,
+        False,
+        0.0,
+        eps,
+        out=_folded(outputs, fold),
+        save_mean=weight.new_empty(0),
+        save_invstd=weight.new_empty(0),
+    )
+    return outputs
 
 
 def _folded(images: Tensor, fold: int) -> Tensor:
     """(B, C, H, W) channels last -> (pixels / fold, fold * C, 1, 1), a view."""
     return images.permute(0, 2, 3, 1).reshape(-1, fold * images.shape[1], 1, 1)
-
-
-def _unfolded(folded: Tensor, like: Tensor) -> Tensor:
-    batch, channels, height, width = like.shape
-    return folded.view(batch, height, width, channels).permute(0, 3, 1, 2)
