@@ -4,12 +4,16 @@ python benchmarks/step.py                   all of these:
 python benchmarks/step.py --only step       ResNet-56 at batch 128 and ResNet-50 at 224, batch 16
 python benchmarks/step.py --only penalty    DepGraph's penalty against Torch-Pruning's GroupNormPruner.regularize
 python benchmarks/step.py --only precision  a plain step in bf16 against one in fp32, for nets of different kinds
+python benchmarks/step.py --only allocator  a plain step in a process that keeps freed memory, and in one that does not
+python benchmarks/step.py --only width      a plain step of a net at half its widths against one at all of them
 """
 
 import argparse
 import copy
+import itertools
 import statistics
 import time
+from contextlib import ExitStack
 from functools import partial
 
 import numpy as np
@@ -23,7 +27,7 @@ from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.optimizer import make_optimizer
 from dpm_cli.engine.precision import Precision, choose_precision
 from dpm_cli.engine.step import train_step
-from dpm_cli.graph import Groups, Units, find_groups
+from dpm_cli.graph import Groups, Units, compact_, find_groups
 from dpm_cli.models import build
 from dpm_cli.pruners.depgraph import GroupNorm
 from dpm_cli.rectify import Rectifier
@@ -39,6 +43,7 @@ PRECISIONS = (
     ("torchvision:vit_b_16", 224, 1),
     ("torchvision:resnext50_32x4d", 224, 2),
 )
+ALLOCATIONS = (("resnet20", 32, 128), ("resnet56", 32, 128), ("torchvision:resnet50", 224, 16))
 CASES = {"resnet56": ("resnet56", (3, 32, 32), 128), "resnet50": ("torchvision:resnet50", (3, 224, 224), 16)}
 
 
@@ -165,10 +170,61 @@ def compare_precisions(arch: str, side: int, batch: int, turns: int) -> dict[str
     }
 
 
+def compare_allocators(arch: str, side: int, batch: int, turns: int) -> dict[str, object]:
+    """Several plain steps, as glibc has it and with freed memory kept; that lasts for all steps of a run."""
+    steps, allocator, device = 5, ExitStack(), torch.device("cpu")
+    contender = Contender(build(arch, classes=10, shape=(3, side, side)), None, device)
+    step = partial(contender.step, torch.randn(batch, 3, side, side), torch.randint(0, 10, (batch,)))
+
+    def several() -> None:
+        for _ in range(steps):
+            step()
+
+    def keep() -> None:
+        allocator.enter_context(keeping_freed_memory())
+        step()  # fetches the memory
+
+    times = time_in_turns({"usual": several, "keep": keep, "kept": several, "release": allocator.close}, turns=turns)
+    return {
+        "model": arch,
+        "images": f"{batch} of {side}×{side}",
+        "as usual ms": 1e3 * statistics.median(times["usual"]) / steps,
+        "kept ms": 1e3 * statistics.median(times["kept"]) / steps,
+        "of the time": paired_ratio(times, "kept", "usual"),
+    }
+
+
+@keeping_freed_memory()
+def compare_widths(arch: str, turns: int) -> list[dict[str, object]]:
+    """A plain step at batch 128 of a net of which every group keeps half of its units, by that of the whole net."""
+    dense, device, every = build(arch, classes=10, shape=(3, 32, 32)), torch.device("cpu"), torch.get_num_threads()
+    groups, slim = find_groups(dense, torch.zeros(2, 3, 32, 32)), copy.deepcopy(dense)
+    alive = np.zeros(groups.units, bool)
+    for group in groups:
+        alive[group.start : group.start + group.size // 2] = True
+    compact_(slim, groups, alive)
+    contenders = {"dense": Contender(dense, None, device), "slim": Contender(slim, None, device)}
+    images, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
+    rows: list[dict[str, object]] = []
+    for precision, threads in itertools.product(("bf16", "fp32"), sorted({1, every})):
+        torch.set_num_threads(threads)
+        for contender in contenders.values():
+            contender.precision = choose_precision(precision, device)
+        calls = {name: partial(contender.step, images, labels) for name, contender in contenders.items()}
+        times = time_in_turns(calls, turns=turns)
+        rows.append(
+            {"model": arch, "precision": precision, "threads": threads}
+            | {f"{name} ms": 1e3 * statistics.median(times[name]) for name in calls}
+            | {"of the time": paired_ratio(times, "slim", "dense")}
+        )
+    torch.set_num_threads(every)
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=30)
-    parser.add_argument("--only", choices=("step", "penalty", "precision"))
+    parser.add_argument("--only", choices=("step", "penalty", "precision", "allocator", "width"))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
     arguments = parser.parse_args()
     device, turns = torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.turns
@@ -176,6 +232,8 @@ def main() -> None:
         "step": lambda: [measure(case, turns, device) for case in arguments.cases],
         "penalty": lambda: [compare_penalties(turns)],
         "precision": lambda: [compare_precisions(*net, turns=min(turns, 5)) for net in PRECISIONS],
+        "allocator": lambda: [compare_allocators(*net, turns=min(turns, 5)) for net in ALLOCATIONS],
+        "width": lambda: compare_widths("resnet56", turns=min(turns, 10)),
     }
     for name in [arguments.only] if arguments.only else parts:
         rows = parts[name]()
