@@ -9,6 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
+from dpm_cli.engine.whole_batch import update_running_statistics_
+
 LINE = 16  # floats of one cache line
 FOLDED, NARROW = 64, 64  # channels: at least so many after folding, fewer than so many before
 
@@ -42,7 +44,7 @@ def _convolve(*args: Any, **kwargs: Any) -> Tensor:
 def _normalise(
     images: Tensor,
     running_mean: Tensor | None,
-    running_variance: Tensor | None,
+    running_var: Tensor | None,
     weight: Tensor | None = None,
     bias: Tensor | None = None,
     training: bool = False,
@@ -52,12 +54,10 @@ def _normalise(
     """`F.batch_norm`, folded where that is faster."""
     fold = _fold_of(images) if training and weight is not None and bias is not None else 1
     if fold == 1:
-        return F.batch_norm(images, running_mean, running_variance, weight, bias, training, momentum, eps)
+        return F.batch_norm(images, running_mean, running_var, weight, bias, training, momentum, eps)
     outputs, mean, variance = _FoldedBatchNorm.apply(images, weight, bias, eps, fold)
-    if running_mean is not None and running_variance is not None:
-        count = images.numel() // images.shape[1]
-        running_mean.lerp_(mean, momentum)
-        running_variance.lerp_(variance * (count / (count - 1)), momentum)
+    count = images.numel() // images.shape[1]
+    update_running_statistics_(running_mean, running_var, mean, variance * (count / (count - 1)), momentum)
     return outputs  # type: ignore[no-any-return]
 
 

@@ -46,11 +46,19 @@ def _batch_norm(
     if not training:
         return F.batch_norm(values, running_mean, running_var, weight, bias, False, momentum, eps)
     mean, variance, count = _moments(values.detach())
-    if running_mean is not None and running_var is not None:
-        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-        running_var.lerp_((variance * (count / (count - 1).clamp_min(1))).to(running_var.dtype), momentum)
+    unbiased = variance * (count / (count - 1).clamp_min(1))
+    update_running_statistics_(running_mean, running_var, mean, unbiased, momentum)
     normalised: Tensor = _Normalise.apply(values, weight, bias, mean, variance, count, eps)
     return normalised
+
+
+def update_running_statistics_(
+    running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, unbiased: Tensor, momentum: float
+) -> None:
+    """What F.batch_norm does to a layer's running statistics in train mode; nothing if it has none. All (C,)."""
+    if running_mean is not None and running_var is not None:
+        running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+        running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
