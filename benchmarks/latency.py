@@ -23,9 +23,9 @@ from zoo import input_shape, make_lively_
 from dpm_cli import load_recipe
 from dpm_cli.export import export_model, open_exported
 from dpm_cli.graph import compact_
+from dpm_cli.jobs.plan import Plan
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.models import build
-from dpm_cli.plan import Plan
 
 
 def main() -> None:

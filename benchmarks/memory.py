@@ -36,15 +36,15 @@ def run(kind: str, root: Path, arch: str) -> dict[str, Any]:
     """In this process."""
     import torch
 
-    import dpm_cli.api
+    import dpm_cli
     from dpm_cli.models import build
 
     with TemporaryDirectory() as folder:
         if kind == "plain":
-            dpm_cli.api.train(recipe(root, arch), output=Path(folder) / "model.pt")
+            dpm_cli.train(recipe(root, arch), output=Path(folder) / "model.pt")
         else:
             torch.manual_seed(0)
-            dpm_cli.api.prune(build(arch, classes=10, shape=(3, 32, 32)), recipe(root, arch), output=folder)
+            dpm_cli.prune(build(arch, classes=10, shape=(3, 32, 32)), recipe(root, arch), output=folder)
     peak = {"MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if torch.cuda.is_available():
         peak["device MB"] = torch.cuda.max_memory_allocated() / 2**20

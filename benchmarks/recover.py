@@ -21,17 +21,17 @@ from common import FOLDER, print_table, save
 from torch import nn
 
 import dpm_cli
-from dpm_cli.api import load_splits
 from dpm_cli.data import Augmentation, Splits
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.graph import find_groups
+from dpm_cli.jobs.loading import load_splits
+from dpm_cli.method.pruners import OnTheFly
 from dpm_cli.models import load_model
-from dpm_cli.pruners import OnTheFly
-from dpm_cli.pruners.on_the_fly import cut_, find_sparse_layers
 from dpm_cli.recipe import Recipe
+from dpm_cli.sparse.on_the_fly import cut_, find_sparse_layers
 
 MACS = (0.75, 0.5)
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)

@@ -21,15 +21,15 @@ import torch
 from common import print_table, save
 from torch import Tensor
 
-import dpm_cli.api
-import dpm_cli.run
+import dpm_cli
+import dpm_cli.run.story
 from dpm_cli.graph import compact_
+from dpm_cli.method.pruners.depgraph import GroupNorm
+from dpm_cli.method.pruning import Pruning, Removal
+from dpm_cli.method.stages import Stage
 from dpm_cli.models import build
-from dpm_cli.pruners.depgraph import GroupNorm
-from dpm_cli.pruning import Pruning, Removal
 from dpm_cli.report import Event
-from dpm_cli.run import Run
-from dpm_cli.stages import Stage
+from dpm_cli.run.story import Run
 
 ROUNDS, END = 3, 0.2  # the last round is over after this fraction of the training
 BATCH, VALIDATION = 128, 0.1
@@ -103,8 +103,12 @@ def prune(
     model = weights or build(arch, classes=10, shape=(3, 32, 32))
     kinds = (LateRun, LatePruning) if late else (Run, Pruning)
     started, started_cpu = time.monotonic(), time.process_time()
-    with TemporaryDirectory() as folder, patch("dpm_cli.api.Run", kinds[0]), patch("dpm_cli.run.Pruning", kinds[1]):
-        report = dpm_cli.api.prune(model, recipe, output=folder)
+    with (
+        TemporaryDirectory() as folder,
+        patch("dpm_cli.jobs.prune.Run", kinds[0]),
+        patch("dpm_cli.run.story.Pruning", kinds[1]),
+    ):
+        report = dpm_cli.prune(model, recipe, output=folder)
     return {
         "model": arch,
         "seed": seed,

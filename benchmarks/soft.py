@@ -13,19 +13,19 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpm_cli.api import load_splits
-from dpm_cli.budget import choose_victims, resolve_limit
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.graph import Units, compact_
+from dpm_cli.jobs.loading import load_splits
 from dpm_cli.measure import count_parameters
+from dpm_cli.method.budget import choose_victims, resolve_limit
+from dpm_cli.method.pruners import DepGraph
+from dpm_cli.method.survey import survey
 from dpm_cli.models import load_model
-from dpm_cli.pruners import DepGraph
 from dpm_cli.recipe import parse_recipe
-from dpm_cli.run import augmentation
-from dpm_cli.survey import survey
+from dpm_cli.run.story import augmentation
 
 
 def prune_softly(dense: Path, values: dict[str, Any], *, epochs: int, asymptotic: bool, output: Path) -> None:

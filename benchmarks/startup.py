@@ -20,10 +20,10 @@ from common import paired_ratio, print_table, save, time_in_turns
 from torch import nn
 
 import dpm_cli.graph.groups as tracing
-from dpm_cli.budget import choose_victims, find_floors, resolve_limit
 from dpm_cli.graph import compact_, find_groups
+from dpm_cli.method.budget import choose_victims, find_floors, resolve_limit
+from dpm_cli.method.pruners.depgraph import GroupNorm
 from dpm_cli.models import build
-from dpm_cli.pruners.depgraph import GroupNorm
 
 SHAPE = (3, 224, 224)
 MODELS = ("torchvision:resnet50", "torchvision:densenet201")

@@ -22,15 +22,15 @@ import torch.nn.functional as F
 from common import paired_ratio, print_table, save, time_in_turns
 from torch import nn
 
-from dpm_cli.decay import Decay
 from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.optimizer import make_optimizer
 from dpm_cli.engine.precision import Precision, choose_precision
 from dpm_cli.engine.step import train_step
 from dpm_cli.graph import Groups, Units, compact_, find_groups
+from dpm_cli.method.decay import Decay
+from dpm_cli.method.pruners.depgraph import GroupNorm
+from dpm_cli.method.rectify import Rectifier
 from dpm_cli.models import build
-from dpm_cli.pruners.depgraph import GroupNorm
-from dpm_cli.rectify import Rectifier
 
 PRECISIONS = (
     ("resnet20", 32, 64),

@@ -26,14 +26,14 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-import dpm_cli.api
-from dpm_cli.api import load_splits
+import dpm_cli
 from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision
+from dpm_cli.jobs.loading import load_splits
 from dpm_cli.models import build
 from dpm_cli.recipe import Recipe, parse_recipe
-from dpm_cli.run import augmentation
+from dpm_cli.run.story import augmentation
 
 BATCH = 128
 SETTLE = 2.0  # seconds in which the loader's workers fill their queues, so that they rest while others are timed
@@ -160,7 +160,7 @@ def measure_accuracy(root: Path, seeds: int, epochs: int, limit: int) -> list[di
             training = {"epochs": epochs, "lr": 0.1}
             chosen = recipe(root, "resnet20", limit=limit, train=training, precision=precision, seed=seed)
             with TemporaryDirectory() as folder:
-                result = dpm_cli.api.train(chosen, output=Path(folder) / "model.pt")
+                result = dpm_cli.train(chosen, output=Path(folder) / "model.pt")
             rows.append({"seed": seed, "precision": precision, "test accuracy": result["accuracy"]})
             save("throughput-accuracy", rows, **settings)
     return rows

@@ -148,13 +148,13 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
     import dpm_cli.graph.groups as groups_module
     import dpm_cli.graph.rehearsal as rehearsal
-    from dpm_cli.budget import choose_victims, find_floors, resolve_limit
     from dpm_cli.errors import DpmError, RecipeError, TargetError, UnsupportedModelError
     from dpm_cli.export import export_model
     from dpm_cli.graph import Units, compact_, find_groups
     from dpm_cli.measure import count_macs, count_parameters
+    from dpm_cli.method.budget import choose_victims, find_floors, resolve_limit
+    from dpm_cli.method.pruners.depgraph import GroupNorm
     from dpm_cli.models import build, save_slim
-    from dpm_cli.pruners.depgraph import GroupNorm
 
     limit_memory()
     torch.set_num_threads(1)

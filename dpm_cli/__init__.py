@@ -10,8 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from dpm_cli.api import evaluate, export_slim, inspect, prune, train
     from dpm_cli.errors import DpmError
+    from dpm_cli.jobs.evaluate import evaluate
+    from dpm_cli.jobs.export import export_slim
+    from dpm_cli.jobs.inspect import inspect
+    from dpm_cli.jobs.prune import prune
+    from dpm_cli.jobs.train import train
     from dpm_cli.models import load
     from dpm_cli.recipe import Recipe, load_recipe
     from dpm_cli.report import Report
@@ -30,8 +34,12 @@ __all__ = [
 ]
 
 _HOMES = {
-    "dpm_cli.api": ("evaluate", "export_slim", "inspect", "prune", "train"),
     "dpm_cli.errors": ("DpmError",),
+    "dpm_cli.jobs.evaluate": ("evaluate",),
+    "dpm_cli.jobs.export": ("export_slim",),
+    "dpm_cli.jobs.inspect": ("inspect",),
+    "dpm_cli.jobs.prune": ("prune",),
+    "dpm_cli.jobs.train": ("train",),
     "dpm_cli.models": ("load",),
     "dpm_cli.recipe": ("Recipe", "load_recipe"),
     "dpm_cli.report": ("Report",),

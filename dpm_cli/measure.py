@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_cli.errors import UsageError
-from dpm_cli.modes import in_mode
+from dpm_cli.layers.modes import in_mode
 
 Counter = Literal["flop_counter", "thop"]
 Run = Callable[[Tensor], object]

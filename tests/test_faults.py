@@ -23,7 +23,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from dpm_cli import api
+import dpm_cli
 from dpm_cli.cli.outcome import explain
 from dpm_cli.data import load_data
 from dpm_cli.engine.checkpoint import load_checkpoint
@@ -35,7 +35,7 @@ from dpm_cli.report import Report
 
 @pytest.fixture(autouse=True)
 def _short_latencies_and_own_cache(monkeypatch, tmp_path):
-    monkeypatch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+    monkeypatch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
     monkeypatch.setenv("DPM_CACHE", str(tmp_path / "cache"))
 
 
@@ -57,8 +57,8 @@ def whole(model, tmp_path_factory):
     """The weights of a run to which nothing happened."""
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
-        api.prune(model, recipe(), output=folder)
+        patch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        dpm_cli.prune(model, recipe(), output=folder)
     return load(folder / "slim.pt").state_dict()
 
 
@@ -107,20 +107,20 @@ def fill_disk_at(stack, name, size, *, number=1):
 
 def test_disk_full_while_a_checkpoint_is_written(model, whole, tmp_path):
     with contextlib.ExitStack() as stack, pytest.raises(RunError, match=r"checkpoint\.pt cannot be written") as error:
-        api.prune(model, recipe(), output=tmp_path, on_event=fill_disk_at(stack, "checkpoint", 50_000))
+        dpm_cli.prune(model, recipe(), output=tmp_path, on_event=fill_disk_at(stack, "checkpoint", 50_000))
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)
     assert load_checkpoint(tmp_path).state["step"] == 2
-    api.prune(model, recipe(), output=tmp_path, resume=True)
+    dpm_cli.prune(model, recipe(), output=tmp_path, resume=True)
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
 
 
 @pytest.mark.parametrize("size", [1, 700])
 def test_disk_full_while_metrics_are_written(model, whole, tmp_path, size):
     with contextlib.ExitStack() as stack, pytest.raises(RunError, match=r"(metrics.jsonl|checkpoint.pt) cannot be"):
-        api.prune(model, recipe(), output=tmp_path, on_event=fill_disk_at(stack, "step", size, number=3))
+        dpm_cli.prune(model, recipe(), output=tmp_path, on_event=fill_disk_at(stack, "step", size, number=3))
     assert_tidy(tmp_path)
-    api.prune(model, recipe(), output=tmp_path, resume=True)
+    dpm_cli.prune(model, recipe(), output=tmp_path, resume=True)
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
 
 
@@ -131,18 +131,18 @@ def test_disk_full_while_an_export_is_written(model, whole, tmp_path, format):
     said = rf"{name} cannot be written: File too large; the training is kept: --resume with --set export=\[\]"
     with contextlib.ExitStack() as stack, pytest.raises(RunError, match=said) as error:
         # after the last checkpoint: steps 2, 4, 6, 6 (stage), 2, 3 (stage)
-        api.prune(model, settings, output=tmp_path, on_event=fill_disk_at(stack, "checkpoint", 20_000, number=5))
+        dpm_cli.prune(model, settings, output=tmp_path, on_event=fill_disk_at(stack, "checkpoint", 20_000, number=5))
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)
     assert not list(tmp_path.glob("model.*"))
-    api.prune(model, settings, output=tmp_path, resume=True)
+    dpm_cli.prune(model, settings, output=tmp_path, resume=True)
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
     assert list(tmp_path.glob("model.*"))
 
 
 @pytest.mark.parametrize("name", ["slim.pt", "recipe.yaml", "report.json"])
 def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch, name):
-    from dpm_cli import delivery
+    from dpm_cli.run import delivery
 
     with contextlib.ExitStack() as stack:
 
@@ -152,28 +152,28 @@ def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch
             write_atomic(path, write)
 
         write_atomic = delivery.write_atomic
-        monkeypatch.setattr("dpm_cli.delivery.write_atomic", fill_disk_before)
+        monkeypatch.setattr("dpm_cli.run.delivery.write_atomic", fill_disk_before)
         monkeypatch.setattr("dpm_cli.models.slim.write_atomic", fill_disk_before)
         with pytest.raises(RunError, match=rf"{name} cannot be written: File too large") as error:
-            api.prune(model, recipe(), output=tmp_path)
-    monkeypatch.setattr("dpm_cli.delivery.write_atomic", write_atomic)
+            dpm_cli.prune(model, recipe(), output=tmp_path)
+    monkeypatch.setattr("dpm_cli.run.delivery.write_atomic", write_atomic)
     monkeypatch.setattr("dpm_cli.models.slim.write_atomic", write_atomic)
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)
     assert not (tmp_path / "report.json").exists()
     told = []
-    api.prune(model, recipe(), output=tmp_path, resume=True, on_event=lambda event: told.append(event["event"]))
+    dpm_cli.prune(model, recipe(), output=tmp_path, resume=True, on_event=lambda event: told.append(event["event"]))
     assert "step" not in told  # no training is lost
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
 
 
 def test_overwriting_run_that_fails_leaves_the_earlier_report(model, tmp_path):
-    api.prune(model, recipe(), output=tmp_path)
+    dpm_cli.prune(model, recipe(), output=tmp_path)
     before = (tmp_path / "report.json").read_bytes(), (tmp_path / "slim.pt").read_bytes()
     with contextlib.ExitStack() as stack:
         watch = fill_disk_at(stack, "checkpoint", 50_000)
         with pytest.raises(RunError, match="cannot be written"):
-            api.prune(model, recipe(), output=tmp_path, overwrite=True, on_event=watch)
+            dpm_cli.prune(model, recipe(), output=tmp_path, overwrite=True, on_event=watch)
     assert ((tmp_path / "report.json").read_bytes(), (tmp_path / "slim.pt").read_bytes()) == before
     assert_tidy(tmp_path)
 
@@ -188,20 +188,20 @@ def test_overwriting_run_that_fails_leaves_the_earlier_report(model, tmp_path):
 )
 def test_overwriting_run_that_cannot_begin_costs_no_checkpoint(model, whole, tmp_path, change, error):
     with pytest.raises(Interrupted):
-        api.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
+        dpm_cli.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(error):
-        api.prune(model, recipe(**change), output=tmp_path, overwrite=True)
+        dpm_cli.prune(model, recipe(**change), output=tmp_path, overwrite=True)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
-    api.prune(model, recipe(), output=tmp_path, resume=True)
+    dpm_cli.prune(model, recipe(), output=tmp_path, resume=True)
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
 
 
 def test_overwriting_run_is_not_mixed_with_the_earlier_one(model, tmp_path):
     with pytest.raises(Interrupted):
-        api.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
+        dpm_cli.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
     with pytest.raises(KeyboardInterrupt):
-        api.prune(model, recipe(), output=tmp_path, overwrite=True, on_event=interrupt_at("stage"))
+        dpm_cli.prune(model, recipe(), output=tmp_path, overwrite=True, on_event=interrupt_at("stage"))
     assert load_checkpoint(tmp_path) is None
 
 
@@ -240,11 +240,11 @@ def test_folder_that_becomes_unwritable(model, whole, tmp_path, name):
                 stack.enter_context(as_nobody())
 
         with pytest.raises(RunError, match=r"cannot be written: Permission denied") as error:
-            api.prune(model, recipe(), output=out, on_event=watch)
+            dpm_cli.prune(model, recipe(), output=out, on_event=watch)
     assert_one_line(error.value, 1)
     (out / ".dpm-lock").unlink(missing_ok=True)  # this file alone could not be removed; it blocks nobody
     assert_tidy(out)
-    api.prune(model, recipe(), output=out, resume=True)
+    dpm_cli.prune(model, recipe(), output=out, resume=True)
     assert_same_bits(load(out / "slim.pt").state_dict(), whole)
 
 
@@ -257,7 +257,7 @@ def test_folder_that_vanishes(model, tmp_path, name):
             shutil.rmtree(out, ignore_errors=True)
 
     with pytest.raises(RunError, match="cannot be written: No such file or directory") as error:
-        api.prune(model, recipe(), output=out, on_event=watch)
+        dpm_cli.prune(model, recipe(), output=out, on_event=watch)
     assert_one_line(error.value, 1)
 
 
@@ -291,13 +291,13 @@ def test_corrupt_images_are_named_counted_and_left_out_up_to_a_limit(model, phot
     damage(photos, "train/3/4.png", "test/5/1.png")
     settings = folder_recipe(photos, max_corrupt=2, memory_limit=memory_limit, workers=0, validation=0)
     told = []
-    report = api.prune(model, settings, output=tmp_path / "out", on_event=told.append)
+    report = dpm_cli.prune(model, settings, output=tmp_path / "out", on_event=told.append)
     (note,) = [note for note in report.notes if "unreadable" in note]
     assert note.startswith("2 images are unreadable and left out: ")
     assert "train/3/4.png" in note
     assert "test/5/1.png" in note
     assert any(event["event"] == "note" and "unreadable" in event["text"] for event in told)
-    result = api.evaluate(tmp_path / "out" / "slim.pt", settings, latency=False)
+    result = dpm_cli.evaluate(tmp_path / "out" / "slim.pt", settings, latency=False)
     assert result["images"] == 19
 
 
@@ -307,7 +307,7 @@ def test_one_corrupt_image_too_many_stops(model, photos, tmp_path, memory_limit,
     damage(photos, "train/3/4.png", "train/5/1.png")
     settings = folder_recipe(photos, max_corrupt=limit, memory_limit=memory_limit, workers=0, validation=0)
     with pytest.raises(DataError, match=r"train/[35]/[41]\.png is not a readable image .*data\.max_corrupt") as error:
-        api.prune(model, settings, output=tmp_path / "out")
+        dpm_cli.prune(model, settings, output=tmp_path / "out")
     assert_one_line(error.value, 2)
     assert_tidy(tmp_path / "out")
     assert not (tmp_path / "out" / "report.json").exists()
@@ -343,7 +343,7 @@ def test_batch_without_a_readable_image_stops(photos):
 
 KILL_WORKERS = """
     import json, multiprocessing, os, signal, sys, torch
-    from dpm_cli import api
+    import dpm_cli
     from dpm_cli.cli.outcome import explain
 
     torch.set_num_threads(1)
@@ -354,7 +354,7 @@ KILL_WORKERS = """
                 os.kill(worker.pid, signal.SIGKILL)
 
     try:
-        api.prune(sys.argv[1], json.loads(sys.argv[3]), output=sys.argv[2], on_event=watch)
+        dpm_cli.prune(sys.argv[1], json.loads(sys.argv[3]), output=sys.argv[2], on_event=watch)
     except Exception as error:
         print(explain(error))
 """
@@ -364,7 +364,7 @@ KILL_WORKERS = """
 def test_killed_worker_is_one_line_and_the_run_goes_on_later(model, photos, tmp_path):
     settings = folder_recipe(photos, memory_limit=1, workers=1, batch=8)  # more batches to come than are read ahead
     whole, out = tmp_path / "whole", tmp_path / "out"
-    api.prune(model, settings, output=whole)
+    dpm_cli.prune(model, settings, output=whole)
 
     torch.save(model.state_dict(), tmp_path / "model.pt")
     command = [sys.executable, "-c", textwrap.dedent(KILL_WORKERS), tmp_path / "model.pt", out, json.dumps(settings)]
@@ -373,7 +373,7 @@ def test_killed_worker_is_one_line_and_the_run_goes_on_later(model, photos, tmp_
         "(['error: a process that decodes images was killed, maybe for its memory; lower data.workers'], 1)\n"
     )
     assert_tidy(out)
-    api.prune(model, settings, output=out, resume=True)
+    dpm_cli.prune(model, settings, output=out, resume=True)
     assert_same_bits(load(out / "slim.pt").state_dict(), load(whole / "slim.pt").state_dict())
 
 
@@ -388,7 +388,7 @@ def test_ctrl_c_does_not_reach_the_decoding_processes(model, photos, tmp_path):
             stopping.append(True)
 
     with pytest.raises(Interrupted):
-        api.prune(model, settings, output=tmp_path / "out", on_event=watch, should_stop=lambda: bool(stopping))
+        dpm_cli.prune(model, settings, output=tmp_path / "out", on_event=watch, should_stop=lambda: bool(stopping))
     assert load_checkpoint(tmp_path / "out").state["step"] == 3
 
 
@@ -418,7 +418,7 @@ def test_gradient_that_is_not_finite(model, tmp_path, number):
             return Spoil.apply(logits) if self.training else logits
 
     with pytest.raises(RunError, match=r"not finite in stage train (at|before) step \d+: lower train\.lr") as error:
-        api.prune(Spoiled(), recipe(checkpoint={"every": 1}), output=tmp_path)
+        dpm_cli.prune(Spoiled(), recipe(checkpoint={"every": 1}), output=tmp_path)
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)
     assert all(tensor.isfinite().all() for tensor in load_checkpoint(tmp_path).state["model"].values())
@@ -442,17 +442,17 @@ def test_out_of_memory_says_which_batch_was_tried_and_which_to_try(model, tmp_pa
     for batch in (32, 16):
         said = rf"out of memory with data\.batch {batch}: try --set data\.batch={batch // 2} --overwrite"
         with pytest.raises(RunError, match=said) as error:
-            api.prune(greedy, recipe(data={"batch": batch}), output=tmp_path, overwrite=True)
+            dpm_cli.prune(greedy, recipe(data={"batch": batch}), output=tmp_path, overwrite=True)
         assert_one_line(error.value, 1)
         assert_tidy(tmp_path)
-    api.prune(greedy, recipe(data={"batch": 8}), output=tmp_path, overwrite=True)
+    dpm_cli.prune(greedy, recipe(data={"batch": 8}), output=tmp_path, overwrite=True)
 
 
 def test_out_of_memory_with_one_image_suggests_something_else(tmp_path, monkeypatch):
-    monkeypatch.setattr("dpm_cli.api.build", lambda *_, **__: Greedy(nn.Linear(64, 10)))
+    monkeypatch.setattr("dpm_cli.jobs.train.build", lambda *_, **__: Greedy(nn.Linear(64, 10)))
     monkeypatch.setattr(Greedy, "forward", lambda self, x: torch.empty(2**46 * len(x)))
     with pytest.raises(RunError, match=r"out of memory with data\.batch 1: use smaller images"):
-        api.train(recipe(data={"batch": 1}, train={"optimizer": "sgd"}), output=tmp_path / "model.pt")
+        dpm_cli.train(recipe(data={"batch": 1}, train={"optimizer": "sgd"}), output=tmp_path / "model.pt")
     assert not list(tmp_path.glob("*.pt"))
 
 
@@ -460,7 +460,7 @@ def test_clock_that_jumps_changes_nothing(model, whole, tmp_path, monkeypatch):
     jumps = np.random.default_rng(0)
     monkeypatch.setattr(time, "time", lambda: float(jumps.integers(-(10**9), 10**10)))
     monkeypatch.setattr(time, "time_ns", lambda: int(jumps.integers(-(10**9), 10**10)) * 10**9)
-    report = api.prune(model, recipe(), output=tmp_path)
+    report = dpm_cli.prune(model, recipe(), output=tmp_path)
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
     assert all(0 <= seconds < 60 for seconds in report.seconds.values())
     epochs = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
@@ -468,7 +468,7 @@ def test_clock_that_jumps_changes_nothing(model, whole, tmp_path, monkeypatch):
 
 
 def test_only_monotonic_clocks_are_asked():
-    source = Path(api.__file__).parent
+    source = Path(dpm_cli.__file__).parent
     clocks = ("time.time(", "time.time_ns(", "datetime.now", "datetime.utcnow", "from time import")
     for path in source.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
@@ -476,11 +476,11 @@ def test_only_monotonic_clocks_are_asked():
 
 
 def test_damaged_report_does_not_pass_for_a_finished_run(model, tmp_path):
-    api.prune(model, recipe(), output=tmp_path)
+    dpm_cli.prune(model, recipe(), output=tmp_path)
     whole_report = (tmp_path / "report.json").read_text()
     assert Report.from_json(whole_report)
     (tmp_path / "report.json").write_text(whole_report[: len(whole_report) // 2])
     with pytest.raises(OutputError, match="is not a report") as error:
-        api.prune(model, recipe(), output=tmp_path, resume=True)
+        dpm_cli.prune(model, recipe(), output=tmp_path, resume=True)
     assert isinstance(error.value, DpmError)
     assert_one_line(error.value, 2)

@@ -24,12 +24,12 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dpm_cli import api
+import dpm_cli
 from dpm_cli.cli.app import main
 from dpm_cli.engine.checkpoint import MAGIC
 from dpm_cli.errors import DpmError, Interrupted, RecipeError
 from dpm_cli.measure import measure_in_turns
-from dpm_cli.models import build
+from dpm_cli.models import build, load_slim
 from dpm_cli.recipe import load_recipe
 
 EXECUTED = "executed"
@@ -65,11 +65,13 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     torch.save(build("digits", classes=10, shape=(1, 8, 8)).state_dict(), folder / "model.pt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("dpm_cli.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
-        api.prune(folder / "model.pt", recipe_values(), output=folder / "out")
+        patch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        dpm_cli.prune(folder / "model.pt", recipe_values(), output=folder / "out")
     steps = iter(range(100))
     with pytest.raises(Interrupted):
-        api.prune(folder / "model.pt", recipe_values(), output=folder / "half", should_stop=lambda: next(steps) == 3)
+        dpm_cli.prune(
+            folder / "model.pt", recipe_values(), output=folder / "half", should_stop=lambda: next(steps) == 3
+        )
     torch.set_flush_denormal(False)
     (folder / "out" / "slim.pt").rename(folder / "slim.pt")
     (folder / "half" / "checkpoint.pt").rename(folder / "checkpoint.pt")
@@ -447,7 +449,7 @@ def test_damaged_slim_bytes_are_the_same_model_or_one_line(
     (tmp_path / "slim.pt").write_bytes(zipped({name: bytes(content) for name, content in entries.items()}))
     said = ""
     try:
-        module = api.load_slim(tmp_path / "slim.pt").module
+        module = load_slim(tmp_path / "slim.pt").module
     except DpmError as error:
         said = str(error)
     assert "\n" not in said

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.precision import Precision
-from dpm_cli.modes import in_mode
+from dpm_cli.layers.modes import in_mode
 
 
 class _Pool:

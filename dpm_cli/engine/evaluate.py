@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dpm_cli.engine.distributed import ALONE, World
-from dpm_cli.engine.loss import main_output
 from dpm_cli.engine.precision import Precision
 from dpm_cli.errors import DataError
-from dpm_cli.modes import in_mode
+from dpm_cli.layers.modes import in_mode
+from dpm_cli.tasks.classification import main_output
 
 
 class Split(Protocol):

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.engine.distributed import ALONE, World
-from dpm_cli.engine.loss import classification_loss, distillation_loss, mixup
 from dpm_cli.engine.optimizer import OptimizerState, make_optimizer, optimizer_state, restore_optimizer_state_
 from dpm_cli.engine.precision import Precision
 from dpm_cli.engine.schedule import learning_rate, set_learning_rate_
 from dpm_cli.engine.step import Hook, train_step
+from dpm_cli.tasks.classification import classification_loss, distillation_loss, mixup
 
 Shrink = Callable[[str, Tensor], Tensor]  # (parameter name, its old tensor) -> the part that stays
 

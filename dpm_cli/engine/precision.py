@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from dpm_cli.engine.cpu_operations import FasterOnCpu
 from dpm_cli.errors import UsageError
-from dpm_cli.modes import in_mode
+from dpm_cli.layers.modes import in_mode
 
 FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 

@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.attention import fit_transformer_layer_
 from dpm_cli.graph.groups import Groups, NumberChange
 from dpm_cli.graph.labels import Counts, Flags, Ids
+from dpm_cli.layers.attention import fit_transformer_layer_
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
 

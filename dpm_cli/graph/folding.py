@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags, Ids, Role
 from dpm_cli.graph.trace import Example, find_layer_calls
-from dpm_cli.modes import in_mode
+from dpm_cli.layers.modes import in_mode
 
 MatrixLayer = nn.Linear | nn.modules.conv._ConvNd
 ReadAxes = list[tuple[int, Ids]]  # (axis of a weight, unit of every index along it)

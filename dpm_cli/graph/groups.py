@@ -8,12 +8,12 @@ from functools import cached_property
 import numpy as np
 from torch import Tensor, nn
 
-from dpm_cli.attention import can_lose_channels
 from dpm_cli.errors import RecipeError
 from dpm_cli.graph.cost import Cost, build_cost, parameter_term
 from dpm_cli.graph.labels import Counts, Flags, Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.rules import NO_RULE
 from dpm_cli.graph.trace import Example, export, label, output_shapes, split_example
+from dpm_cli.layers.attention import can_lose_channels
 
 UNUSED = "not used by the model's forward pass"
 

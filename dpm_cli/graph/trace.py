@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dpm_cli.errors import UnsupportedModelError
 from dpm_cli.graph.labels import Axes, Labels, Ties, Value, walk_values
 from dpm_cli.graph.rules import NO_RULE, Call, apply_rule
-from dpm_cli.modes import in_mode
+from dpm_cli.layers.modes import in_mode
 
 PRODUCTS = frozenset("scaled_dot_product_attention matmul bmm baddbmm".split())
 RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())

@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from dpm_cli.layers.modes import in_mode
 from dpm_cli.models.own_code import one_line
 from dpm_cli.models.zoo import Shape
-from dpm_cli.modes import in_mode
 
 
 def run_once(module: nn.Module, images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from dpm_cli.models.packed import unpack
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
 from dpm_cli.models.zoo import Shape, is_own_code
-from dpm_cli.recipe import MAX_NUMBERS
+from dpm_cli.recipe.sections import MAX_NUMBERS
 
 FORMAT = "dpm-slim"
 VERSION = 2  # 2: with packed weights

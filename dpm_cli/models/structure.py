@@ -12,8 +12,8 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.attention import SlimLayerNorm, fit_transformer_layer_
 from dpm_cli.errors import ModelFileError, UnsupportedModelError
+from dpm_cli.layers.attention import SlimLayerNorm, fit_transformer_layer_
 
 Size = int | list[int]
 Edits = dict[str, dict[str, Size]]  # module name -> attribute -> value in the slim module

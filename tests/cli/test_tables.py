@@ -7,9 +7,9 @@ import pytest
 from made_up_report import make_report
 
 from dpm_cli.cli.tables import describe_kept, describe_widths, disappointments, print_report, rows, title, wrap
-from dpm_cli.delivery import name_method
 from dpm_cli.recipe import parse_recipe
 from dpm_cli.report import KeptLayer, Measured, Milliseconds, Report, TargetReport, Width
+from dpm_cli.run.delivery import name_method
 
 
 def printed(report: Report, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:

@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch import nn
 
-from dpm_cli.engine.loss import classification_loss
 from dpm_cli.engine.optimizer import make_optimizer
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.engine.step import LossMeter, all_finite, train_step
+from dpm_cli.tasks.classification import classification_loss
 
 CPU = torch.device("cpu")
 FP32 = choose_precision("fp32", CPU)

@@ -10,8 +10,8 @@ from torch import nn
 
 from dpm_cli.graph import Groups, Units, compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
+from dpm_cli.method.pruners.depgraph import GroupNorm
 from dpm_cli.models import build
-from dpm_cli.pruners.depgraph import GroupNorm
 
 ARCHITECTURES = [
     pytest.param("resnet20", 32, 12, 448, id="resnet20"),

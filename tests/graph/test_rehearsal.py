@@ -6,8 +6,8 @@ from exactness import assert_removable, randomise_
 from torch import nn
 
 import dpm_cli.graph.rehearsal as rehearsal
-from dpm_cli.budget import find_floors
 from dpm_cli.graph import find_groups
+from dpm_cli.method.budget import find_floors
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 

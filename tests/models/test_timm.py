@@ -7,12 +7,12 @@ import pytest
 import torch
 from torch import nn
 
-from dpm_cli.budget import choose_victims, find_floors, resolve_limit
 from dpm_cli.export import export_model
 from dpm_cli.graph import Groups, Units, compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
+from dpm_cli.method.budget import choose_victims, find_floors, resolve_limit
+from dpm_cli.method.pruners.depgraph import GroupNorm
 from dpm_cli.models import build, load, save_slim
-from dpm_cli.pruners.depgraph import GroupNorm
 
 pytest.importorskip("timm")
 

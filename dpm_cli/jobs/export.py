@@ -1,0 +1,56 @@
+"""`dpm export`: a slim.pt as files that deploy again, without the run that made it."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from dpm_cli.errors import (
+    OutputError,
+    UsageError,
+)
+from dpm_cli.export import export_model
+from dpm_cli.files import require_writable
+from dpm_cli.models import load_slim
+from dpm_cli.report import ExportedFile
+from dpm_cli.run.delivery import EXPORT_NAMES
+
+
+def export_slim(
+    slim: str | Path,
+    *,
+    formats: Sequence[str] = ("torchscript", "onnx"),
+    output: str | Path = ".",
+    overwrite: bool = False,
+    arch: str | None = None,
+    opset: int = 18,
+) -> list[ExportedFile]:
+    """Export a slim.pt again, without the run that made it.
+
+    formats: torchscript, onnx, onnx-fp16, pt2. arch: needed for architectures of your own code. opset: of ONNX.
+    """
+    for format in formats:
+        if format not in EXPORT_NAMES:
+            raise UsageError(f"export format {format!r} is not known; known: {', '.join(EXPORT_NAMES)}")
+    loaded, folder = load_slim(Path(slim), arch), Path(output)
+    require_writable(folder)
+    paths = {known: folder / name for known, name in EXPORT_NAMES.items() if known in formats}
+    for path in paths.values():
+        if path.exists() and not overwrite:
+            raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
+    metadata = {
+        "arch": loaded.arch or "",
+        "classes": str(loaded.classes),
+        "mean": json.dumps(loaded.mean),
+        "std": json.dumps(loaded.std),
+        "input": json.dumps(loaded.shape),
+        "dpm_recipe": str(loaded.report.get("recipe_hash", "")),
+    }
+    generator = torch.Generator().manual_seed(0)
+    image = torch.randn(1, *loaded.shape, generator=generator)
+    exported = []
+    for format, path in paths.items():
+        made = export_model(loaded.module, image, format=format, path=path, metadata=metadata, opset=opset)
+        exported.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
+    return exported

@@ -1,0 +1,59 @@
+"""`dpm inspect`: the plan without training."""
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dpm_cli.engine.device import choose_device
+from dpm_cli.errors import (
+    UsageError,
+)
+from dpm_cli.jobs.loading import AnyRecipe, load_module, load_splits, resolve_recipe
+from dpm_cli.jobs.plan import Plan
+from dpm_cli.jobs.sensitivity import measure_sensitivity, take_images
+
+
+def inspect(
+    model: nn.Module | str | Path,
+    recipe: AnyRecipe,
+    *,
+    sensitivity: float | None = None,
+    images: int = 1000,
+    device: str = "auto",
+    trust_pickle: bool = False,
+) -> dict[str, Any]:
+    """The plan without training: groups, what stays whole and why, what can be reached, and the widths it would give.
+
+    The widths are those of all victims chosen at once from the weights as they are; training will shift some.
+    sensitivity: also the accuracy and loss on so many validation `images` when each group alone loses this share of
+    its units; `device` serves only that.
+    """
+    recipe = resolve_recipe(recipe)
+    if sensitivity is not None and not 0 < sensitivity < 1:
+        raise UsageError(f"the share is {sensitivity:g}; it is a fraction of each group's units such as 0.5")
+    if images < 1:
+        raise UsageError(f"images is {images}; at least one is needed")
+    if sensitivity is not None and not recipe.data.labels:
+        raise UsageError("the sensitivity is measured with labels, but data.labels is false")
+    module, arch = load_module(model, recipe, trust_pickle)
+    plan = Plan(module, recipe)
+    result = {"arch": arch} | plan.to_dict()
+    if sensitivity is not None:
+        torch_device = choose_device(device)
+        splits = load_splits(recipe, torch_device)
+        held_out = bool(len(splits.validation))
+        some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch)
+        dense, rows = measure_sensitivity(
+            plan.module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity
+        )
+        result["sensitivity"] = {
+            "share": sensitivity,
+            "split": "validation" if held_out else "train",
+            "images": dense.images,
+            "accuracy": dense.accuracy,
+            "loss": dense.loss,
+            "groups": [asdict(row) | {"layers": list(row.layers)} for row in rows],
+        }
+    return result

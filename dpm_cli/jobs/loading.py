@@ -1,0 +1,92 @@
+"""What every job starts with: a recipe, a model and its data."""
+
+import copy
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from dpm_cli.data import Splits, load_data
+from dpm_cli.engine.step import all_finite
+from dpm_cli.errors import (
+    DpmError,
+    ModelFileError,
+    RecipeError,
+    UnsupportedModelError,
+    UsageError,
+)
+from dpm_cli.models import apply_edits_, build, find_edits, load_model
+from dpm_cli.models.outputs import find_failure, relative_difference, sample_images
+from dpm_cli.models.own_code import one_line
+from dpm_cli.models.slim import TOLERANCE
+from dpm_cli.models.structure import named_tensors
+from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
+from dpm_cli.report import Event
+from dpm_cli.tasks.classification import main_output
+
+AnyRecipe = Recipe | str | Path | Mapping[str, Any]
+OnEvent = Callable[[Event], None] | None
+
+
+def load_splits(recipe: Recipe, device: torch.device) -> Splits:
+    """The recipe's dataset, on the device if it fits."""
+    data = recipe.data.model_dump(exclude={"batch", "augment"})
+    return load_data(
+        data.pop("name"),
+        **data,
+        shape=recipe.model.input,
+        classes=recipe.model.classes,
+        seed=recipe.seed,
+        device=device,
+    )
+
+
+def resolve_recipe(recipe: AnyRecipe) -> Recipe:
+    if isinstance(recipe, Recipe):
+        return recipe
+    return parse_recipe(dict(recipe)) if isinstance(recipe, Mapping) else load_recipe(recipe)
+
+
+def load_module(model: nn.Module | str | Path, recipe: Recipe, trust_pickle: bool) -> tuple[nn.Module, str | None]:
+    """A module in eval mode on the CPU, and its architecture's name if the recipe's name can build it."""
+    spec = recipe.model
+    if isinstance(model, nn.Module):
+        module = copy.deepcopy(model).cpu().float().eval()
+        _require_usable(module, recipe)
+        return module, spec.arch if _is_built_by(module, recipe) else None
+    loaded = load_model(model, arch=spec.arch, classes=spec.classes, shape=spec.input, trust_pickle=trust_pickle)
+    return loaded.module, spec.arch
+
+
+def _require_usable(module: nn.Module, recipe: Recipe) -> None:
+    """Finite weights, and one row of logits per image."""
+    spec = recipe.model
+    if not all_finite(module.state_dict().values()):
+        raise UsageError("the model holds weights that are NaN or infinite: it cannot be pruned")
+    try:
+        with torch.no_grad():
+            logits = main_output(module(sample_images(module, spec.input)))
+    except DpmError:
+        raise
+    except Exception as error:  # a user's module may raise anything
+        raise UsageError(
+            f"the model does not run on images of {list(spec.input)} ({one_line(error)}): check model.input"
+        ) from None
+    if logits.shape[1] != spec.classes:
+        raise UsageError(f"the model gives {logits.shape[1]} logits, model.classes is {spec.classes}: make them agree")
+
+
+def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
+    """Whether the recipe's architecture, dense or pruned, computes the same as this module."""
+    spec = recipe.model
+    try:
+        with torch.random.fork_rng(devices=[]):
+            built = build(spec.arch, classes=spec.classes, shape=spec.input).eval()
+        apply_edits_(built, find_edits(module, built), dict(named_tensors(module)))
+    except (RecipeError, UnsupportedModelError, ModelFileError):
+        return False
+    if any(find_failure(network, spec.input, spec.classes) for network in (module, built)):
+        return False
+    return relative_difference(module, built, spec.input) <= TOLERANCE

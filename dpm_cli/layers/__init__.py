@@ -1,0 +1,1 @@
+"""Modules that take the place of others in a model, and what modes they are in."""

@@ -1,0 +1,140 @@
+"""Smooth Pruning: one state machine over all units (DPM, arXiv 2406.03879).
+
+A victim's norm follows an exactly linear envelope to zero over N optimizer steps while training goes on; only its
+direction is free. As published: L_init = ‖x‖ when the decay starts, L_s = L_init / N, and after each optimizer step
+x ← x̃ · (N − n) L_s / ‖x̃‖. Ours: every unit has its own age n, incremented before use, so the norm is zero at n = N;
+x is the union of the unit's producer side (rows, biases, norm weight and bias), so that a dead unit's output is
+exactly zero. The "multiplicative" envelope is HESSO's, x ← x̃ · (N − n)/(N − n + 1): there the gradient's part survives
+in proportion, where DPM fixes the norm.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dpm_cli.graph import Units
+from dpm_cli.graph.labels import Flags
+from dpm_cli.method.rectify import Rectifier
+
+Envelope = Literal["exact", "shrink-only", "multiplicative"]
+
+
+class Decay:
+    """alive → decaying → dead, or back to alive if released. All state is (units,) on the device.
+
+    Per training step: `observe` between backward and the optimizer's step (before penalties), `advance_` after it.
+    Nothing here waits for the device; `dead`, `released` and the rest are read at rounds and epoch ends.
+    """
+
+    def __init__(
+        self,
+        units: Units,
+        *,
+        steps: int,
+        envelope: Envelope = "exact",
+        rectifier: Rectifier | None = None,
+        whole: Units | None = None,
+    ) -> None:
+        """units: what shrinks. whole: what is zero in the end, if that is more."""
+        self.units, self.whole, self.steps = units, whole or units, steps
+        self.envelope, self.rectifier = envelope, rectifier
+        none = torch.zeros(units.count, dtype=torch.bool, device=units.device)
+        self.decaying, self.dead = none.clone(), none.clone()
+        self.released = none.clone()  # since the last `start`: they rest until the next one is over
+        self.releases = torch.zeros(units.count, dtype=torch.int64, device=units.device)
+        self.age = torch.zeros_like(self.releases)
+        self.initial = torch.zeros(units.count, device=units.device)
+        self.norms = torch.zeros_like(self.initial)  # ‖x‖ while a round lasts, known from the last projection
+        self.rectifying = rectifier is not None
+        self.remaining = 0  # calls of `advance_` until every decay that was started is over
+
+    def start(self, victims: Flags | Tensor, *, rectify: bool = True) -> None:
+        """A round begins with these victims. rectify=False: none can be released any more, so the round surely ends."""
+        self.released = torch.zeros_like(self.released)
+        self.rectifying = rectify and self.rectifier is not None
+        self.add(victims)
+
+    def add(self, victims: Flags | Tensor) -> None:
+        """Let these units decay from now on. With `steps` = 1 they are dead at once: one-step pruning.
+
+        victims: (units,).
+        """
+        chosen = torch.as_tensor(np.asarray(victims) if not isinstance(victims, Tensor) else victims)
+        chosen = chosen.to(self.units.device) & ~self.dead & ~self.decaying
+        norms = self.units.norm()
+        self.initial = torch.where(chosen, norms, self.initial)
+        self.age = torch.where(chosen, 0, self.age)
+        self.remaining = self.steps if self.steps > 1 else 0
+        gone = chosen if self.steps == 1 else chosen & (norms == 0)
+        self.dead |= gone
+        self.decaying |= chosen & ~gone
+        self.norms = torch.where(self.dead, 0.0, norms)
+        self._zero_dead_()
+
+    def observe(self) -> None:
+        """Before the optimizer's step, while gradients are those of the loss alone."""
+        if self.rectifier and self.rectifying:
+            self.rectifier.observe(self.units, self.norms)
+
+    def advance_(self) -> None:
+        """After the optimizer's step: release, shrink, kill."""
+        self.remaining = max(self.remaining - 1, 0)
+        norms = self.units.norm()  # ‖x̃‖
+        self.age = self.age + self.decaying
+        if self.rectifier and self.rectifying:
+            resists = self.rectifier.judge(self.units, norms, self.decaying, self.age, self.initial, self.steps)
+            resists &= self.releases < self.rectifier.limit
+            self.released = self.released | resists
+            self.releases = self.releases + resists
+            self.decaying = self.decaying & ~resists
+        left = (self.steps - self.age).clamp_min(0)
+        if self.envelope == "multiplicative":
+            factor = left / (left + 1)
+        else:
+            factor = torch.where(norms > 0, self.initial * (left / self.steps) / norms, 0.0)
+        if self.envelope == "shrink-only":
+            factor = factor.clamp(max=1.0)
+        finished = self.decaying & ((self.age >= self.steps) | (norms == 0))
+        self.dead = self.dead | finished
+        self.decaying = self.decaying & ~finished
+        # Momentum and weight decay keep pushing dead units, so they are zeroed after every step.
+        scale = torch.where(self.dead, 0.0, torch.where(self.decaying, factor, 1.0))
+        self.units.scale_(scale)
+        self.norms = norms * scale
+        if self.whole is not self.units:
+            self._zero_dead_()
+
+    def _zero_dead_(self) -> None:
+        self.whole.scale_(torch.where(self.dead, 0.0, 1.0))
+
+    def rebind(self, units: Units, survivors: Flags, whole: Units | None = None) -> None:
+        """Go on with the compacted model's units. survivors: (units before,)"""
+        index = torch.from_numpy(np.flatnonzero(survivors)).to(self.units.device)
+        for name in STATE:
+            setattr(self, name, getattr(self, name)[index])
+        if self.rectifier:
+            self.rectifier.select(index)
+        self.units, self.whole = units, whole or units
+        self.norms = units.norm()  # rows have lost the entries that read dead units
+
+    def state_dict(self) -> dict[str, Any]:
+        state: dict[str, Any] = {name: getattr(self, name) for name in STATE}
+        state |= {"rectifying": self.rectifying, "remaining": self.remaining}
+        if self.rectifier:
+            state["rectifier"] = self.rectifier.state_dict()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in STATE:
+            old = getattr(self, name)
+            if (state[name].shape, state[name].dtype) != (old.shape, old.dtype):
+                raise ValueError(f"{name} of {tuple(state[name].shape)} for {self.units.count} units")
+            setattr(self, name, state[name].to(self.units.device))
+        self.rectifying, self.remaining = bool(state["rectifying"]), int(state["remaining"])
+        if self.rectifier:
+            self.rectifier.load_state_dict(state["rectifier"])
+
+
+STATE = ("decaying", "dead", "released", "releases", "age", "initial", "norms")

@@ -1,0 +1,244 @@
+"""DepGraph (Fang et al., CVPR 2023): group-norm importance with global ranking, and its sparse learning.
+
+Importance: for every layer of a group, Σ w² of the unit's rows, of its columns, or γ²; averaged over the layers;
+divided by the group's mean or maximum so that groups can be ranked together. Biases are not counted. Other importances
+and penalties go by name: they need the same groups. `mixed` is ours: the sum of the ranks by group norm and by Taylor.
+
+How this differs from the reference implementation: victims of a round are taken from one ranking, where the reference
+removes in up to 400 small steps and ranks anew after each; and equal importances within a group give a finite penalty.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.graph import Groups, Role, Slice, Units
+from dpm_cli.method.budget import Scores
+from dpm_cli.method.pruners.base import BasePruner, Indices
+from dpm_cli.method.pruners.stack import Stack, stackable
+from dpm_cli.method.stages import StageName
+from dpm_cli.sparse.polarise import polar_pulls
+
+Normalizer = Literal["mean", "max"]
+Importance = Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"]
+Penalty = Literal["group-norm", "slimming", "growing", "channel-polar"]
+
+
+class GroupNorm:
+    """Importances and the sparse-learning gradient of every unit at once. Bind anew after compaction.
+
+    Both sides of a unit count: what makes its values and what reads them (the full group of the paper, §3).
+    """
+
+    def __init__(self, groups: Groups, model: nn.Module) -> None:
+        counted = (Role.PRODUCER, Role.NORM, Role.CONSUMER)
+        slices: dict[str, list[Slice]] = {}
+        for part in groups.slices:
+            # Depthwise rows are not counted, as in the reference; vectors count only as normalisation weights.
+            is_vector = part.role in counted and model.get_parameter(part.tensor).dim() == 1
+            if part.role in counted and (part.role is Role.NORM) == is_vector:
+                slices.setdefault(part.tensor, []).append(part)
+        batches = list(stackable(slices, model))
+        self._stacks = [
+            Stack([model.get_parameter(name) for name in names], [part.axis for part in slices[names[0]]])
+            for names in batches
+        ]
+        parts = [
+            part for names in batches for same_axis in zip(*(slices[name] for name in names)) for part in same_axis
+        ]
+        self.count, self.groups = groups.units, len(groups)
+        device = self._stacks[0].parameters[0].device if self._stacks else torch.device("cpu")
+        units = [torch.from_numpy(part.units) for part in parts] or [torch.zeros(0, dtype=torch.int64)]
+        self._units = torch.cat(units).to(device)  # (entries,) every index along every axis -> its unit
+        self.group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
+        layers = np.zeros(len(groups), np.int64)
+        for part in parts:
+            layers[np.unique(groups.group_of_unit[part.units[part.units < groups.units]])] += 1
+        self._layers = torch.from_numpy(layers).to(device)[self.group_of_unit].clamp_min(1)  # (units,)
+
+    def importance(self, power: Literal[1, 2] = 2) -> Tensor:
+        """(units,) mean over the group's layers of the unit's sum of |w|^power; not normalised."""
+        sums = torch.zeros(self.count + 1, device=self._units.device)
+        if self._stacks:
+            entries = [part for stack in self._stacks for part in stack.sums(power)]
+            sums = sums.index_add_(0, self._units, torch.cat(entries))
+        return sums[: self.count] / self._layers
+
+    def scores(self, normalizer: Normalizer, power: Literal[1, 2] = 2) -> Scores:
+        """(units,) importance relative to its group's mean or maximum; low is redundant. Waits for the device."""
+        importance = self.importance(power).double()
+        scale = torch.zeros(self.groups, dtype=importance.dtype, device=importance.device)
+        scale = scale.scatter_reduce(
+            0, self.group_of_unit, importance, "mean" if normalizer == "mean" else "amax", include_self=False
+        )
+        return (importance / scale.clamp_min(1e-30)[self.group_of_unit]).cpu().numpy()
+
+    def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """(units,) twice: the largest and the smallest value of each unit's group. values: (units,)"""
+        zeros = torch.zeros(self.groups, dtype=values.dtype, device=values.device)
+        top, bottom = (
+            zeros.scatter_reduce(0, self.group_of_unit, values, extreme, include_self=False)[self.group_of_unit]
+            for extreme in ("amax", "amin")
+        )
+        return top, bottom
+
+    @torch.no_grad()
+    def penalise_(self, strength: float, alpha: float = 4.0) -> None:
+        """Add strength · γ · w to the gradients, γ = 2^(α (s_max − s)/(s_max − s_min)) ∈ [1, 2^α] (DepGraph, eq. 4).
+
+        The weakest unit of a group is pushed hardest. Call between backward and the optimizer's step.
+        """
+        root = self.importance().sqrt()
+        top, bottom = self.extremes(root)
+        self.pull_(strength * torch.exp2(alpha * (top - root) / (top - bottom + 1e-8)))
+
+    @torch.no_grad()
+    def pull_(self, strengths: Tensor) -> None:
+        """Add strengths · w to the gradients of both sides of every unit. strengths: (units,)"""
+        strengths = torch.cat([strengths, strengths.new_zeros(1)])
+        factors = iter(torch.split(strengths[self._units], [size for stack in self._stacks for size in stack.sizes]))
+        for stack in self._stacks:
+            stack.pull_([next(factors) for _ in stack.sizes])
+
+
+class DepGraph(BasePruner):
+    """The base pruner `depgraph`: one ranking over all groups, with or without sparse learning before the first round.
+
+    importance: what ranks units. penalty, strength: of sparse learning. growth: of the penalty "growing", per epoch.
+    observe_steps: over so many training steps `taylor` and `mixed` average, before the first round and later.
+    """
+
+    def __init__(
+        self,
+        *,
+        importance: Importance = "group-norm",
+        normalizer: Normalizer = "mean",
+        penalty: Penalty = "group-norm",
+        strength: float = 0.0,
+        growth: float = 0.0,
+        observe_steps: int = 50,
+        seed: int = 0,
+    ) -> None:
+        self.importance, self.normalizer, self.seed = importance, normalizer, seed
+        self.penalty, self.strength, self.growth = penalty, strength, growth
+        self.observes = importance in ("taylor", "mixed")
+        self.observe_steps = self.warm_up = observe_steps if self.observes else 0
+        self._stage: StageName = "train"
+
+    def choosable(self, groups: Groups, model: nn.Module) -> Groups:
+        """`bn-scale` only judges units behind a normalisation with a weight."""
+        if self.importance != "bn-scale":
+            return groups
+        scaled = Scales(groups, model).per_unit.cpu().numpy() > 0
+        bare = {
+            i: "bn-scale needs a BatchNorm behind every channel"
+            for i, g in enumerate(groups)
+            if not scaled[g.range].all()
+        }
+        return groups.without(bare)
+
+    def bind(self, groups: Groups, model: nn.Module, survivors: Indices | None = None) -> None:
+        self.norms = GroupNorm(groups, model)
+        self.units = Units(groups, model)
+        self.scales = Scales(groups, model)
+        if survivors is None:
+            device = self.units.device
+            self.taylor = torch.zeros(groups.units, device=device)  # mean |<x, g>|
+            self.seen = 0  # steps in it
+            self.pulls = torch.full((groups.units,), self.strength, device=device)  # of the penalty "growing"
+            drawn = torch.rand(groups.units, generator=torch.Generator().manual_seed(self.seed))
+            self.drawn = drawn.to(device)  # the scores of "random"
+        else:
+            index = torch.from_numpy(survivors).to(self.units.device)
+            self.taylor, self.pulls, self.drawn = self.taylor[index], self.pulls[index], self.drawn[index]
+
+    def enter(self, stage: StageName, model: nn.Module, step: int) -> None:
+        self._stage = stage
+
+    def before_step_(self) -> None:
+        if self._stage == "sparse":
+            self._penalise_()
+        elif self.observes:
+            values = self.units.dot(self.units.weights(), self.units.gradients()).abs()  # (units,)
+            self.seen += 1
+            self.taylor = self.taylor + (values - self.taylor) / min(self.seen, self.observe_steps)
+
+    def _penalise_(self) -> None:
+        match self.penalty:
+            case "group-norm":
+                self.norms.penalise_(self.strength)
+            case "slimming":
+                self.scales.penalise_(self.strength)
+            case "growing":
+                self.norms.pull_(self.pulls)
+            case "channel-polar":
+                norms = self.norms.importance().sqrt()
+                self.norms.pull_(self.strength * polar_pulls(norms, self.norms.group_of_unit, self.norms.groups))
+
+    def end_epoch(self) -> None:
+        """Pull harder at what is smaller, each epoch of sparse learning (Wang et al., ICLR 2021)."""
+        if self._stage == "sparse" and self.penalty == "growing":
+            importance = self.norms.importance()
+            top, bottom = self.norms.extremes(importance)
+            self.pulls = self.pulls + self.growth * (top - importance) / (top - bottom + 1e-8)
+
+    def scores(self) -> Scores:
+        match self.importance:
+            case "group-norm":
+                return self.norms.scores(self.normalizer)
+            case "l1":
+                return self.norms.scores(self.normalizer, power=1)
+            case "bn-scale":
+                return self.scales.mean().double().cpu().numpy()
+            case "taylor":
+                return self.taylor.double().cpu().numpy()
+            case "mixed":
+                taylor: Scores = self.taylor.double().cpu().numpy()
+                return ranks(self.norms.scores(self.normalizer)) + ranks(taylor)
+            case "random":
+                return self.drawn.double().cpu().numpy()
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"taylor": self.taylor, "seen": self.seen, "pulls": self.pulls, "drawn": self.drawn}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        for name in ("taylor", "pulls", "drawn"):
+            if state[name].shape != getattr(self, name).shape:
+                raise ValueError(f"{name} of {tuple(state[name].shape)} for {len(self.taylor)} units")
+            setattr(self, name, state[name].to(self.units.device))
+        self.seen = int(state["seen"])
+
+
+class Scales:
+    """The normalisation weights of every unit: what network slimming ranks by and shrinks (Liu et al., ICCV 2017)."""
+
+    def __init__(self, groups: Groups, model: nn.Module) -> None:
+        vectors = {
+            part.tensor
+            for part in groups.slices
+            if part.role is Role.NORM and model.get_parameter(part.tensor).dim() == 1
+        }
+        self.units = Units(groups, model, only=vectors)
+        self.per_unit = self.units.entries()  # (units,) how many share a unit
+
+    def mean(self) -> Tensor:
+        """(units,) mean of |γ| over the layers that share the unit."""
+        return self.units.total([weight.abs() for weight in self.units.weights()]) / self.per_unit.clamp_min(1)
+
+    def penalise_(self, strength: float) -> None:
+        """Add the gradient of strength · Σ √(mean γ²), a lasso over the scales that share a unit: γ / √(mean γ²)."""
+        weights = self.units.weights()
+        squares = self.units.total([weight.square() for weight in weights]) / self.per_unit.clamp_min(1)
+        factors = self.units.spread(strength / (squares + 1e-9).sqrt(), rest=0.0)
+        for parameter, factor in zip(self.units.parameters, factors):
+            if parameter.grad is not None:
+                parameter.grad.addcmul_(parameter.detach(), factor)
+
+
+def ranks(scores: Scores) -> Scores:
+    """(units,) 0 for the lowest."""
+    order = np.empty(len(scores))
+    order[np.argsort(scores, kind="stable")] = np.arange(len(scores))
+    return order

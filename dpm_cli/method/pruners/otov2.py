@@ -1,0 +1,199 @@
+"""OTOv2's dual half-space projected gradient (Chen et al., ICLR 2023), and the selection of its successor HESSO.
+
+DHSPG trains with any optimizer. Once, it marks as redundant the groups that descent already shrinks and that are
+small; from then on these are pushed towards zero, each as strongly as its own gradient asks, and one that a step turns
+away from where it was (less than ε of its length is left along its old direction) is projected to zero: it is
+condemned. At the target both stop.
+
+How this differs from the reference implementation: the optimizer is PyTorch's own, and the update that it made,
+(x − x̂)/lr, stands for the paper's gradient variant ĝ (AdamW's decoupled decay taken out); the partition uses the
+gradient of the step before the first penalised one; how many groups are redundant is found from the target, in MACs,
+parameters or units, by the same scores; `upper_group_sparsity` (off by default there) is left out. A unit that is zero
+without any projection is condemned at once. Of the units that are condemned in one step no more go than the target
+needs. Dead units leave at epoch ends, and with them the weights that read them: other units' norms count these no more.
+"""
+
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.graph import Groups, Units
+from dpm_cli.method.budget import Scores
+from dpm_cli.method.pruners.base import BasePruner, Indices
+
+TINY = 1e-8
+MOST = 0.999  # of all units may be marked as redundant
+
+
+def salience(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor, live: Tensor) -> Tensor:
+    """(units,) DHSPG's redundancy, high is redundant: descent shrinks the unit, and it is small (OTOv2, §3.2).
+
+    weight, gradient: (units,) ‖x‖ and ‖ĝ‖. dot: (units,) <x, ĝ>. entries: (units,) scalars per unit. live: (units,)
+    neither decaying nor dead; only these weigh the two criteria against each other, for what is almost zero would make
+    all others look equally large.
+    """
+    cosine = dot / (weight * gradient).clamp_min(TINY)
+    smallness = 1 / (weight / entries.clamp_min(1) + 1e-6)
+    criteria = torch.stack([cosine, smallness])  # (2, units)
+    lengths = torch.linalg.vector_norm(criteria * live, dim=1, keepdim=True)
+    mean: Tensor = (criteria / lengths.clamp_min(1e-30)).mean(0)
+    return mean
+
+
+def hesso_importance(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor, live: Tensor) -> Tensor:
+    """(units,) HESSO's importance, low is redundant: the mean of five criteria, each of unit length over live units.
+
+    The cosine has the opposite orientation to DHSPG's, as in the reference code. Arguments as of `salience`.
+    """
+    criteria = (
+        weight,
+        weight / entries.clamp_min(1),
+        dot / (weight * gradient).clamp_min(TINY) + 1,
+        dot.abs(),
+        0.5 * dot.square(),
+    )
+    return torch.stack([c / (((c * live).square().sum() + 1e-8).sqrt() + 1e-8) for c in criteria]).mean(0)
+
+
+def penalty_strengths(
+    weight: Tensor, gradient: Tensor, dot: Tensor, *, strength: float, amplify: float, ceiling: float
+) -> Tensor:
+    """(units,) λ of every unit: at least `strength`, and where descent alone would lengthen the unit, enough to shorten
+    it while the loss still falls (OTOv2, §3.3): λ_min < λ < λ_max, clipped to strength · ceiling.
+    """
+    grows = dot < 0
+    outward = torch.where(grows, -dot, 1.0)
+    lowest = outward / weight.clamp_min(TINY)  # λ_min
+    highest = gradient.square() * weight / outward  # λ_max
+    asked = (amplify * lowest).clamp(strength, strength * ceiling)
+    asked = torch.where(asked >= highest, (lowest + highest) / 2, asked)
+    return torch.where(grows, asked, strength)
+
+
+class Otov2(BasePruner):
+    """The base pruner `otov2`; `variant: hesso` chooses by HESSO's importance at each round instead of projecting.
+
+    strength, amplify, ceiling: of the penalty (lmbda, lmbda_amplify and hat_lmbda_coeff in the reference). Without a
+    strength it is ours: three times what shrinks a typical marked unit to zero within its round at a constant learning
+    rate, but at least `least_strength`; the reference's own number is made for hundreds of epochs. epsilon: the
+    half-space. tolerance: fraction of all units marked as redundant beyond what the target needs. decoupled_decay:
+    weight decay that the optimizer applies beside the gradient (AdamW).
+    """
+
+    warm_up = 1
+
+    def __init__(
+        self,
+        *,
+        variant: Literal["dhspg", "hesso"],
+        strength: float | None,
+        least_strength: float,
+        amplify: float,
+        ceiling: float,
+        epsilon: float,
+        tolerance: float,
+        decoupled_decay: float = 0.0,
+    ) -> None:
+        self.variant, self.epsilon, self.tolerance = variant, epsilon, tolerance
+        self.strength, self.least_strength = strength, least_strength
+        self.used_strength = strength or least_strength
+        self.amplify, self.ceiling = amplify, ceiling
+        self.decoupled_decay = decoupled_decay
+        self.condemns = self.condemns_each_step = variant == "dhspg"
+        self.is_partitioned = False
+        self._seen: dict[str, Tensor] = {}
+        self._lr = 0.0  # of the last step
+
+    def bind(self, groups: Groups, model: nn.Module, survivors: Indices | None = None) -> None:
+        self.units = Units(groups, model)
+        self._entries, self._group_of_unit = self.units.entries(), groups.group_of_unit
+        if survivors is None:
+            self.redundant = torch.zeros(groups.units, dtype=torch.bool, device=self.units.device)
+            self.hits = torch.zeros_like(self.redundant)
+            zeros = torch.zeros(groups.units, device=self.units.device)
+            # Before any training (`dpm inspect`) there is no gradient: scores are those of the weights alone.
+            self._seen = {"weight": self.units.norm(), "gradient": zeros, "dot": zeros, "live": zeros == 0}
+        else:
+            index = torch.from_numpy(survivors).to(self.units.device)
+            self.redundant, self.hits = self.redundant[index], self.hits[index]
+            self._seen = {name: values[index] for name, values in self._seen.items()}
+
+    def before_step_(self) -> None:
+        self._before = [weight.clone() for weight in self.units.weights()]  # x
+
+    def start_round(self, redundant: int, steps: int) -> None:
+        """The partition (OTOv2, §3.2): mark the units with the highest salience, but never a whole group."""
+        if not self.condemns_each_step or self.is_partitioned:
+            return
+        count = len(self._group_of_unit)
+        number = int(min(redundant + self.tolerance * count, MOST * count))
+        scores = self.scores()
+        marked = np.zeros(count, bool)
+        marked[np.argsort(scores, kind="stable")[:number]] = True
+        for group in np.unique(self._group_of_unit).tolist():
+            units = np.flatnonzero(self._group_of_unit == group)
+            if marked[units].all():
+                marked[units[np.argmax(scores[units])]] = False
+        self.redundant = torch.from_numpy(marked).to(self.units.device)
+        self.is_partitioned = True
+        if self.strength is None:
+            typical = float(self._seen["weight"][self.redundant].median()) if marked.any() else 0.0
+            self.used_strength = max(self.least_strength, 3 * typical / max(self._lr * steps, 1e-12))
+
+    @torch.no_grad()
+    def after_step_(self, lr: float, going: Tensor, released: Tensor, is_wanted: bool) -> None:
+        if not lr:  # a schedule that fell below the smallest number: nothing moved
+            return
+        self._lr = lr
+        before, after = self._before, self.units.weights()
+        update = torch._foreach_sub(before, after)  # x − x̂ = lr ĝ, with decoupled decay in it
+        weight, length, dot = self.units.norm(before), self.units.norm(update) / lr, self.units.dot(before, update) / lr
+        decay = self.decoupled_decay
+        if decay:  # ĝ = (x − x̂)/lr − decay · x
+            length = (length.square() - 2 * decay * dot + (decay * weight).square()).clamp_min(0).sqrt()
+            dot = dot - decay * weight.square()
+        self._seen = {"weight": weight, "gradient": length, "dot": dot, "live": ~going}
+        if not (is_wanted and self.is_partitioned):
+            return
+        pushed = self.redundant & ~going & ~released
+        strengths = penalty_strengths(
+            weight, length, dot, strength=self.used_strength, amplify=self.amplify, ceiling=self.ceiling
+        )
+        push = torch.where(pushed, lr * strengths / (weight + TINY), 0.0)  # (units,) of x, taken from x̂
+        self.units.add_(before, -push)
+        # <x̂, x> after the push, without reading the weights again.
+        square = weight.square()
+        along = square - lr * (dot + decay * square) - push * square
+        self.hits |= pushed & (along < self.epsilon * square)
+        self.hits |= ~going & (weight == 0)
+
+    def condemned(self) -> Tensor:
+        return self.hits
+
+    def scores(self) -> Scores:
+        seen = (self._seen["weight"], self._seen["gradient"], self._seen["dot"], self._entries, self._seen["live"])
+        scores = hesso_importance(*seen) if self.variant == "hesso" else -salience(*seen)
+        as_numbers: Scores = scores.double().cpu().numpy()
+        return as_numbers
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "redundant": self.redundant,
+            "hits": self.hits,
+            "partitioned": self.is_partitioned,
+            "seen": self._seen,
+            "strength": self.used_strength,
+            "lr": self._lr,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        device, shape = self.units.device, self.redundant.shape
+        tensors = {"redundant": state["redundant"], "hits": state["hits"]} | state["seen"]
+        if any(tensor.shape != shape for tensor in tensors.values()):
+            raise ValueError(f"the state of otov2 is not of {shape[0]} units")
+        self.redundant, self.hits = state["redundant"].to(device), state["hits"].to(device)
+        self._seen = {name: state["seen"][name].to(device) for name in self._seen}
+        self.is_partitioned = bool(state["partitioned"])
+        self.used_strength, self._lr = float(state["strength"]), float(state["lr"])

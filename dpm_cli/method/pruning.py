@@ -1,0 +1,308 @@
+"""The pruning side of a run: rounds of victims that decay, are released or die, and are removed.
+
+One object holds everything that changes with the structure of the model, so that a run can compact at any round's end
+and a checkpoint can restore it.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.errors import RunError
+from dpm_cli.graph import Groups, Units, compact_
+from dpm_cli.graph.compact import KeptPositions
+from dpm_cli.graph.labels import Flags
+from dpm_cli.layers.modes import in_mode
+from dpm_cli.method.budget import Floors, Kind, choose_victims, cost_of
+from dpm_cli.method.decay import Decay, Envelope
+from dpm_cli.method.pruners.base import BasePruner
+from dpm_cli.method.rectify import Rectifier
+
+FoldMeans = Callable[[Groups, Flags], None]  # (groups, alive): let the readers of units that go take their means
+MakeRectifier = Callable[[Tensor, int], Rectifier]  # (group of each unit, number of groups) -> a fresh one
+COMPACT_TOLERANCE = 1e-5  # relative to the largest output
+
+
+@dataclass(frozen=True)
+class Removal:
+    """What a round's end removed."""
+
+    removed: int
+    released: int
+    difference: float  # largest relative difference of outputs before and after
+    kept: KeptPositions  # of every tensor that lost positions, for the optimizer's state
+
+
+class Pruning:
+    """The structure of one model during a run. `model` is changed in place.
+
+    Drive it from a stage's loop: `start_round` when `is_due`, `before_step_` and `after_step_` around the optimizer's
+    step, `finish_round` when `is_over`. Steps are counted over all stages that prune.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        groups: Groups,
+        base: BasePruner,
+        *,
+        kind: Kind,
+        limit: int,
+        floors: Floors,
+        starts: Sequence[int],
+        end: int,
+        decay_steps: int,
+        envelope: Envelope = "exact",
+        make_rectifier: MakeRectifier | None = None,
+        fold_means: FoldMeans | None = None,
+    ) -> None:
+        """starts: the first step of every round. end: the step from which on nothing is condemned any more. fold_means:
+        called before units are cut at once; units that decay leave nothing behind.
+        """
+        self.model, self.base = model, base
+        self.groups = groups = base.prepare_(model, groups)
+        self.is_prepared = True
+        self.kind, self.limit, self.floors = kind, limit, floors
+        self.starts, self.end, self.fold_means = tuple(starts), end, fold_means
+        self.dense_cost = self.cost()
+        self.survivors = np.ones(groups.units, bool)  # of the dense model's units
+        self.round = 0  # rounds started
+        self.in_round = False  # victims were chosen, and not all of them are dead or released
+        self.is_condemning = False  # the round goes on for as long as units are wanted, until `end`
+        self.chosen = self.released = 0
+        self.topped_up = 0  # chosen beyond the planned rounds
+        self.units, whole = self._find_units()
+        group_of_unit = torch.from_numpy(groups.group_of_unit).to(self.units.device)
+        rectifier = make_rectifier(group_of_unit, len(groups)) if make_rectifier else None
+        self.decay = Decay(self.units, steps=decay_steps, envelope=envelope, rectifier=rectifier, whole=whole)
+        base.bind(groups, model)
+
+    def cost(self, alive: Flags | None = None) -> int:
+        """The target's kind of cost, of the model as it is or of some survivors."""
+        return cost_of(self.groups.cost, self.kind, self.all_alive if alive is None else alive)
+
+    @property
+    def all_alive(self) -> Flags:
+        """(units,) nothing is removed from the model as it is."""
+        return np.ones(self.groups.units, bool)
+
+    @property
+    def is_met(self) -> bool:
+        """The model as it is meets the target, and releases have left no width between two allowed ones."""
+        return self._would_meet(self.all_alive)
+
+    def _would_meet(self, alive: Flags) -> bool:
+        widths = np.bincount(self.groups.group_of_unit[alive], minlength=len(self.groups))
+        return self.cost(alive) <= self.limit and bool(self.floors.are_widths_allowed(widths).all())
+
+    @property
+    def is_done(self) -> bool:
+        """The target is met, and all rounds are over that would go beyond it if need be."""
+        return not self.in_round and (self.base.condemns or self.round >= len(self.starts)) and self.is_met
+
+    def is_due(self, step: int) -> bool:
+        """Whether a round starts before this step: a planned one, or one more to replace released units."""
+        if self.in_round or self.is_done:
+            return False
+        return step >= self.starts[self.round] if self.round < len(self.starts) else True
+
+    @property
+    def is_over(self) -> bool:
+        """Whether the current round's decays are all finished."""
+        return self.in_round and not self.is_condemning and self.decay.remaining == 0
+
+    def start_round(self) -> dict[str, int]:
+        """Choose victims for this round's share of the target and let them decay.
+
+        A base that condemns has its own pace, and only the target bounds it. The rounds beyond the planned ones take
+        what is missing by the scores alone, and nothing is released in them. A unit that was just released rests for
+        this round: it is short now, and would be the first to be chosen again. Only a target that cannot be met without
+        it takes it back.
+        """
+        self.round += 1
+        rounds = len(self.starts)
+        is_planned = self.round <= rounds
+        scores, present = self.base.scores(), self._present
+        limit, eligible = self.limit, ~self.decay.released.cpu().numpy()
+        if is_planned and self.base.condemns:
+            eligible &= self.base.condemned().cpu().numpy()
+        elif is_planned:
+            limit = self.dense_cost - (self.dense_cost - self.limit) * self.round // rounds
+        choose = partial(choose_victims, self.groups, self.floors, scores, kind=self.kind, alive=present)
+        self.is_condemning = is_planned and self.base.condemns_each_step
+        if self.is_condemning:
+            self.base.start_round(int(choose(limit=limit).sum()), self.end - self.starts[0])
+        victims = choose(limit=limit, eligible=eligible)
+        if not is_planned and not self._would_meet(present & ~victims):
+            victims = choose(limit=limit)
+        if self.fold_means and self.decay.steps == 1:
+            self.fold_means(self.groups, ~victims)
+        self.decay.start(victims, rectify=is_planned)
+        self.in_round = True
+        self.chosen += int(victims.sum())
+        self.topped_up += 0 if is_planned else int(victims.sum())
+        return {
+            "round": self.round,
+            "rounds": rounds,
+            "chosen": int(victims.sum()),
+            "condemning": self.is_condemning,
+            "limit": limit,
+            "predicted_macs": self.groups.cost.macs(present & ~victims),
+            "predicted_params": self.groups.cost.parameters(present & ~victims),
+        }
+
+    def before_step_(self) -> None:
+        """Between backward and the optimizer's step."""
+        if self.in_round:
+            self.decay.observe()
+        self.base.before_step_()
+
+    def after_step_(self, step: int, lr: float) -> None:
+        """After the optimizer's step, with its learning rate."""
+        decay = self.decay
+        is_wanted = self.is_condemning and self.cost(self._present) > self.limit
+        self.base.after_step_(lr, decay.decaying | decay.dead, decay.released, is_wanted)
+        if is_wanted:
+            self._condemn()
+        if self.in_round:
+            decay.advance_()
+        if self.is_condemning and (step + 1 >= self.end or (not decay.remaining and self._meets_target())):
+            self.is_condemning = False
+
+    def _condemn(self) -> None:
+        """Let the units decay that the base has condemned, as far as the target needs them."""
+        present = self._present
+        eligible = self.base.condemned().cpu().numpy() & present & ~self.decay.released.cpu().numpy()
+        if not eligible.any():
+            return
+        victims = choose_victims(
+            self.groups,
+            self.floors,
+            self.base.scores(),
+            kind=self.kind,
+            limit=self.limit,
+            alive=present,
+            eligible=eligible,
+        )
+        if victims.any():
+            self.decay.add(victims)
+            self.chosen += int(victims.sum())
+
+    @property
+    def _present(self) -> Flags:
+        """(units,) neither decaying nor dead. Waits for the device."""
+        present: Flags = (~(self.decay.decaying | self.decay.dead)).cpu().numpy()
+        return present
+
+    def _meets_target(self) -> bool:
+        return self.cost(self._present) <= self.limit
+
+    def finish_round(self, images: Tensor) -> Removal:
+        """Remove the dead units physically and check that nothing else changed.
+
+        images: (B, C, H, W) real inputs for the check. Raises RunError if outputs differ by more than 1e-5.
+        """
+        released = int(self.decay.released.sum())
+        self.in_round = False
+        self.released += released
+        return replace(self.remove_dead(images), released=released)
+
+    @property
+    def has_dead(self) -> bool:
+        """Whether units can be removed in the middle of a round: a base that condemns each step goes on for long."""
+        return self.is_condemning and bool(self.decay.dead.any())
+
+    def remove_dead(self, images: Tensor) -> Removal:
+        """The dead units leave; the others go on decaying. As `finish_round`."""
+        dead = self.decay.dead.cpu().numpy()
+        if not dead.any():
+            return Removal(0, 0, 0.0, {})
+        before = _outputs(self.model, images)
+        kept = compact_(self.model, self.groups, ~dead)
+        difference = _relative_difference(before, _outputs(self.model, images))
+        if not difference <= COMPACT_TOLERANCE:
+            raise RunError(
+                f"removing {int(dead.sum())} dead units changed the outputs by {difference:.1e} (allowed "
+                f"{COMPACT_TOLERANCE:.0e}), so the run stops; please report this model"
+            )
+        self._rebind(~dead)
+        return Removal(int(dead.sum()), 0, difference, kept)
+
+    def restore_(self) -> None:
+        """Pruning is over: the model loses what the base pruner put into it."""
+        if self.is_prepared:
+            self.base.restore_(self.model)
+            self.is_prepared = False
+
+    def _find_units(self) -> tuple[Units, Units]:
+        """What shrinks, and what is zero in the end."""
+        whole = Units(self.groups, self.model)
+        return self.base.decays(self.groups, self.model) or whole, whole
+
+    def _rebind(self, alive: Flags) -> None:
+        self.survivors[np.flatnonzero(self.survivors)[~alive]] = False
+        self.groups = self.groups.survivors(alive)
+        self.units, whole = self._find_units()
+        self.decay.rebind(self.units, alive, whole)
+        if self.decay.rectifier:
+            group_of_unit = torch.from_numpy(self.groups.group_of_unit).to(self.units.device)
+            self.decay.rectifier.bind(group_of_unit, len(self.groups))
+        self.base.bind(self.groups, self.model, np.flatnonzero(alive))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything but the weights."""
+        return {
+            "survivors": torch.from_numpy(self.survivors),
+            "round": self.round,
+            "in_round": self.in_round,
+            "is_condemning": self.is_condemning,
+            "is_prepared": self.is_prepared,
+            "chosen": self.chosen,
+            "released": self.released,
+            "topped_up": self.topped_up,
+            "decay": self.decay.state_dict(),
+            "base": self.base.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from a checkpoint. The model is still dense: it loses what was removed, then takes the weights."""
+        alive = state["survivors"].numpy()
+        if alive.shape != (self.groups.units,) or alive.dtype != bool:
+            raise ValueError(f"survivors {alive.shape} of {self.groups.units} units")
+        compact_(self.model, self.groups, alive)
+        self._rebind(alive)
+        self.round, self.in_round = int(state["round"]), bool(state["in_round"])
+        self.is_condemning = bool(state["is_condemning"])
+        self.chosen, self.released = int(state["chosen"]), int(state["released"])
+        self.topped_up = int(state["topped_up"])
+        self.decay.load_state_dict(state["decay"])
+        self.base.load_state_dict(state["base"])
+        if not state["is_prepared"]:
+            self.restore_()
+
+
+def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+    """Outputs in eval mode and full precision."""
+    cudnn = torch.backends.cudnn
+    exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 alone is off by 1e-3
+    with in_mode(model, training=False), torch.no_grad(), exact:
+        return list(_tensors(model(images)))
+
+
+def _tensors(outputs: Any) -> list[Tensor]:
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    values = outputs.values() if isinstance(outputs, dict) else outputs
+    return [tensor for value in values for tensor in _tensors(value)] if values else []
+
+
+def _relative_difference(before: list[Tensor], after: list[Tensor]) -> float:
+    differences = [
+        float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)) for a, b in zip(before, after, strict=True)
+    ]
+    return max(differences, default=0.0)

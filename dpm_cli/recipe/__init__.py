@@ -1,0 +1,17 @@
+"""Recipes: YAML that a user owns, its sections, and how it is read."""
+
+from dpm_cli.recipe.reader import dump_recipe, hash_recipe, load_recipe, parse_recipe, shipped_recipes
+from dpm_cli.recipe.schema import Recipe
+from dpm_cli.recipe.sections import ExportFormat, Section, Training
+
+__all__ = [
+    "ExportFormat",
+    "Recipe",
+    "Section",
+    "Training",
+    "dump_recipe",
+    "hash_recipe",
+    "load_recipe",
+    "parse_recipe",
+    "shipped_recipes",
+]

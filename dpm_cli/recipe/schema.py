@@ -1,0 +1,103 @@
+"""The whole recipe, and what its sections must have in common."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from dpm_cli.recipe.sections import (
+    Checkpoint,
+    Compact,
+    Data,
+    Decay,
+    ExportFormat,
+    Model,
+    NonNegative,
+    Prune,
+    Section,
+    Training,
+)
+
+
+class Recipe(Section):
+    """Everything a run depends on besides the model file."""
+
+    model: Model
+    data: Data
+    prune: Prune
+    decay: Decay = Decay()
+    train: Training = Training()  # while units are chosen and decay
+    compact: Compact = Compact()
+    finetune: Training = Training(lr=0.02)  # the slim model
+    dense: Training | None = None  # `dpm train`; none: as `train`
+    export: tuple[ExportFormat, ...] = ("torchscript", "onnx")
+    opset: int = Field(default=18, ge=18, le=30)  # of the ONNX files
+    seed: int = Field(default=0, ge=0, lt=2**31)
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    counter: Literal["flop_counter", "thop"] = "flop_counter"
+    recalibrate_batches: NonNegative = 20  # BatchNorm statistics anew from so many batches, at the end
+    checkpoint: Checkpoint = Checkpoint()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _rectifies_where_it_helps(cls, values: Any) -> Any:
+        """Left out, `decay.rectify` is off for otov2: released units cost accuracy there (benchmarks/RESULTS.md)."""
+        prune, decay = (values.get(name, {}) if isinstance(values, dict) else {} for name in ("prune", "decay"))
+        is_dict = isinstance(prune, dict) and isinstance(decay, dict)
+        if is_dict and prune.get("base") == "otov2" and "rectify" not in decay:
+            return values | {"decay": decay | {"rectify": False}}
+        return values
+
+    @model_validator(mode="after")
+    def _can_see_its_floor(self) -> "Recipe":
+        if self.prune.max_drop is not None and not self.data.validation:
+            raise ValueError("prune.max_drop is judged on validation images: raise data.validation above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _ends_with_the_cut(self) -> "Recipe":
+        if self.cuts_weights and self.finetune.epochs:
+            raise ValueError("base on-the-fly cuts weights after all training: set finetune.epochs: 0")
+        if self.cuts_weights and (
+            self.prune.max_drop is not None or self.prune.sparse_epochs or self.compact.fold_mean
+        ):
+            raise ValueError("base on-the-fly knows neither prune.max_drop, prune.sparse_epochs nor compact.fold_mean")
+        return self
+
+    @model_validator(mode="after")
+    def _folds_what_is_cut(self) -> "Recipe":
+        if self.compact.fold_mean and self.prune.base == "otov2":
+            raise ValueError("compact.fold_mean folds what is cut at once, but otov2 shrinks units first: leave it out")
+        if self.compact.fold_mean and self.train.epochs and self.decay.steps > 1:
+            raise ValueError(
+                "compact.fold_mean folds what is cut at once, but units that decay leave nothing behind: set "
+                "decay.steps: 1 or train.epochs: 0"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _trains_with_labels(self) -> "Recipe":
+        epochs = {
+            "train.epochs": self.train.epochs,
+            "finetune.epochs": self.finetune.epochs,
+            "prune.sparse_epochs": self.prune.sparse_epochs,
+        }
+        if not self.data.labels and any(epochs.values()):
+            wanted = " and ".join(f"{name}: 0" for name, count in epochs.items() if count)
+            raise ValueError(f"data.labels is false, but training needs labels: set {wanted}")
+        if not self.data.labels and self.prune.max_drop is not None:
+            raise ValueError("data.labels is false, but prune.max_drop is judged by labels: leave one of them out")
+        return self
+
+    @property
+    def cuts_weights(self) -> bool:
+        """Single ones, rather than units."""
+        return self.prune.base == "on-the-fly"
+
+    @property
+    def folds_means(self) -> bool:
+        """Whether the means of removed units go into the layers that read them."""
+        if self.cuts_weights:
+            return False
+        if self.compact.fold_mean is not None:
+            return self.compact.fold_mean
+        return not self.train.epochs and not self.finetune.epochs

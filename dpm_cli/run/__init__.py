@@ -1,0 +1,1 @@
+"""The story of one pruning run, and its rooms."""

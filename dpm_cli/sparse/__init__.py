@@ -1,0 +1,1 @@
+"""Single weights instead of units: Pruning On-the-Fly."""

@@ -1,0 +1,62 @@
+"""One trained model, cut to several sparsities: what each costs, what recovery wins back, how small the file gets."""
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from dpm_cli.models.packed import count_packed_bytes
+from dpm_cli.report import SparsityReport
+from dpm_cli.sparse.hypersphere import Per
+from dpm_cli.sparse.on_the_fly import cut_, measure_sparsity
+from dpm_cli.sparse.polarise import Recovery
+
+
+@dataclass(frozen=True)
+class CutModel:
+    """A model with the small weights of some layers cut."""
+
+    module: nn.Module
+    masks: Mapping[str, Tensor]  # by parameter: what was kept
+    report: SparsityReport
+
+
+def cut_model(
+    trained: nn.Module,
+    layers: Sequence[str],
+    *,
+    sparsity: float,
+    threshold: float | None,
+    how: Recovery,
+    per: Per,
+    recalibrate_: Callable[[nn.Module], None] | None,
+    score: Callable[[nn.Module], float | None],
+    file: str,
+) -> CutModel:
+    """Cut a copy, with and without recovery, and measure both. recalibrate_: settles BatchNorm statistics, or none."""
+
+    def cut(how: Recovery) -> tuple[nn.Module, dict[str, Tensor]]:
+        module = copy.deepcopy(trained)
+        return module, cut_(module, layers, sparsity=sparsity, threshold=threshold, how=how, per=per)
+
+    after_cut = score(cut("none")[0])
+    module, masks = cut(how)
+    recovered, recalibrated = score(module), None
+    if recalibrate_:
+        recalibrate_(module)
+        recalibrated = score(module)
+    return CutModel(
+        module,
+        masks,
+        SparsityReport(
+            asked=sparsity,
+            reached=measure_sparsity(masks),
+            bytes=count_packed_bytes(module, masks),
+            dense=score(trained),
+            cut=after_cut,
+            recovered=recovered,
+            recalibrated=recalibrated,
+            file=file,
+        ),
+    )

@@ -1,0 +1,108 @@
+"""Pruning On-the-Fly (arXiv 2212.12651) as pure functions: penalties, masks, cuts and recoveries.
+
+The abstract says what is done: a penalty pushes part of the weights far from zero and the rest to zero; the small ones
+are cut after training, and replaced by their mean. The formulas are ours, none was published: see each function.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import Literal, assert_never
+
+import torch
+from torch import Tensor
+
+from dpm_cli.sparse.hypersphere import Per, normalise, rows_of
+
+Recovery = Literal["none", "mean", "signed-mean", "split-mean"]
+
+
+def keep_largest(weight: Tensor, sparsity: float, per: Per) -> Tensor:
+    """The mask of the (1 − sparsity) · n entries whose directions are largest in the layer; at least one."""
+    size = normalise(weight.detach(), per).abs().flatten()
+    mask = torch.zeros_like(size, dtype=torch.bool)
+    mask[size.topk(count_kept([weight], sparsity), sorted=False).indices] = True
+    return mask.view_as(weight)
+
+
+def count_kept(tensors: Iterable[Tensor], sparsity: float) -> int:
+    """How many entries `keep_largest` keeps of all of them."""
+    return sum(max(1, tensor.numel() - round(sparsity * tensor.numel())) for tensor in tensors)
+
+
+def keep_above(weight: Tensor, threshold: float, per: Per) -> Tensor:
+    """The mask of the entries of at least `threshold` times the root mean square of their filter (or layer)."""
+    rows = rows_of(normalise(weight.detach(), per), per)
+    kept: Tensor = (rows.abs() * math.sqrt(rows.shape[1])).ge(threshold)
+    return kept.view_as(weight)
+
+
+def ternary_cosine(weight: Tensor, mask: Tensor) -> Tensor:
+    """1 − cos(w, sign(w)·mask), in [0, 1]: 0 when the kept entries are all ±c and the others 0. Of any one scale."""
+    kept = weight.abs().masked_fill(~mask, 0).sum()
+    norm = torch.linalg.vector_norm(weight) * mask.sum().to(weight.dtype).sqrt()
+    cosine: Tensor = kept / norm.clamp_min(torch.finfo(weight.dtype).tiny)
+    return 1 - cosine
+
+
+def tail_energy(weight: Tensor, mask: Tensor) -> Tensor:
+    """The share of Σ w² that lies outside of the mask, in [0, 1]."""
+    squares = weight.square()
+    return squares.masked_fill(mask, 0).sum() / squares.sum().clamp_min(torch.finfo(weight.dtype).tiny)
+
+
+def recover(weight: Tensor, mask: Tensor, how: Recovery, per: Per) -> Tensor:
+    """The weight with its entries outside of the mask cut, and replaced by what is remembered of them.
+
+    none: zeros. mean: their mean, as the abstract reads. signed-mean: their own signs times the mean of their absolute
+    values. split-mean: the mean of the positive or of the negative ones. Each over a filter or over the layer.
+    """
+    rows = rows_of(weight, per)
+    cut = ~mask.view(rows.shape)
+    match how:
+        case "none":
+            filling = torch.zeros_like(rows)
+        case "mean":
+            filling = _mean(rows, cut)
+        case "signed-mean":
+            filling = _mean(rows.abs(), cut) * torch.where(rows < 0, -1, 1)
+        case "split-mean":
+            negative = rows < 0
+            filling = torch.where(negative, _mean(rows, cut & negative), _mean(rows, cut & ~negative))
+        case _:
+            assert_never(how)
+    return torch.where(cut, filling + 0.0, rows).view_as(weight)  # the sum turns −0 into 0
+
+
+def polar_pulls(norms: Tensor, group_of_unit: Tensor, groups: int) -> Tensor:
+    """(units,) by how much of itself each unit is pulled to zero; negative where it is pushed away.
+
+    Descent on the ternary cosine of every group's norms, the units above their group's mean being kept, times the
+    squared length of these norms, so that a strength means what it does for weight decay.
+    """
+    zeros = torch.zeros(groups, dtype=norms.dtype, device=norms.device)
+
+    def total(values: Tensor) -> Tensor:
+        return zeros.index_add(0, group_of_unit, values)[group_of_unit]
+
+    ones = torch.ones_like(norms)
+    kept = norms * total(ones) >= total(norms)
+    length = total(norms.square()).sqrt().clamp_min(torch.finfo(norms.dtype).tiny)
+    width = total(kept.to(norms.dtype)).sqrt()
+    cosine = total(norms * kept) / (width * length)
+    return cosine - torch.where(kept, length / (width * norms).clamp_min(torch.finfo(norms.dtype).tiny), 0)
+
+
+def _mean(rows: Tensor, chosen: Tensor) -> Tensor:
+    """(rows, 1) mean of the chosen entries, 0 of none; in fp64, so that the mean of equal numbers is that number."""
+    total = rows.double().masked_fill(~chosen, 0).sum(1, keepdim=True)
+    return (total / chosen.sum(1, keepdim=True).clamp_min(1)).to(rows.dtype)
+
+
+def ramp_sparsity(progress: float, sparsity: float, end: float = 0.5) -> float:
+    """From 0 to the whole sparsity at `end` of training, cubically (Zhu & Gupta 2017). progress: in [0, 1]."""
+    return sparsity * (1 - (1 - min(progress / end, 1)) ** 3)
+
+
+def ramp_strength(progress: float, strength: float, start: float = 0.1, end: float = 0.5) -> float:
+    """From 0 at `start` of training to the whole strength at `end`, in a straight line."""
+    return strength * min(max((progress - start) / (end - start), 0), 1)

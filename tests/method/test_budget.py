@@ -1,0 +1,245 @@
+import copy
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from dpm_cli.errors import TargetError
+from dpm_cli.graph import compact_, find_groups
+from dpm_cli.measure import count_macs, count_parameters
+from dpm_cli.method.budget import choose_round_to, choose_victims, cost_of, find_floors, find_limit, resolve_limit
+
+KINDS = ["macs", "params", "channels"]
+
+
+class Net(nn.Module):
+    """Groups of 8 (residual), 6, and twice 4 units of 2 channels each (around a grouped convolution)."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.norm = nn.Conv2d(1, 8, 3, padding=1), nn.BatchNorm2d(8)
+        self.inner = nn.Conv2d(8, 6, 3, padding=1)
+        self.back = nn.Conv2d(6, 8, 1)
+        self.wide, self.grouped = nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 3, groups=2)
+        self.head = nn.Linear(8, 3)
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + self.back(F.relu(self.inner(x)))
+        return self.head(F.relu(self.grouped(F.relu(self.wide(x)))).mean((2, 3)))
+
+
+torch.manual_seed(0)
+NET = Net().eval()
+GROUPS = find_groups(NET, torch.zeros(2, 1, 8, 8))
+UNITS = GROUPS.units
+ALL = np.ones(UNITS, bool)
+
+
+def slow_choice(floors, scores, kind, limit, alive, eligible):
+    """Walk down the ranking one unit at a time; stop at the first set that meets the limit. Groups that releases have
+    left between two widths lose what is over first."""
+    ranking = sorted(np.flatnonzero(alive & eligible), key=lambda unit: scores[unit])
+    victims = np.zeros(UNITS, bool)
+    for length in range(len(ranking) + 1):
+        victims[:] = False
+        for number, group in enumerate(GROUPS):
+            members = [unit for unit in ranking if group.start <= unit < group.start + group.size]
+            reached = sum(unit in ranking[:length] for unit in members)
+            present = int(alive[group.range].sum())
+            allowed = [
+                gone
+                for gone in range(1, len(members) + 1)
+                if (present - gone) % floors.step[number] == 0 and present - gone >= floors.units[number]
+            ]
+            is_between = present != group.size and present % floors.step[number] != 0
+            least = allowed[0] if is_between and allowed else 0
+            victims[members[: max([least, *(gone for gone in allowed if gone <= reached)])]] = True
+        if cost_of(GROUPS.cost, kind, alive & ~victims) <= limit:
+            break
+    return victims
+
+
+@settings(max_examples=120, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(KINDS),
+    share=st.floats(0, 1),
+    round_to=st.sampled_from([1, 2, 3, 4, 8]),
+    min_keep=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    gone=st.sampled_from([0.0, 0.2]),
+    ineligible=st.sampled_from([0.0, 0.3]),
+)
+def test_choice_is_that_of_walking_down_the_ranking(seed, kind, share, round_to, min_keep, gone, ineligible):
+    rng = np.random.default_rng(seed)
+    floors = find_floors(GROUPS, round_to=round_to, min_keep=min_keep)
+    scores = rng.integers(0, 9, UNITS) / 4 if seed % 2 else rng.random(UNITS)  # with and without ties
+    alive, eligible = rng.random(UNITS) >= gone, rng.random(UNITS) >= ineligible
+    lowest, dense = cost_of(GROUPS.cost, kind, floors.lowest(GROUPS)), cost_of(GROUPS.cost, kind, alive)
+    limit = lowest + round(share * max(dense - lowest, 0))
+    victims = choose_victims(GROUPS, floors, scores, kind=kind, limit=limit, alive=alive, eligible=eligible)
+    assert np.array_equal(victims, slow_choice(floors, scores, kind, limit, alive, eligible))
+    assert not (victims & ~(alive & eligible)).any()
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(
+    seed=st.integers(0, 10_000),
+    kind=st.sampled_from(KINDS),
+    share=st.floats(0, 0.999),
+    round_to=st.sampled_from([1, 2, 4]),
+)
+def test_target_is_met_and_one_step_fewer_would_miss_it(seed, kind, share, round_to):
+    floors = find_floors(GROUPS, round_to=round_to, min_keep=0.1)
+    lowest, dense = (cost_of(GROUPS.cost, kind, alive) for alive in (floors.lowest(GROUPS), ALL))
+    limit = lowest + math.floor(share * (dense - lowest))
+    scores = np.random.default_rng(seed).random(UNITS)
+    victims = choose_victims(GROUPS, floors, scores, kind=kind, limit=limit)
+    assert cost_of(GROUPS.cost, kind, ~victims) <= limit
+    for number, group in enumerate(GROUPS):
+        left = int((~victims)[group.range].sum())
+        assert left >= max(1, math.ceil(0.1 * group.size))
+        assert left == group.size or (left * group.channels_per_unit) % round_to == 0
+        assert left >= floors.units[number]
+    # The last step taken is the one whose last unit ranks lowest: take it back.
+    last_group = GROUPS.groups[GROUPS.group_of_unit[max(np.flatnonzero(victims), key=lambda unit: scores[unit])]]
+    members = sorted(np.flatnonzero(victims[last_group.range]) + last_group.start, key=lambda unit: scores[unit])
+    step = int(floors.step[GROUPS.groups.index(last_group)])
+    fewer = victims.copy()
+    fewer[members[-(len(members) % step or step) :]] = False
+    assert cost_of(GROUPS.cost, kind, ~fewer) > limit
+
+
+def test_groups_are_as_these_tests_assume():
+    assert [group.size for group in GROUPS] == [8, 6, 4, 4]
+    assert [group.channels_per_unit for group in GROUPS] == [1, 1, 2, 2]
+
+
+@pytest.mark.parametrize(
+    ("round_to", "min_keep", "units", "step"),
+    [
+        (1, 0.0, [1, 1, 1, 1], [1, 1, 1, 1]),
+        (1, 0.5, [4, 3, 2, 2], [1, 1, 1, 1]),
+        (4, 0.1, [4, 4, 2, 2], [4, 4, 2, 2]),
+        (8, 0.1, [8, 6, 4, 4], [8, 8, 4, 4]),
+        (3, 0.4, [6, 3, 3, 3], [3, 3, 3, 3]),
+        (1, 1.0, [8, 6, 4, 4], [1, 1, 1, 1]),
+    ],
+)
+def test_floors(round_to, min_keep, units, step):
+    floors = find_floors(GROUPS, round_to=round_to, min_keep=min_keep)
+    assert floors.units.tolist() == units
+    assert floors.step.tolist() == step
+    assert [int(floors.lowest(GROUPS)[group.range].sum()) for group in GROUPS] == units
+
+
+def test_nothing_is_chosen_when_the_limit_holds_already():
+    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    dense = cost_of(GROUPS.cost, "macs", ALL)
+    assert not choose_victims(GROUPS, floors, np.zeros(UNITS), kind="macs", limit=dense).any()
+
+
+def test_all_that_may_go_is_chosen_when_that_does_not_suffice():
+    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    eligible = np.zeros(UNITS, bool)
+    eligible[[0, 3, 9]] = True
+    victims = choose_victims(GROUPS, floors, np.arange(UNITS) * 1.0, kind="macs", limit=1, eligible=eligible)
+    assert np.array_equal(victims, eligible)
+    nothing = choose_victims(GROUPS, floors, np.zeros(UNITS), kind="macs", limit=1, eligible=eligible & False)
+    assert not nothing.any()
+
+
+def test_the_lowest_scored_units_go():
+    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    scores = np.ones(UNITS)
+    scores[[2, 5, 13]] = 0, 0.5, 0.2
+    victims = choose_victims(GROUPS, floors, scores, kind="channels", limit=UNITS - 3)
+    assert np.flatnonzero(victims).tolist() == [2, 5, 13]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("seed", [0, 1])
+def test_predicted_cost_is_the_measured_cost_of_the_slim_model(kind, seed):
+    floors = find_floors(GROUPS, round_to=2, min_keep=0.1)
+    limit = resolve_limit(GROUPS, floors, kind=kind, amount=0.6)
+    victims = choose_victims(GROUPS, floors, np.random.default_rng(seed).random(UNITS), kind=kind, limit=limit)
+    slim = copy.deepcopy(NET)
+    compact_(slim, GROUPS, ~victims)
+    assert GROUPS.cost.macs(~victims) == count_macs(slim, torch.zeros(1, 1, 8, 8))
+    assert GROUPS.cost.parameters(~victims) == count_parameters(slim)
+    assert cost_of(GROUPS.cost, "channels", ~victims) == find_groups(slim, torch.zeros(2, 1, 8, 8)).units
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_fraction_and_absolute_target_agree(kind):
+    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    dense = cost_of(GROUPS.cost, kind, ALL)
+    absolute = math.floor(0.7 * dense)
+    assert resolve_limit(GROUPS, floors, kind=kind, amount=0.7) == absolute
+    assert resolve_limit(GROUPS, floors, kind=kind, amount=float(absolute)) == absolute
+
+
+def test_a_fraction_of_a_cost_is_not_lost_to_rounding():
+    assert [find_limit(100, percent / 100) for percent in range(1, 100)] == list(range(1, 100))
+    assert find_limit(3_000_000_001, 0.5) == 1_500_000_000
+    assert find_limit(100, 60.7) == 60
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_below_the_reachable_is_refused_with_the_range(kind):
+    floors = find_floors(GROUPS, round_to=4, min_keep=0.5)
+    lowest, dense = (cost_of(GROUPS.cost, kind, alive) for alive in (floors.lowest(GROUPS), ALL))
+    assert resolve_limit(GROUPS, floors, kind=kind, amount=float(lowest)) == lowest
+    with pytest.raises(TargetError, match=f"between {lowest:,} .* and {dense:,}"):
+        resolve_limit(GROUPS, floors, kind=kind, amount=float(lowest - 1))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_target_at_or_above_the_dense_model_is_refused(kind):
+    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    dense = cost_of(GROUPS.cost, kind, ALL)
+    for amount in (dense, dense + 1):
+        with pytest.raises(TargetError, match=f"keeps everything: the dense model has {dense:,}"):
+            resolve_limit(GROUPS, floors, kind=kind, amount=float(amount))
+    assert resolve_limit(GROUPS, floors, kind=kind, amount=float(dense - 1)) == dense - 1
+
+
+def test_net_in_which_nothing_can_go_is_refused():
+    groups = find_groups(NET, torch.zeros(2, 1, 8, 8), keep=["*"])
+    assert groups.units == 0
+    with pytest.raises(TargetError, match="cannot be met"):
+        resolve_limit(groups, find_floors(groups, round_to=8, min_keep=0.1), kind="macs", amount=0.5)
+
+
+def test_a_width_that_releases_left_between_two_steps_is_rounded_down_whatever_the_limit():
+    model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 3))
+    groups = find_groups(model, torch.zeros(2, 3, 8, 8))
+    floors = find_floors(groups, round_to=4, min_keep=0.1)
+    alive = np.ones(groups.units, bool)
+    alive[:2] = False  # 14 of the first group are left, 16 of the second
+    scores = np.arange(groups.units, dtype=float)
+    dense = groups.cost.macs(np.ones(groups.units, bool))
+    victims = choose_victims(groups, floors, scores, kind="macs", limit=dense, alive=alive)
+    assert np.flatnonzero(victims).tolist() == [2, 3]
+
+
+@pytest.mark.parametrize(
+    ("asked", "amount", "chosen"), [("auto", 0.99, 8), ("auto", 0.3, 2), ("auto", 1e-9, 8), (3, 0.3, 3)]
+)
+def test_automatic_rounding_is_the_coarsest_that_can_meet_the_target(asked, amount, chosen):
+    # Of 147 parameters 83 are left at widths 8 and 4, 51 at 4 and 4, 23 at 2 and 2, 17 at 2 and 1.
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 3, 1)).eval()
+    groups = find_groups(net, torch.zeros(2, 3, 4, 4))
+    assert choose_round_to(groups, asked, min_keep=0.1, kind="params", amount=amount) == chosen
+
+
+def test_a_target_out_of_reach_is_refused_with_what_keeps_layers_whole():
+    net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Softmax(1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 3, 1)).eval()
+    groups = find_groups(net, torch.zeros(2, 3, 4, 4))
+    with pytest.raises(TargetError, match=r"Kept whole: 0 \(softmax over this axis\)$"):
+        resolve_limit(groups, find_floors(groups, round_to=1, min_keep=0.5), kind="macs", amount=0.1)
