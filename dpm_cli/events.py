@@ -1,0 +1,218 @@
+"""What happens during a run: one frozen dataclass per kind of event.
+
+Jobs hand them to `on_event`; `metrics.jsonl` holds those that tell of the model, one object a line.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Event:
+    """Base of all events. `kind` names it in metrics.jsonl, under the key "event"."""
+
+    kind: ClassVar[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """The event as a JSON object.
+
+        >>> Note("2 images were left out").to_dict()
+        {'event': 'note', 'text': '2 images were left out'}
+        """
+        return {"event": self.kind} | asdict(self)
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """A stage that is to come."""
+
+    name: str
+    epochs: int
+    steps: int
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The target of a run. limit, dense: the largest allowed cost and the dense model's; none for sparsities."""
+
+    kind: str  # macs | params | channels | sparsity
+    limit: int | None = None
+    dense: int | None = None
+    asked: tuple[float, ...] = ()  # sparsities
+
+
+@dataclass(frozen=True)
+class Costs:
+    """What a model costs: multiply-accumulates of one input, parameters, and units ("channels")."""
+
+    macs: int
+    params: int
+    channels: int
+
+
+@dataclass(frozen=True)
+class Started(Event):
+    """The model was analysed, and the target can be met."""
+
+    kind: ClassVar[str] = "start"
+    arch: str | None
+    device: str
+    precision: str
+    stages: tuple[StagePlan, ...]
+    round_to: int
+    target: Wanted
+    dense: Costs
+
+
+@dataclass(frozen=True)
+class Resumed(Event):
+    """The run goes on from a checkpoint."""
+
+    kind: ClassVar[str] = "resumed"
+    stage: str
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class StageBegan(Event):
+    """A stretch of training begins, or goes on."""
+
+    kind: ClassVar[str] = "stage"
+    name: str
+
+
+@dataclass(frozen=True)
+class StepTaken(Event):
+    """One training step is done. step: how many of the stage's `steps` are done."""
+
+    kind: ClassVar[str] = "step"
+    stage: str
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+
+
+@dataclass(frozen=True)
+class EpochEnded(Event):
+    """What an epoch was like. lr: of its last step. waiting_for_data: fraction of its time."""
+
+    kind: ClassVar[str] = "epoch"
+    stage: str
+    epoch: int
+    epochs: int
+    step: int
+    loss: float
+    validation_accuracy: float | None  # percent
+    lr: float
+    images_per_second: float
+    waiting_for_data: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class RoundStarted(Event):
+    """Units were chosen and start to decay. rounds: planned ones; a later round replaces released units.
+
+    condemning: units are chosen step by step while the round lasts, as soon as the base pruner marks them.
+    """
+
+    kind: ClassVar[str] = "round"
+    stage: str
+    step: int
+    round: int
+    rounds: int
+    chosen: int
+    condemning: bool
+    limit: int
+    predicted_macs: int
+    predicted_params: int
+
+
+@dataclass(frozen=True)
+class UnitsRemoved(Event):
+    """Dead units were removed physically. macs, params, units: of what is left."""
+
+    kind: ClassVar[str] = "compact"
+    stage: str
+    round: int
+    step: int
+    removed: int
+    released: int
+    macs: int
+    params: int
+    units: int
+    difference: float  # largest relative difference of outputs before and after
+
+
+@dataclass(frozen=True)
+class WentBack(Event):
+    """The accuracy floor was broken: the run goes on from the last state that held it."""
+
+    kind: ClassVar[str] = "back"
+    stage: str
+    step: int
+    culprit: str
+    validation_accuracy: float | None
+    floor: float
+    macs: int
+    params: int
+    units: int
+
+
+@dataclass(frozen=True)
+class WeightsCut(Event):
+    """Single weights of the trained model were cut to a sparsity. Accuracies are in percent, on the test set."""
+
+    kind: ClassVar[str] = "cut"
+    asked: float
+    reached: float
+    bytes: int
+    dense: float | None
+    cut: float | None
+    recovered: float | None
+    recalibrated: float | None
+    file: str
+
+
+@dataclass(frozen=True)
+class Exported(Event):
+    """A file was written, loaded again and compared."""
+
+    kind: ClassVar[str] = "export"
+    format: str
+    path: str
+    max_difference: float
+
+
+@dataclass(frozen=True)
+class Measuring(Event):
+    """A measurement begins."""
+
+    kind: ClassVar[str] = "measure"
+    what: str
+
+
+@dataclass(frozen=True)
+class CheckpointWritten(Event):
+    """Everything up to this step survives an interruption."""
+
+    kind: ClassVar[str] = "checkpoint"
+    step: int
+    path: str
+
+
+@dataclass(frozen=True)
+class Note(Event):
+    """Something that a user should know, in one sentence."""
+
+    kind: ClassVar[str] = "note"
+    text: str
+
+
+@dataclass(frozen=True)
+class Done(Event):
+    """All files are written."""
+
+    kind: ClassVar[str] = "done"
