@@ -26,7 +26,7 @@ import dpm_cli.run.story
 from dpm_cli.graph import compact_
 from dpm_cli.method.pruners.depgraph import GroupNorm
 from dpm_cli.method.pruning import Pruning, Removal
-from dpm_cli.method.stages import Stage
+from dpm_cli.recipe.stages import Stage
 from dpm_cli.models import build
 from dpm_cli.report import Event
 from dpm_cli.run.story import Run

@@ -40,12 +40,12 @@ def prune_softly(dense: Path, values: dict[str, Any], *, epochs: int, asymptotic
     model = load_model(dense, arch=spec.arch, classes=spec.classes, shape=spec.input).module
     torch.manual_seed(recipe.seed)
     found, amount = survey(model, recipe), recipe.prune.target.amount
-    groups, floors = found.groups, found.floors
+    groups, widths = found.groups, found.widths
     everything = np.ones(groups.units, bool)
     dense_macs, dense_params = groups.cost.macs(everything), count_parameters(model)
     dense_accuracy = evaluate_module(model, splits.test, batch=512).accuracy
     model.to(memory_format=torch.channels_last)
-    limit = resolve_limit(groups, floors, kind="macs", amount=amount)
+    limit = resolve_limit(groups, widths, kind="macs", amount=amount)
     base, units, batch = DepGraph(), Units(groups, model), recipe.data.batch
     base.bind(groups, model)
     per_epoch = len(splits.train) // batch
@@ -65,7 +65,7 @@ def prune_softly(dense: Path, values: dict[str, Any], *, epochs: int, asymptotic
         if asymptotic:
             share = (1 - 0.25 ** (3 * (epoch + 1) / epochs)) / (1 - 0.25**3)
         now = round(dense_macs - (dense_macs - limit) * share)
-        victims = choose_victims(groups, floors, base.scores(), kind="macs", limit=now)
+        victims = choose_victims(groups, widths, base.scores(), kind="macs", limit=now)
         units.scale_(torch.from_numpy(np.where(victims, 0.0, 1.0)).float())
     compact_(model, groups, ~victims)
     batches = splits.train.batches(batch, seed=recipe.seed, epoch=epochs, augment=augmentation(recipe))

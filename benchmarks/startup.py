@@ -21,7 +21,7 @@ from torch import nn
 
 import dpm_cli.graph.groups as tracing
 from dpm_cli.graph import compact_, find_groups
-from dpm_cli.method.budget import choose_victims, find_floors, resolve_limit
+from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
 from dpm_cli.method.pruners.depgraph import GroupNorm
 from dpm_cli.models import build
 
@@ -54,11 +54,11 @@ def measure(arch: str, turns: int) -> dict[str, Any]:
             groups = watch(model, example)
         exports.append(export.seconds)
         analyses.append(watch.seconds - export.seconds)
-        floors = find_floors(groups, round_to=8, min_keep=0.1)
-        limit = resolve_limit(groups, floors, kind="macs", amount=0.5)
+        widths = find_width_limits(groups, round_to=8, min_keep=0.1)
+        limit = resolve_limit(groups, widths, kind="macs", amount=0.5)
         scores = GroupNorm(groups, model).scores("mean")
         watch = Stopwatch(choose_victims)
-        watch(groups, floors, scores, kind="macs", limit=limit)
+        watch(groups, widths, scores, kind="macs", limit=limit)
         choices.append(watch.seconds)
     return {
         "model": arch,
@@ -72,9 +72,9 @@ def measure(arch: str, turns: int) -> dict[str, Any]:
 def prune(model: nn.Module) -> None:
     example = torch.zeros(2, *SHAPE)
     groups = find_groups(model, example)
-    floors = find_floors(groups, round_to=8, min_keep=0.1)
-    limit = resolve_limit(groups, floors, kind="macs", amount=0.5)
-    victims = choose_victims(groups, floors, GroupNorm(groups, model).scores("mean"), kind="macs", limit=limit)
+    widths = find_width_limits(groups, round_to=8, min_keep=0.1)
+    limit = resolve_limit(groups, widths, kind="macs", amount=0.5)
+    victims = choose_victims(groups, widths, GroupNorm(groups, model).scores("mean"), kind="macs", limit=limit)
     compact_(model, groups, ~victims)
 
 

@@ -152,7 +152,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     from dpm_cli.export import export_model
     from dpm_cli.graph import Units, compact_, find_groups
     from dpm_cli.measure import count_macs, count_parameters
-    from dpm_cli.method.budget import choose_victims, find_floors, resolve_limit
+    from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
     from dpm_cli.method.pruners.depgraph import GroupNorm
     from dpm_cli.models import build, save_slim
 
@@ -191,13 +191,13 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         }
         row |= {"analysis_GB": round(peak_gigabytes() - before, 2)}
         row |= {"units": groups.units, "kept": len(groups.kept)}
-        floors = find_floors(groups, round_to=8, min_keep=0.1)
+        widths = find_width_limits(groups, round_to=8, min_keep=0.1)
         dense = groups.cost.macs(np.ones(groups.units, bool))
-        row["lowest"] = round(groups.cost.macs(floors.lowest(groups)) / dense, 3)
-        limit = resolve_limit(groups, floors, kind="macs", amount=0.5)
+        row["lowest"] = round(groups.cost.macs(widths.lowest(groups)) / dense, 3)
+        limit = resolve_limit(groups, widths, kind="macs", amount=0.5)
         scores = GroupNorm(groups, model).scores("mean")
         started = time.process_time()
-        victims = choose_victims(groups, floors, scores, kind="macs", limit=limit)
+        victims = choose_victims(groups, widths, scores, kind="macs", limit=limit)
         row["choose_s"] = time.process_time() - started
         row["macs"] = groups.cost.macs(~victims) / dense
         Units(groups, model).scale_(torch.from_numpy(~victims).float())

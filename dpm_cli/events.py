@@ -12,6 +12,7 @@ class Event:
     """Base of all events. `kind` names it in metrics.jsonl, under the key "event"."""
 
     kind: ClassVar[str]
+    is_logged: ClassVar[bool] = False  # in metrics.jsonl
 
     def to_dict(self) -> dict[str, Any]:
         """The event as a JSON object.
@@ -99,6 +100,7 @@ class EpochEnded(Event):
     """What an epoch was like. lr: of its last step. waiting_for_data: fraction of its time."""
 
     kind: ClassVar[str] = "epoch"
+    is_logged: ClassVar[bool] = True
     stage: str
     epoch: int
     epochs: int
@@ -119,6 +121,7 @@ class RoundStarted(Event):
     """
 
     kind: ClassVar[str] = "round"
+    is_logged: ClassVar[bool] = True
     stage: str
     step: int
     round: int
@@ -135,6 +138,7 @@ class UnitsRemoved(Event):
     """Dead units were removed physically. macs, params, units: of what is left."""
 
     kind: ClassVar[str] = "compact"
+    is_logged: ClassVar[bool] = True
     stage: str
     round: int
     step: int
@@ -151,6 +155,7 @@ class WentBack(Event):
     """The accuracy floor was broken: the run goes on from the last state that held it."""
 
     kind: ClassVar[str] = "back"
+    is_logged: ClassVar[bool] = True
     stage: str
     step: int
     culprit: str
@@ -166,6 +171,7 @@ class WeightsCut(Event):
     """Single weights of the trained model were cut to a sparsity. Accuracies are in percent, on the test set."""
 
     kind: ClassVar[str] = "cut"
+    is_logged: ClassVar[bool] = True
     asked: float
     reached: float
     bytes: int
@@ -181,6 +187,7 @@ class Exported(Event):
     """A file was written, loaded again and compared."""
 
     kind: ClassVar[str] = "export"
+    is_logged: ClassVar[bool] = True
     format: str
     path: str
     max_difference: float

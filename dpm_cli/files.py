@@ -7,7 +7,7 @@ import re
 import secrets
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 from dpm_cli.errors import OutputError, RunError
@@ -26,6 +26,11 @@ OUTPUTS = (
     "recipe.yaml",
     "metrics.jsonl",
 )
+
+
+def previous_of(checkpoint: Path) -> Path:
+    """Where the checkpoint before the newest one lies: checkpoint.pt -> checkpoint.previous.pt."""
+    return checkpoint.with_name(f"{checkpoint.stem}.previous{checkpoint.suffix}")
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
@@ -62,7 +67,7 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     if overwrite and resume:
         raise OutputError("--resume continues a run and --overwrite starts it anew: give one of them")
     require_writable(folder)
-    _remove_leftovers(folder)
+    remove_leftovers(folder, (*OUTPUTS, CHECKPOINT))
     if overwrite:
         return  # what is there goes when the new run has something in its place
     if is_unfinished(folder):
@@ -98,13 +103,13 @@ def require_writable(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     """Keep other runs out of a folder, which must exist. Raises OutputError if one is in it.
 
     The system holds the lock for this process and drops it however the process ends, so that a killed run never blocks
     the next one; the file itself says nothing but who it is. Worker processes do not inherit it.
     """
-    path = (folder / LOCK).resolve()
+    path = (folder / name).resolve()
     if path in _held:  # the system does not keep a process out of what it holds itself
         raise _in_use(folder, "this process")
     try:
@@ -179,10 +184,10 @@ def _in_use(folder: Path, holder: str) -> OutputError:
     return OutputError(f"{folder} is in use by {holder}: wait until that run is over, or choose another --output")
 
 
-def _remove_leftovers(folder: Path) -> None:
-    """Temporary files of a run that was killed while it wrote them."""
-    names = [Path(name) for name in (*OUTPUTS, CHECKPOINT)]
-    ours = re.compile("|".join(rf"\.{re.escape(n.stem)}-[0-9a-f]{{8}}{re.escape(n.suffix)}" for n in names))
+def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
+    """Remove temporary files that a killed process left while it wrote one of these files."""
+    paths = [Path(name) for name in names]
+    ours = re.compile("|".join(rf"\.{re.escape(n.stem)}-[0-9a-f]{{8}}{re.escape(n.suffix)}" for n in paths))
     for path in folder.iterdir():
         if ours.fullmatch(path.name):
             path.unlink(missing_ok=True)

@@ -13,7 +13,7 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from dpm_cli.errors import RunError
-from dpm_cli.files import CHECKPOINT, PREVIOUS, write_atomic
+from dpm_cli.files import previous_of, write_atomic
 
 MAGIC = b"DPMCKPT1"
 HEADER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
@@ -27,8 +27,8 @@ class Checkpoint(NamedTuple):
     damaged: tuple[Path, ...]
 
 
-def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
-    """Write `state` as folder/checkpoint.pt; the one before it becomes checkpoint.previous.pt.
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state`; the checkpoint that was there becomes the previous one (`files.previous_of`).
 
     Raises RunError or OutputError when the disk is full or not writable; both older files are then untouched.
     """
@@ -36,16 +36,16 @@ def save_checkpoint(folder: Path, state: dict[str, Any]) -> None:
     def write(temporary: Path) -> None:
         _write_verified(temporary, state)
         # Only now may the older one move; a damaged one must not replace the intact one before it.
-        if _is_intact(folder / CHECKPOINT):
-            os.replace(folder / CHECKPOINT, folder / PREVIOUS)
+        if _is_intact(path):
+            os.replace(path, previous_of(path))
 
-    write_atomic(folder / CHECKPOINT, write)
+    write_atomic(path, write)
 
 
-def load_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest intact checkpoint of a folder; none if there never was one. Raises RunError if all are damaged."""
+def load_checkpoint(newest: Path) -> Checkpoint | None:
+    """The newest intact checkpoint; None if there never was one. Raises RunError if all are damaged."""
     damaged: list[Path] = []
-    for path in (folder / CHECKPOINT, folder / PREVIOUS):
+    for path in (newest, previous_of(newest)):
         if path.exists():
             state = _read_verified(path)
             if state is not None:
@@ -57,10 +57,10 @@ def load_checkpoint(folder: Path) -> Checkpoint | None:
     return None
 
 
-def remove_checkpoints(folder: Path) -> None:
+def remove_checkpoints(path: Path) -> None:
     """Call when the run is finished and its results are written."""
-    for name in (PREVIOUS, CHECKPOINT):
-        (folder / name).unlink(missing_ok=True)
+    for old in (previous_of(path), path):
+        old.unlink(missing_ok=True)
 
 
 def capture_rng() -> dict[str, Any]:

@@ -5,37 +5,32 @@ of a ResNet-56 step on CPU, but there it reads parameter, gradient and momentum 
 gradient in another layout than its channels-last weight is silently applied to the wrong elements.
 """
 
-from typing import Literal, assert_never
+from typing import assert_never
 
 import torch
 from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dpm_cli.errors import RunError
+from dpm_cli.recipe import Training
 
 OptimizerState = dict[str, dict[str, Tensor | float]]
 
 
-def make_optimizer(
-    model: nn.Module,
-    *,
-    name: Literal["sgd", "adam", "adamw"],
-    lr: float,
-    momentum: float = 0.9,
-    nesterov: bool = False,
-    weight_decay: float = 0.0,
-) -> Optimizer:
+def make_optimizer(model: nn.Module, training: Training) -> Optimizer:
     """One group of all parameters that require gradients, in the order of their names in the model."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    match name:
+    lr, decay = training.lr, training.weight_decay
+    match training.optimizer:
         case "sgd":
-            return SGD(parameters, lr, momentum=momentum, nesterov=nesterov and momentum > 0, weight_decay=weight_decay)
+            nesterov = training.nesterov and training.momentum > 0
+            return SGD(parameters, lr, momentum=training.momentum, nesterov=nesterov, weight_decay=decay)
         case "adam":
-            return Adam(parameters, lr, weight_decay=weight_decay)
+            return Adam(parameters, lr, weight_decay=decay)
         case "adamw":
-            return AdamW(parameters, lr, weight_decay=weight_decay)
+            return AdamW(parameters, lr, weight_decay=decay)
         case _:
-            assert_never(name)
+            assert_never(training.optimizer)
 
 
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> OptimizerState:

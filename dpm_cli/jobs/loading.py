@@ -1,9 +1,9 @@
 """What every job starts with: a recipe, a model and its data."""
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import nn
@@ -17,17 +17,31 @@ from dpm_cli.errors import (
     UnsupportedModelError,
     UsageError,
 )
+from dpm_cli.events import Event
 from dpm_cli.models import apply_edits_, build, find_edits, load_model
 from dpm_cli.models.outputs import find_failure, relative_difference, sample_images
 from dpm_cli.models.own_code import one_line
 from dpm_cli.models.slim import TOLERANCE
 from dpm_cli.models.structure import named_tensors
 from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
-from dpm_cli.report import Event
 from dpm_cli.tasks.classification import main_output
 
+T = TypeVar("T")
 AnyRecipe = Recipe | str | Path | Mapping[str, Any]
 OnEvent = Callable[[Event], None] | None
+
+
+def follow(events: Generator[Event, None, T], on_event: OnEvent) -> T:
+    """Run a story to its end, tell of all that happens, and return its result."""
+    try:
+        while True:
+            event = next(events)
+            if on_event:
+                on_event(event)
+    except StopIteration as end:
+        return cast(T, end.value)
+    finally:
+        events.close()
 
 
 def load_splits(recipe: Recipe, device: torch.device) -> Splits:

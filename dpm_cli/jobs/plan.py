@@ -30,8 +30,8 @@ class Plan:
         self.prune = prune = recipe.prune
         found = survey(module, recipe)
         self.module, self.groups = found.module, found.groups
-        self.round_to, self.floors = found.round_to, found.floors
-        everything, lowest = np.ones(self.groups.units, bool), self.floors.lowest(self.groups)
+        self.round_to, self.widths = found.round_to, found.widths
+        everything, lowest = np.ones(self.groups.units, bool), self.widths.lowest(self.groups)
         self.dense = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
         self.lowest = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
         self.kind: Kind
@@ -51,7 +51,7 @@ class Plan:
 
     def survivors(self) -> Flags:
         """(units,) what would be left if all victims were chosen at once, from the weights as they are."""
-        return ~choose_victims(self.groups, self.floors, self.scores, kind=self.kind, limit=self.limit)
+        return ~choose_victims(self.groups, self.widths, self.scores, kind=self.kind, limit=self.limit)
 
     def _target(self) -> dict[str, Any]:
         target, sparse = self.prune.target, self.prune.on_the_fly
@@ -64,7 +64,7 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         groups = [
             {"name": group.name, "layers": list(group.layers), "units": group.size, "lowest": units}
-            for group, units in zip(self.groups, self.floors.units.tolist())
+            for group, units in zip(self.groups, self.widths.least.tolist())
         ]
         result: dict[str, Any] = {
             "dense": self.dense,

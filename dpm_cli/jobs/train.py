@@ -1,36 +1,34 @@
 """`dpm train`: the dense model of a recipe."""
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-from dpm_cli.data import Splits, Waiting
 from dpm_cli.engine.allocator import keeping_freed_memory
+from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
-from dpm_cli.engine.distributed import is_launched
-from dpm_cli.engine.evaluate import Score, evaluate_module
+from dpm_cli.engine.distributed import World, join
+from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.faults import explaining_faults
-from dpm_cli.engine.learner import Learner
-from dpm_cli.engine.precision import Precision, choose_layout, choose_precision
-from dpm_cli.engine.step import LossMeter, all_finite
-from dpm_cli.errors import (
-    OutputError,
-    RecipeError,
-    RunError,
-    UsageError,
-)
-from dpm_cli.files import write_atomic
-from dpm_cli.jobs.loading import AnyRecipe, OnEvent, load_module, load_splits, resolve_recipe
+from dpm_cli.engine.loop import State
+from dpm_cli.engine.precision import choose_layout, choose_precision
+from dpm_cli.engine.setup import Setup
+from dpm_cli.errors import OutputError, RecipeError
+from dpm_cli.events import Event, Note
+from dpm_cli.files import LOCK, locked, previous_of, remove_leftovers, write_atomic
+from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, resolve_recipe
 from dpm_cli.measure import count_parameters, flushing_denormals
 from dpm_cli.models import build
 from dpm_cli.recipe import Recipe
-from dpm_cli.report import Event
-from dpm_cli.run.events import epoch_event, step_event
-from dpm_cli.run.story import augmentation
+from dpm_cli.recipe.stages import Stage, number_epochs
+from dpm_cli.results import Trained
+from dpm_cli.run.course import Course, CourseHooks
+from dpm_cli.run.journal import Journal
+from dpm_cli.run.resume import Origin
 
 
 @flushing_denormals()
@@ -40,113 +38,142 @@ def train(
     output: str | Path = "model.pt",
     model: str | Path | None = None,
     device: str = "auto",
+    resume: bool = False,
     overwrite: bool = False,
     trust_pickle: bool = False,
     on_event: OnEvent = None,
-) -> dict[str, Any]:
-    """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file."""
+    should_stop: Callable[[], int] | None = None,
+) -> Trained:
+    """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file.
+
+        trained = dpm_cli.train("cifar10", output="model.pt")
+
+    While it trains, checkpoints lie beside `output`: model.checkpoint.pt. resume: go on from there, to the same bits on
+    a CPU. should_stop and several processes: as for `prune`. Raises a DpmError.
+    """
     recipe, path = resolve_recipe(recipe), Path(output)
-    if is_launched():
-        raise UsageError("dpm train runs in one process: start it without the launcher (dpm prune runs in several)")
     if not recipe.data.labels:
         raise RecipeError("data.labels is false, but training needs labels: set it to true")
-    if path.exists() and not overwrite:
-        raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
+    with join(device) as world, explaining_faults(recipe.data.batch):
+        torch_device = choose_device(device)
+        precision = choose_precision(recipe.precision, torch_device)
+        with _claimed(path, world, overwrite=overwrite, resume=resume):
+            torch.manual_seed(recipe.seed)
+            module = _start_from(model, recipe, trust_pickle)
+            with world.main_first():
+                splits = load_splits(recipe, torch_device)
+            stop = should_stop or (lambda: False)
+            setup = Setup(recipe, splits, checkpoint_of(path), torch_device, precision, stop, world)
+            setup.require_enough_images()
+            return follow(_Training(setup, module, path).events(resume=resume), on_event)
+
+
+def checkpoint_of(path: Path) -> Path:
+    """Where the checkpoints of a model in training lie: model.pt -> model.checkpoint.pt."""
+    return path.with_name(f"{path.stem}.checkpoint.pt")
+
+
+class _Trainee:
+    """A dense model."""
+
+    teacher: nn.Module | None = None
+
+    def __init__(self, module: nn.Module, setup: Setup) -> None:
+        self.layout = choose_layout(module, torch.zeros(2, *setup.recipe.model.input))
+        self.model = module.to(setup.device).to(memory_format=self.layout).train()
+
+    def state_dict(self) -> State:
+        return {"model": self.model.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        self.model.load_state_dict(state["model"])
+
+
+class _Training:
+    """The story of `dpm train`."""
+
+    def __init__(self, setup: Setup, module: nn.Module, path: Path) -> None:
+        self.setup, self.path = setup, path
+        recipe = setup.recipe
+        origin = Origin.of(recipe, module, setup.splits)
+        section = "dense." if recipe.dense else "train."
+        stages = number_epochs([Stage("dense", recipe.dense or recipe.train, section)])
+        self.trainee = _Trainee(module, setup)
+        self.course = Course(setup, stages, self.trainee, origin, Journal(None))
+
+    def events(self, *, resume: bool) -> Generator[Event, None, Trained]:
+        course, setup, started = self.course, self.setup, time.monotonic()
+        setup.world.require_same("the recipe, the model file or the data", course.origin.to_dict())
+        if resume:
+            yield from course.restore()
+        if not course.is_over:
+            with keeping_freed_memory():
+                yield from course.train(CourseHooks(course))
+            yield from course.advance()
+        trained = self._finish(started)
+        for note in course.notes:
+            yield Note(note)
+        return trained
+
+    def _finish(self, started: float) -> Trained:
+        """The main process writes the weights; all of them know the figures."""
+        setup, recipe, path, module = self.setup, self.setup.recipe, self.path, self.trainee.model
+        validation_accuracy = setup.validate(module)
+        test = evaluate_module(module, setup.splits.test, batch=recipe.data.batch)
+        trained = None
+        if setup.world.is_main:
+            weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
+
+            def write(temporary: Path) -> None:
+                with temporary.open("wb") as file:  # given a path, torch turns "disk full" into its own RuntimeError
+                    torch.save(weights, file)
+
+            write_atomic(path, write)
+            trained = Trained(
+                path=str(path),
+                arch=recipe.model.arch,
+                accuracy=test.accuracy,
+                loss=test.loss,
+                validation_accuracy=validation_accuracy,
+                epochs=(recipe.dense or recipe.train).epochs,
+                params=count_parameters(module),
+                bytes=path.stat().st_size,
+                seconds=round(time.monotonic() - started, 2),
+                seed=recipe.seed,
+                device=str(setup.device),
+                precision=setup.precision.name,
+            )
+        self.course.forget()
+        shared = setup.world.share(trained)
+        assert shared is not None
+        return shared
+
+
+def _start_from(model: str | Path | None, recipe: Recipe, trust_pickle: bool) -> nn.Module:
+    spec = recipe.model
+    if model is None:
+        return build(spec.arch, classes=spec.classes, shape=spec.input)
+    return load_module(model, recipe, trust_pickle)[0]
+
+
+@contextlib.contextmanager
+def _claimed(path: Path, world: World, *, overwrite: bool, resume: bool) -> Iterator[None]:
+    """The main process keeps other trainings away from the file, and checks that this one may write it."""
+    if not world.is_main:
+        yield
+        return
+    if overwrite and resume:
+        raise OutputError("--resume continues a training and --overwrite starts it anew: give one of them")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} is not a folder: create it, or choose another --output")
-    torch_device = choose_device(device)
-    precision = choose_precision(recipe.precision, torch_device)
-    torch.manual_seed(recipe.seed)
-    spec = recipe.model
-    module = (
-        build(spec.arch, classes=spec.classes, shape=spec.input)
-        if model is None
-        else load_module(model, recipe, trust_pickle)[0]
-    )
-    with explaining_faults(recipe.data.batch):
-        splits = load_splits(recipe, torch_device)
-        return _train_dense(recipe, module, splits, path, torch_device, precision, on_event or (lambda event: None))
-
-
-def _train_dense(
-    recipe: Recipe,
-    module: nn.Module,
-    splits: Splits,
-    path: Path,
-    torch_device: torch.device,
-    precision: Precision,
-    tell: Callable[[Event], None],
-) -> dict[str, Any]:
-    started = time.monotonic()
-    layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
-    module = module.to(torch_device).to(memory_format=layout).train()
-    training, batch = recipe.dense or recipe.train, recipe.data.batch
-    per_epoch = max(1, len(splits.train) // batch)
-    learner = Learner(
-        module,
-        precision=precision,
-        steps=training.epochs * per_epoch,
-        steps_per_epoch=per_epoch,
-        layout=layout,
-        seed=recipe.seed,
-        **training.model_dump(exclude={"epochs"}),
-    )
-    tell({"event": "stage", "name": "dense"})
-    validation: Score | None = None
-    with keeping_freed_memory():
-        for epoch in range(training.epochs):
-            meter, waiting, epoch_started = LossMeter(torch_device), Waiting(), time.monotonic()
-            batches = splits.train.batches(
-                batch, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=len(splits.train) >= batch
-            )
-            for step, (images, labels) in enumerate(waiting.timed(batches), epoch * per_epoch):
-                meter.add_(learner.step_(images, labels, step=step), images=len(labels), step=step)
-                tell(step_event(stage="dense", step=step + 1, steps=learner.steps, steps_per_epoch=per_epoch))
-            reading = meter.read()
-            if reading.first_bad_step is not None or not all_finite(learner.tensors()):
-                bad = reading.first_bad_step
-                when = f"at step {bad}" if bad is not None else f"in epoch {epoch + 1}"
-                section = "dense" if recipe.dense else "train"
-                raise RunError(
-                    f"the loss or a weight is not finite {when}: lower {section}.lr or set {section}.clip_grad"
-                )
-            if len(splits.validation):
-                validation = evaluate_module(module, splits.validation, batch=batch, precision=precision)
-            tell(
-                epoch_event(
-                    stage="dense",
-                    epoch=epoch + 1,
-                    epochs=training.epochs,
-                    step=(epoch + 1) * per_epoch,
-                    loss=reading.mean,
-                    validation_accuracy=validation.accuracy if validation else None,
-                    lr=learner.learning_rate((epoch + 1) * per_epoch - 1),
-                    images=reading.images,
-                    seconds=time.monotonic() - epoch_started,
-                    waited=waiting.seconds,
-                )
-            )
-    test = evaluate_module(module, splits.test, batch=batch)
-    if len(splits.corrupt):
-        tell({"event": "note", "text": splits.corrupt.note})
-    weights = {name: tensor.detach().cpu().contiguous() for name, tensor in module.state_dict().items()}
-
-    def write(temporary: Path) -> None:
-        with temporary.open("wb") as file:  # given a path, torch turns "disk full" into a RuntimeError of its own
-            torch.save(weights, file)
-
-    write_atomic(path, write)
-    return {
-        "path": str(path),
-        "arch": recipe.model.arch,
-        "accuracy": test.accuracy,
-        "loss": test.loss,
-        "validation_accuracy": validation.accuracy if validation else None,
-        "epochs": training.epochs,
-        "params": count_parameters(module),
-        "bytes": path.stat().st_size,
-        "seconds": round(time.monotonic() - started, 2),
-        "seed": recipe.seed,
-        "device": str(torch_device),
-        "precision": precision.name,
-    }
+    checkpoint = checkpoint_of(path)
+    is_unfinished = any(each.exists() for each in (checkpoint, previous_of(checkpoint)))
+    if path.exists() and not overwrite and not (resume and is_unfinished):
+        raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
+    if is_unfinished and not (overwrite or resume):
+        raise OutputError(f"{checkpoint} is of an unfinished training: --resume continues it, --overwrite starts anew")
+    with locked(path.parent, f"{LOCK}-{path.name}"):
+        remove_leftovers(path.parent, (checkpoint.name, path.name))
+        if overwrite:
+            remove_checkpoints(checkpoint)
+        yield

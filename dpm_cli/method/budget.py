@@ -17,17 +17,17 @@ Scores = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
-class Floors:
+class WidthLimits:
     """How far each group may shrink, fixed for a whole run."""
 
-    units: Ids  # (groups,) the fewest units a group may keep
+    least: Ids  # (groups,) the fewest units a group may keep
     step: Ids  # (groups,) survivors are a multiple of this, or all
     sizes: Ids  # (groups,) of the dense model
 
     def lowest(self, groups: Groups) -> Flags:
         """(units,) the smallest set of survivors (any units: the cost only depends on how many)."""
         alive = np.zeros(groups.units, bool)
-        for group, units in zip(groups, self.units.tolist()):
+        for group, units in zip(groups, self.least.tolist()):
             alive[group.start : group.start + min(units, group.size)] = True
         return alive
 
@@ -46,19 +46,19 @@ def choose_round_to(groups: Groups, asked: int | Literal["auto"], *, min_keep: f
         return asked
     limit = find_limit(cost_of(groups.cost, kind, np.ones(groups.units, bool)), amount)
     for step in AUTO_STEPS:
-        lowest = find_floors(groups, round_to=step, min_keep=min_keep).lowest(groups)
+        lowest = find_width_limits(groups, round_to=step, min_keep=min_keep).lowest(groups)
         if cost_of(groups.cost, kind, lowest) <= limit:
             return step
     return AUTO_STEPS[0]  # the target is out of reach, whatever the step
 
 
-def find_floors(groups: Groups, *, round_to: int, min_keep: float) -> Floors:
+def find_width_limits(groups: Groups, *, round_to: int, min_keep: float) -> WidthLimits:
     """round_to: surviving channels are a multiple of it. min_keep: fraction of each group that always stays."""
     sizes = np.array([group.size for group in groups], np.int64)
     step = np.array([round_to // math.gcd(round_to, group.channels_per_unit) for group in groups], np.int64)
     least = np.array([group.least for group in groups], np.int64)
     fewest = np.maximum(least, np.ceil(sizes * min_keep - 1e-9).astype(np.int64))
-    return Floors(np.minimum(sizes, -(-fewest // step) * step), step, sizes)
+    return WidthLimits(np.minimum(sizes, -(-fewest // step) * step), step, sizes)
 
 
 def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
@@ -77,13 +77,13 @@ def find_limit(dense: int, amount: float) -> int:
     return math.floor(dense * amount * (1 + 1e-12)) if amount < 1 else math.floor(amount)  # 0.29 of 100 is 29
 
 
-def resolve_limit(groups: Groups, floors: Floors, *, kind: Kind, amount: float) -> int:
+def resolve_limit(groups: Groups, widths: WidthLimits, *, kind: Kind, amount: float) -> int:
     """The largest cost that meets the target; amount as in `find_limit`.
 
     Raises TargetError with the achievable range when no allowed set of survivors meets it.
     """
     dense = cost_of(groups.cost, kind, np.ones(groups.units, bool))
-    lowest = cost_of(groups.cost, kind, floors.lowest(groups))
+    lowest = cost_of(groups.cost, kind, widths.lowest(groups))
     limit = find_limit(dense, amount)
     if limit >= dense:
         raise TargetError(
@@ -111,7 +111,7 @@ def _explain_kept(groups: Groups) -> str:
 
 def choose_victims(
     groups: Groups,
-    floors: Floors,
+    widths: WidthLimits,
     scores: Scores,
     *,
     kind: Kind,
@@ -136,11 +136,11 @@ def choose_victims(
     # A unit goes when its group has lost enough others to land on an allowed width: find the rank at which that
     # happens.
     turn = np.full(len(candidates), len(candidates))
-    width_allowed = floors.are_widths_allowed(present)
+    width_allowed = widths.are_widths_allowed(present)
     for number in np.unique(group).tolist():
         ranks = np.flatnonzero(group == number)  # in order of score
         left = present[number] - np.arange(1, len(ranks) + 1)  # survivors after each removal
-        allowed = np.flatnonzero((left % floors.step[number] == 0) & (left >= floors.units[number]))
+        allowed = np.flatnonzero((left % widths.step[number] == 0) & (left >= widths.least[number]))
         if len(allowed):
             done_at = np.searchsorted(allowed, np.arange(len(ranks)))
             goes = done_at < len(allowed)

@@ -85,7 +85,7 @@ class Decay:
         self.age = self.age + self.decaying
         if self.rectifier and self.rectifying:
             resists = self.rectifier.judge(self.units, norms, self.decaying, self.age, self.initial, self.steps)
-            resists &= self.releases < self.rectifier.limit
+            resists &= self.releases < self.rectifier.settings.limit
             self.released = self.released | resists
             self.releases = self.releases + resists
             self.decaying = self.decaying & ~resists

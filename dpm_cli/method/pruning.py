@@ -4,7 +4,7 @@ One object holds everything that changes with the structure of the model, so tha
 and a checkpoint can restore it.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -17,15 +17,39 @@ from dpm_cli.errors import RunError
 from dpm_cli.graph import Groups, Units, compact_
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.labels import Flags
+from dpm_cli.graph.trace import Example, run_example
 from dpm_cli.layers.modes import in_mode
-from dpm_cli.method.budget import Floors, Kind, choose_victims, cost_of
-from dpm_cli.method.decay import Decay, Envelope
+from dpm_cli.method.budget import Kind, Scores, WidthLimits, choose_victims, cost_of
+from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners.base import BasePruner
 from dpm_cli.method.rectify import Rectifier
+from dpm_cli.method.rounds import Rounds
+from dpm_cli.recipe import sections
 
 FoldMeans = Callable[[Groups, Flags], None]  # (groups, alive): let the readers of units that go take their means
-MakeRectifier = Callable[[Tensor, int], Rectifier]  # (group of each unit, number of groups) -> a fresh one
 COMPACT_TOLERANCE = 1e-5  # relative to the largest output
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What must be left: at most `limit` of a kind of cost, in allowed widths."""
+
+    kind: Kind
+    limit: int
+    widths: WidthLimits
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What the start of a round chose, and where that leads."""
+
+    round: int
+    rounds: int  # planned ones
+    chosen: int
+    condemning: bool  # units are chosen step by step while the round lasts
+    limit: int
+    predicted_macs: int
+    predicted_params: int
 
 
 @dataclass(frozen=True)
@@ -35,13 +59,14 @@ class Removal:
     removed: int
     released: int
     difference: float  # largest relative difference of outputs before and after
-    kept: KeptPositions  # of every tensor that lost positions, for the optimizer's state
+    kept: KeptPositions  # of every tensor that lost positions
+    before: Mapping[str, nn.Parameter]  # the parameters as they were, for the optimizer
 
 
 class Pruning:
     """The structure of one model during a run. `model` is changed in place.
 
-    Drive it from a stage's loop: `start_round` when `is_due`, `before_step_` and `after_step_` around the optimizer's
+    Drive it from a training loop: `start_round` when `is_due`, `before_step_` and `after_step_` around the optimizer's
     step, `finish_round` when `is_over`. Steps are counted over all stages that prune.
     """
 
@@ -50,41 +75,34 @@ class Pruning:
         model: nn.Module,
         groups: Groups,
         base: BasePruner,
+        goal: Goal,
+        rounds: Rounds,
+        decay: sections.Decay,
         *,
-        kind: Kind,
-        limit: int,
-        floors: Floors,
-        starts: Sequence[int],
-        end: int,
-        decay_steps: int,
-        envelope: Envelope = "exact",
-        make_rectifier: MakeRectifier | None = None,
         fold_means: FoldMeans | None = None,
     ) -> None:
-        """starts: the first step of every round. end: the step from which on nothing is condemned any more. fold_means:
-        called before units are cut at once; units that decay leave nothing behind.
-        """
-        self.model, self.base = model, base
+        """fold_means: called before units are cut at once; units that decay leave nothing behind."""
+        self.model, self.base, self.goal, self.rounds, self.fold_means = model, base, goal, rounds, fold_means
         self.groups = groups = base.prepare_(model, groups)
         self.is_prepared = True
-        self.kind, self.limit, self.floors = kind, limit, floors
-        self.starts, self.end, self.fold_means = tuple(starts), end, fold_means
         self.dense_cost = self.cost()
         self.survivors = np.ones(groups.units, bool)  # of the dense model's units
         self.round = 0  # rounds started
         self.in_round = False  # victims were chosen, and not all of them are dead or released
-        self.is_condemning = False  # the round goes on for as long as units are wanted, until `end`
+        self.is_choosing = False  # the round goes on for as long as units are wanted, until `rounds.end`
         self.chosen = self.released = 0
         self.topped_up = 0  # chosen beyond the planned rounds
         self.units, whole = self._find_units()
-        group_of_unit = torch.from_numpy(groups.group_of_unit).to(self.units.device)
-        rectifier = make_rectifier(group_of_unit, len(groups)) if make_rectifier else None
-        self.decay = Decay(self.units, steps=decay_steps, envelope=envelope, rectifier=rectifier, whole=whole)
+        rectifier = None
+        if decay.rectify:
+            group_of_unit = torch.from_numpy(groups.group_of_unit).to(self.units.device)
+            rectifier = Rectifier(group_of_unit, len(groups), decay.rectify)
+        self.decay = Decay(self.units, steps=decay.steps, envelope=decay.envelope, rectifier=rectifier, whole=whole)
         base.bind(groups, model)
 
     def cost(self, alive: Flags | None = None) -> int:
         """The target's kind of cost, of the model as it is or of some survivors."""
-        return cost_of(self.groups.cost, self.kind, self.all_alive if alive is None else alive)
+        return cost_of(self.groups.cost, self.goal.kind, self.all_alive if alive is None else alive)
 
     @property
     def all_alive(self) -> Flags:
@@ -98,45 +116,47 @@ class Pruning:
 
     def _would_meet(self, alive: Flags) -> bool:
         widths = np.bincount(self.groups.group_of_unit[alive], minlength=len(self.groups))
-        return self.cost(alive) <= self.limit and bool(self.floors.are_widths_allowed(widths).all())
+        return self.cost(alive) <= self.goal.limit and bool(self.goal.widths.are_widths_allowed(widths).all())
 
     @property
     def is_done(self) -> bool:
         """The target is met, and all rounds are over that would go beyond it if need be."""
-        return not self.in_round and (self.base.condemns or self.round >= len(self.starts)) and self.is_met
+        return (
+            not self.in_round and (self.base.pace != "rounds" or self.round >= len(self.rounds.starts)) and self.is_met
+        )
 
     def is_due(self, step: int) -> bool:
         """Whether a round starts before this step: a planned one, or one more to replace released units."""
         if self.in_round or self.is_done:
             return False
-        return step >= self.starts[self.round] if self.round < len(self.starts) else True
+        return step >= self.rounds.starts[self.round] if self.round < len(self.rounds.starts) else True
 
     @property
     def is_over(self) -> bool:
         """Whether the current round's decays are all finished."""
-        return self.in_round and not self.is_condemning and self.decay.remaining == 0
+        return self.in_round and not self.is_choosing and self.decay.remaining == 0
 
-    def start_round(self) -> dict[str, int]:
+    def start_round(self) -> Choice:
         """Choose victims for this round's share of the target and let them decay.
 
-        A base that condemns has its own pace, and only the target bounds it. The rounds beyond the planned ones take
+        A base that marks units has its own pace, and only the target bounds it. The rounds beyond the planned ones take
         what is missing by the scores alone, and nothing is released in them. A unit that was just released rests for
         this round: it is short now, and would be the first to be chosen again. Only a target that cannot be met without
         it takes it back.
         """
         self.round += 1
-        rounds = len(self.starts)
+        rounds = len(self.rounds.starts)
         is_planned = self.round <= rounds
         scores, present = self.base.scores(), self._present
-        limit, eligible = self.limit, ~self.decay.released.cpu().numpy()
-        if is_planned and self.base.condemns:
-            eligible &= self.base.condemned().cpu().numpy()
+        limit, eligible = self.goal.limit, ~self.decay.released.cpu().numpy()
+        if is_planned and self.base.pace != "rounds":
+            eligible &= self.base.marked().cpu().numpy()
         elif is_planned:
-            limit = self.dense_cost - (self.dense_cost - self.limit) * self.round // rounds
-        choose = partial(choose_victims, self.groups, self.floors, scores, kind=self.kind, alive=present)
-        self.is_condemning = is_planned and self.base.condemns_each_step
-        if self.is_condemning:
-            self.base.start_round(int(choose(limit=limit).sum()), self.end - self.starts[0])
+            limit = self.dense_cost - (self.dense_cost - limit) * self.round // rounds
+        choose = partial(self._choose, scores, alive=present)
+        self.is_choosing = is_planned and self.base.pace == "steps"
+        if self.is_choosing:
+            self.base.start_round(int(choose(limit=limit).sum()), self.rounds.end - self.rounds.starts[0])
         victims = choose(limit=limit, eligible=eligible)
         if not is_planned and not self._would_meet(present & ~victims):
             victims = choose(limit=limit)
@@ -146,15 +166,21 @@ class Pruning:
         self.in_round = True
         self.chosen += int(victims.sum())
         self.topped_up += 0 if is_planned else int(victims.sum())
-        return {
-            "round": self.round,
-            "rounds": rounds,
-            "chosen": int(victims.sum()),
-            "condemning": self.is_condemning,
-            "limit": limit,
-            "predicted_macs": self.groups.cost.macs(present & ~victims),
-            "predicted_params": self.groups.cost.parameters(present & ~victims),
-        }
+        return Choice(
+            round=self.round,
+            rounds=rounds,
+            chosen=int(victims.sum()),
+            condemning=self.is_choosing,
+            limit=limit,
+            predicted_macs=self.groups.cost.macs(present & ~victims),
+            predicted_params=self.groups.cost.parameters(present & ~victims),
+        )
+
+    def _choose(self, scores: Scores, *, limit: int, alive: Flags, eligible: Flags | None = None) -> Flags:
+        goal = self.goal
+        return choose_victims(
+            self.groups, goal.widths, scores, kind=goal.kind, limit=limit, alive=alive, eligible=eligible
+        )
 
     def before_step_(self) -> None:
         """Between backward and the optimizer's step."""
@@ -165,30 +191,23 @@ class Pruning:
     def after_step_(self, step: int, lr: float) -> None:
         """After the optimizer's step, with its learning rate."""
         decay = self.decay
-        is_wanted = self.is_condemning and self.cost(self._present) > self.limit
-        self.base.after_step_(lr, decay.decaying | decay.dead, decay.released, is_wanted)
+        is_wanted = self.is_choosing and not self._meets_target()
+        self.base.after_step_(lr, decay.decaying | decay.dead)
         if is_wanted:
-            self._condemn()
+            self.base.mark_(decay.decaying | decay.dead | decay.released)
+            self._choose_marked()
         if self.in_round:
             decay.advance_()
-        if self.is_condemning and (step + 1 >= self.end or (not decay.remaining and self._meets_target())):
-            self.is_condemning = False
+        if self.is_choosing and (step + 1 >= self.rounds.end or (not decay.remaining and self._meets_target())):
+            self.is_choosing = False
 
-    def _condemn(self) -> None:
-        """Let the units decay that the base has condemned, as far as the target needs them."""
+    def _choose_marked(self) -> None:
+        """Let the units decay that the base has marked, as far as the target needs them."""
         present = self._present
-        eligible = self.base.condemned().cpu().numpy() & present & ~self.decay.released.cpu().numpy()
+        eligible = self.base.marked().cpu().numpy() & present & ~self.decay.released.cpu().numpy()
         if not eligible.any():
             return
-        victims = choose_victims(
-            self.groups,
-            self.floors,
-            self.base.scores(),
-            kind=self.kind,
-            limit=self.limit,
-            alive=present,
-            eligible=eligible,
-        )
+        victims = self._choose(self.base.scores(), limit=self.goal.limit, alive=present, eligible=eligible)
         if victims.any():
             self.decay.add(victims)
             self.chosen += int(victims.sum())
@@ -200,47 +219,47 @@ class Pruning:
         return present
 
     def _meets_target(self) -> bool:
-        return self.cost(self._present) <= self.limit
+        return self.cost(self._present) <= self.goal.limit
 
-    def finish_round(self, images: Tensor) -> Removal:
+    def finish_round(self, example: Example) -> Removal:
         """Remove the dead units physically and check that nothing else changed.
 
-        images: (B, C, H, W) real inputs for the check. Raises RunError if outputs differ by more than 1e-5.
+        example: real inputs for the check. Raises RunError if outputs differ by more than 1e-5.
         """
         released = int(self.decay.released.sum())
         self.in_round = False
         self.released += released
-        return replace(self.remove_dead(images), released=released)
+        return replace(self.remove_dead(example), released=released)
 
     @property
     def has_dead(self) -> bool:
-        """Whether units can be removed in the middle of a round: a base that condemns each step goes on for long."""
-        return self.is_condemning and bool(self.decay.dead.any())
+        """Whether units can be removed in the middle of a round: at the pace of steps it lasts long."""
+        return self.is_choosing and bool(self.decay.dead.any())
 
-    def remove_dead(self, images: Tensor) -> Removal:
+    def remove_dead(self, example: Example) -> Removal:
         """The dead units leave; the others go on decaying. As `finish_round`."""
         dead = self.decay.dead.cpu().numpy()
         if not dead.any():
-            return Removal(0, 0, 0.0, {})
-        before = _outputs(self.model, images)
+            return Removal(0, 0, 0.0, {}, {})
+        before, parameters = _outputs(self.model, example), dict(self.model.named_parameters(remove_duplicate=False))
         kept = compact_(self.model, self.groups, ~dead)
-        difference = _relative_difference(before, _outputs(self.model, images))
+        difference = _relative_difference(before, _outputs(self.model, example))
         if not difference <= COMPACT_TOLERANCE:
             raise RunError(
                 f"removing {int(dead.sum())} dead units changed the outputs by {difference:.1e} (allowed "
                 f"{COMPACT_TOLERANCE:.0e}), so the run stops; please report this model"
             )
         self._rebind(~dead)
-        return Removal(int(dead.sum()), 0, difference, kept)
+        return Removal(int(dead.sum()), 0, difference, kept, parameters)
 
-    def restore_(self) -> None:
+    def unwrap_(self) -> None:
         """Pruning is over: the model loses what the base pruner put into it."""
         if self.is_prepared:
             self.base.restore_(self.model)
             self.is_prepared = False
 
     def _find_units(self) -> tuple[Units, Units]:
-        """What shrinks, and what is zero in the end."""
+        """Units scaled while they decay; all entries that are zeroed at death."""
         whole = Units(self.groups, self.model)
         return self.base.decays(self.groups, self.model) or whole, whole
 
@@ -260,7 +279,7 @@ class Pruning:
             "survivors": torch.from_numpy(self.survivors),
             "round": self.round,
             "in_round": self.in_round,
-            "is_condemning": self.is_condemning,
+            "is_choosing": self.is_choosing,
             "is_prepared": self.is_prepared,
             "chosen": self.chosen,
             "released": self.released,
@@ -277,21 +296,21 @@ class Pruning:
         compact_(self.model, self.groups, alive)
         self._rebind(alive)
         self.round, self.in_round = int(state["round"]), bool(state["in_round"])
-        self.is_condemning = bool(state["is_condemning"])
+        self.is_choosing = bool(state["is_choosing"])
         self.chosen, self.released = int(state["chosen"]), int(state["released"])
         self.topped_up = int(state["topped_up"])
         self.decay.load_state_dict(state["decay"])
         self.base.load_state_dict(state["base"])
         if not state["is_prepared"]:
-            self.restore_()
+            self.unwrap_()
 
 
-def _outputs(model: nn.Module, images: Tensor) -> list[Tensor]:
+def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
     """Outputs in eval mode and full precision."""
     cudnn = torch.backends.cudnn
     exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 alone is off by 1e-3
     with in_mode(model, training=False), torch.no_grad(), exact:
-        return list(_tensors(model(images)))
+        return list(_tensors(run_example(model, example)))
 
 
 def _tensors(outputs: Any) -> list[Tensor]:

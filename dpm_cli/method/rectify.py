@@ -6,14 +6,14 @@ default, `significance`, has no threshold in units of the network: one mini-batc
 the escape rate is averaged over the decay and counted in its own standard errors (benchmarks/RESULTS.md compares).
 """
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dpm_cli.graph import Units
+from dpm_cli.recipe.sections import Rectify
 
-Criterion = Literal["cosine", "norm_per_update", "norm_per_decay", "norm_relative", "significance"]
 TINY = 1e-12
 
 
@@ -56,22 +56,9 @@ class Rectifier:
     Call `observe` after backward and before any penalty touches the gradients, then `judge` after the optimizer's step.
     """
 
-    def __init__(
-        self,
-        group_of_unit: Tensor,
-        groups: int,
-        *,
-        rate: float,
-        length: float,
-        criterion: Criterion = "significance",
-        combine: Literal["and", "or"] = "and",
-        smoothing: float = 0.9,
-        start: float = 0.3,
-        hits: int = 1,
-        limit: int = 1,
-    ) -> None:
-        self.rate, self.length, self.criterion, self.combine = rate, length, criterion, combine
-        self.smoothing, self.start, self.hits_needed, self.limit = smoothing, start, hits, limit
+    def __init__(self, group_of_unit: Tensor, groups: int, settings: Rectify) -> None:
+        """group_of_unit: (units,) on the units' device."""
+        self.settings = settings
         self.bind(group_of_unit, groups)
         zeros = torch.zeros(len(group_of_unit), device=group_of_unit.device)
         self.mean_rate, self.mean_length = zeros.clone(), zeros.clone()  # (units,) smoothed, not yet bias-corrected
@@ -86,11 +73,11 @@ class Rectifier:
     def observe(self, units: Units, norms: Tensor) -> None:
         """Remember what the criteria need of x and of the raw gradient g. norms: (units,) ‖x‖."""
         self._norm = norms
-        if self.criterion in ("cosine", "significance"):
+        if self.settings.criterion in ("cosine", "significance"):
             self._gradient, self._dot = units.compare(units.gradients(), units.weights())
         else:
             self._gradient = units.norm(units.gradients())
-        if self.criterion == "norm_per_update":
+        if self.settings.criterion == "norm_per_update":
             self._weights = [weight.clone() for weight in units.weights()]
 
     def judge(
@@ -101,7 +88,7 @@ class Rectifier:
         updated: (units,) norms after the optimizer's step. age: (units,) steps of decay including this one.
         initial: (units,) norms at the start of the decay. steps: N.
         """
-        match self.criterion:
+        match self.settings.criterion:
             case "cosine" | "significance":
                 rate = cosine_rate(self._dot, self._norm, self._gradient)
             case "norm_per_update":
@@ -112,22 +99,28 @@ class Rectifier:
             case "norm_relative":
                 rate = norm_relative(updated, self._norm)
         length = relative_length(self._gradient, self.group_of_unit, self.groups)
-        correction = 1 - self.smoothing ** age.clamp_min(1)
-        self.mean_length = torch.where(decaying, self.smoothing * self.mean_length + (1 - self.smoothing) * length, 0.0)
-        long = self.mean_length > self.length * correction
-        if self.criterion == "significance":  # a plain mean over the decay so far: only that has a standard error
+        correction = 1 - self.settings.smoothing ** age.clamp_min(1)
+        self.mean_length = torch.where(
+            decaying, self.settings.smoothing * self.mean_length + (1 - self.settings.smoothing) * length, 0.0
+        )
+        long = self.mean_length > self.settings.length * correction
+        if (
+            self.settings.criterion == "significance"
+        ):  # a plain mean over the decay so far: only that has a standard error
             share = 1 / age.clamp_min(1)
             self.mean_rate = torch.where(decaying, self.mean_rate + share * (rate - self.mean_rate), 0.0)
             squares = self.mean_square + share * (rate.square() - self.mean_square)
             self.mean_square = torch.where(decaying, squares, 0.0)
-            escapes = significance(self.mean_rate, self.mean_square, age) > self.rate
+            escapes = significance(self.mean_rate, self.mean_square, age) > self.settings.rate
         else:
-            self.mean_rate = torch.where(decaying, self.smoothing * self.mean_rate + (1 - self.smoothing) * rate, 0.0)
-            escapes = self.mean_rate > self.rate * correction
-        resists = (escapes & long) if self.combine == "and" else (escapes | long)
-        resists &= decaying & (age > self.start * steps)
+            self.mean_rate = torch.where(
+                decaying, self.settings.smoothing * self.mean_rate + (1 - self.settings.smoothing) * rate, 0.0
+            )
+            escapes = self.mean_rate > self.settings.rate * correction
+        resists = (escapes & long) if self.settings.combine == "and" else (escapes | long)
+        resists &= decaying & (age > self.settings.start * steps)
         self.hits = torch.where(resists, self.hits + 1, 0)
-        return self.hits >= self.hits_needed
+        return self.hits >= self.settings.hits
 
     def select(self, survivors: Tensor) -> None:
         """Keep the state of these units only. survivors: (kept,) indices."""

@@ -1,17 +1,18 @@
-"""What can be removed from a model under a recipe, before anything is trained."""
+"""What can be removed from a model, before anything is trained."""
 
 import copy
 from dataclasses import dataclass
 from functools import partial
 
-import torch
 from torch import nn
 
 from dpm_cli.graph import Groups, find_groups
 from dpm_cli.graph.folding import Shifts, find_shifts, give_biases_
-from dpm_cli.method.budget import Floors, choose_round_to, find_floors
-from dpm_cli.method.pruners import make_base
-from dpm_cli.recipe import Recipe
+from dpm_cli.graph.trace import Example
+from dpm_cli.method.budget import WidthLimits, choose_round_to, find_width_limits, resolve_limit
+from dpm_cli.method.pruners import BasePruner
+from dpm_cli.method.pruning import Goal
+from dpm_cli.recipe.sections import Prune, Target
 
 
 @dataclass(frozen=True)
@@ -22,21 +23,26 @@ class Survey:
     groups: Groups
     shifts: Shifts  # where these means can go, if they are to be folded
     round_to: int
-    floors: Floors
+    widths: WidthLimits
+
+    def goal(self, target: Target) -> Goal:
+        """The target as a limit of the dense model's cost. Raises TargetError with the range that can be reached."""
+        limit = resolve_limit(self.groups, self.widths, kind=target.kind, amount=target.amount)
+        return Goal(target.kind, limit, self.widths)
 
 
-def survey(module: nn.Module, recipe: Recipe) -> Survey:
-    """module: dense, in eval mode on the CPU. Raises what `find_groups` raises."""
-    prune, example, shifts = recipe.prune, torch.zeros(2, *recipe.model.input), Shifts()
+def survey(module: nn.Module, example: Example, prune: Prune, base: BasePruner, *, folds_means: bool = False) -> Survey:
+    """Find the groups of a dense module in eval mode on the CPU. Raises what `find_groups` raises.
+
+    example: inputs with a batch of 2 or more. folds_means: layers will need a place for the means of removed units.
+    """
     find = partial(find_groups, keep=prune.keep, prune_embedding=prune.embedding == "prune")
-    groups = find(module, example)
-    if recipe.folds_means:
+    groups, shifts = find(module, example), Shifts()
+    if folds_means:
         shifts, module = find_shifts(module, example), copy.deepcopy(module)
         if give_biases_(module, groups, shifts):
             groups = find(module, example)
-    groups = make_base(recipe).choosable(groups, module)
-    target = prune.target
-    if recipe.cuts_weights:
-        return Survey(module, groups, shifts, 1, find_floors(groups, round_to=1, min_keep=prune.min_keep))
-    round_to = choose_round_to(groups, prune.round_to, min_keep=prune.min_keep, kind=target.kind, amount=target.amount)
-    return Survey(module, groups, shifts, round_to, find_floors(groups, round_to=round_to, min_keep=prune.min_keep))
+    groups = base.choosable(groups, module)
+    target, min_keep = prune.target, prune.min_keep
+    round_to = choose_round_to(groups, prune.round_to, min_keep=min_keep, kind=target.kind, amount=target.amount)
+    return Survey(module, groups, shifts, round_to, find_width_limits(groups, round_to=round_to, min_keep=min_keep))

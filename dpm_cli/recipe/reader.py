@@ -1,6 +1,5 @@
 """YAML that a user owns -> a checked `Recipe`. Every mistake is reported at once, before torch is imported."""
 
-import difflib
 import hashlib
 import json
 import re
@@ -10,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from dpm_cli.errors import RecipeError
+from dpm_cli.recipe.check import explain
 from dpm_cli.recipe.schema import Recipe
 
 MAX_RECIPE_BYTES = 1 << 20
@@ -55,7 +55,7 @@ def parse_recipe(values: object, overrides: Sequence[str] = (), *, name: str = "
     try:
         return Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError([f"{name}: {problem}" for problem in _explain(error)]) from None
+        raise RecipeError([f"{name}: {problem}" for problem in explain(error, Recipe)]) from None
 
 
 def hash_recipe(recipe: Recipe) -> str:
@@ -85,7 +85,7 @@ class _Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key, _ in node.value:
             if key.value in seen:
-                raise yaml.YAMLError(f"{key.value!r} stands twice (line {key.start_mark.line + 1})")
+                raise yaml.YAMLError(f"{key.value!r} is given twice (line {key.start_mark.line + 1})")
             if isinstance(key.value, str):
                 seen.add(key.value)
         return super().construct_mapping(node, deep)
@@ -118,47 +118,3 @@ def _override(values: dict[Any, Any], override: str) -> dict[Any, Any]:
         node.clear()  # one target replaces another
     node[path[-1]] = _parse_yaml(text, f"--set {override}")
     return changed
-
-
-def _explain(error: ValidationError) -> list[str]:
-    """One line per mistake: where, what, and the nearest known key."""
-    return [_explain_one(problem) for problem in error.errors(include_url=False)]
-
-
-def _explain_one(problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"]) or "recipe"
-    value = problem.get("input")
-    match problem["type"]:
-        case "extra_forbidden":
-            known = _keys_at(problem["loc"][:-1])
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-            way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            return f"unknown key {place!r}; {way_out}"
-        case "missing":
-            return f"{place!r} is missing"
-        case "literal_error":
-            expected = problem["ctx"]["expected"].replace(" or ", ", ")
-            return f"{place} is {_show(value)}; known: {expected}"
-        case "value_error":
-            shown = f" is {_show(value)};" if isinstance(value, str | int | float) else ""
-            return f"{place}{shown} {problem['ctx']['error']}"
-        case _:
-            return f"{place} is {_show(value)}; {problem['msg'].lower()}"
-
-
-def _show(value: object) -> str:
-    try:
-        shown = repr(value)
-    except ValueError:  # Python refuses to print numbers of thousands of digits
-        return "a number of thousands of digits"
-    return shown if len(shown) <= 60 else shown[:57] + "..."
-
-
-def _keys_at(path: Sequence[str | int]) -> list[str]:
-    """The known keys of the section at a path such as ("train",)."""
-    section: type[BaseModel] = Recipe
-    for part in path:
-        field = section.model_fields.get(str(part))
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
-    return list(section.model_fields)

@@ -15,6 +15,7 @@ from dpm_cli.recipe.sections import (
     Prune,
     Section,
     Training,
+    default_decay,
 )
 
 
@@ -42,9 +43,8 @@ class Recipe(Section):
     def _rectifies_where_it_helps(cls, values: Any) -> Any:
         """Left out, `decay.rectify` is off for otov2: released units cost accuracy there (benchmarks/RESULTS.md)."""
         prune, decay = (values.get(name, {}) if isinstance(values, dict) else {} for name in ("prune", "decay"))
-        is_dict = isinstance(prune, dict) and isinstance(decay, dict)
-        if is_dict and prune.get("base") == "otov2" and "rectify" not in decay:
-            return values | {"decay": decay | {"rectify": False}}
+        if isinstance(prune, dict) and isinstance(decay, dict):
+            return values | {"decay": default_decay(prune.get("base"), decay)}
         return values
 
     @model_validator(mode="after")

@@ -278,3 +278,11 @@ class Checkpoint(Section):
     """How much an interruption may cost."""
 
     every: Positive = 500  # steps
+
+
+def default_decay(base: object, decay: dict[str, Any]) -> dict[str, Any]:
+    """The settings of `decay`, with `rectify` off for otov2 where it is left out.
+
+    Released units cost accuracy there (benchmarks/RESULTS.md).
+    """
+    return decay | {"rectify": False} if base == "otov2" and "rectify" not in decay else decay

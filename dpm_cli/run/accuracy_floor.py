@@ -1,29 +1,99 @@
-"""The accuracy floor of a run: what must hold on the validation images, the last state that did, and what broke it."""
+"""The accuracy floor of a run: what must hold on the validation images, and the way back to the state that held."""
 
-from dataclasses import dataclass
-from typing import Any
+import copy
 
-State = dict[str, Any]
+from dpm_cli.engine.loop import State
+from dpm_cli.events import WentBack
+from dpm_cli.report import FloorReport
+from dpm_cli.run.subject import Subject
 
 
-@dataclass
-class Floor:
-    """How far the validation accuracy may fall below the dense model's. All accuracies are in percent."""
+class AccuracyFloor:
+    """How far the validation accuracy may fall below the dense model's. All accuracies are in percent.
 
-    max_drop: float  # points
-    dense: float  # accuracy of the model as it was given
-    held: State | None = None  # the last state that held, as `Run` makes it; none: the model as it was given
-    broken: str | None = None  # what happened, if the run had to go back: one sentence
+    Without `prune.max_drop` there is no floor: everything holds, and nothing is remembered.
+    """
+
+    def __init__(self, subject: Subject) -> None:
+        self.subject = subject
+        self.max_drop = subject.setup.recipe.prune.max_drop  # points; None for no floor
+        self.dense = 0.0  # accuracy of the model as it was given
+        self.held: State | None = None  # the last state that held; None for the model as it was given
+        self.broken: str | None = None  # what happened, if the run had to go back: one sentence
 
     @property
     def limit(self) -> float:
-        return self.dense - self.max_drop
+        return self.dense - (self.max_drop or 0.0)
 
-    def holds(self, accuracy: float) -> bool:
-        return accuracy >= self.limit
+    @property
+    def went_back(self) -> bool:
+        return self.broken is not None
+
+    @property
+    def held_the_target(self) -> bool:
+        """Whether the state to go back to is one in which all pruning was done."""
+        return self.held is not None and bool(self.held["is_done"])
+
+    def measure(self) -> None:
+        """Call while the model is as it was given."""
+        if self.max_drop is not None:
+            accuracy = self._validate()
+            assert accuracy is not None  # a recipe with a floor has validation images
+            self.dense = accuracy
+
+    def holds(self) -> bool:
+        accuracy = None if self.max_drop is None else self._validate()
+        return accuracy is None or accuracy >= self.limit
+
+    def remember(self) -> None:
+        """Take the state of the subject as the last one that held."""
+        if self.max_drop is None:
+            return
+        subject = self.subject
+        state = subject.state_dict()
+        weights = {name: tensor.detach().to("cpu", copy=True) for name, tensor in state["model"].items()}
+        self.held = {
+            "subject": state | {"model": weights, "pruning": copy.deepcopy(state["pruning"])},
+            "is_done": subject.pruning.is_done,
+        }
+
+    def go_back(self, culprit: str, *, stage: str, step: int) -> WentBack:
+        """To the last state that held, for good: nothing is pruned any more."""
+        accuracy, subject, difference = self._validate(), self.subject, self.subject.difference
+        subject.begin_again(copy.deepcopy(self.held["subject"]) if self.held else None)
+        subject.difference = difference
+        pruning = subject.pruning
+        if not self.broken:
+            goal = pruning.goal
+            self.broken = (
+                f"{culprit} broke the accuracy floor and did not recover: validation {accuracy:.2f} %, floor "
+                f"{self.limit:.2f} % ({self.max_drop:g} points below the dense model); the run went back to the last "
+                f"state that held, with {goal.kind} {pruning.cost():,} (target {goal.limit:,})"
+            )
+        return WentBack(
+            stage=stage,
+            step=step,
+            culprit=culprit,
+            validation_accuracy=accuracy,
+            floor=self.limit,
+            macs=pruning.groups.cost.macs(pruning.all_alive),
+            params=pruning.groups.cost.parameters(pruning.all_alive),
+            units=pruning.groups.units,
+        )
+
+    def report(self) -> FloorReport | None:
+        """For the report; None without a floor."""
+        if self.max_drop is None:
+            return None
+        pruning = self.subject.pruning
+        kept_from_target = self.went_back and pruning.cost() > pruning.goal.limit
+        return FloorReport(self.max_drop, self.dense, self.limit, kept_from_target, self.broken)
 
     def state_dict(self) -> State:
         return {"dense": self.dense, "held": self.held, "broken": self.broken}
 
     def load_state_dict(self, state: State) -> None:
         self.dense, self.held, self.broken = float(state["dense"]), state["held"], state["broken"]
+
+    def _validate(self) -> float | None:
+        return self.subject.setup.validate(self.subject.model)

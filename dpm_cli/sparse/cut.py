@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dpm_cli.models.packed import count_packed_bytes
+from dpm_cli.recipe.sections import OnTheFly
 from dpm_cli.report import SparsityReport
-from dpm_cli.sparse.hypersphere import Per
 from dpm_cli.sparse.on_the_fly import cut_, measure_sparsity
 from dpm_cli.sparse.polarise import Recovery
 
@@ -25,11 +25,9 @@ class CutModel:
 def cut_model(
     trained: nn.Module,
     layers: Sequence[str],
+    settings: OnTheFly,
     *,
     sparsity: float,
-    threshold: float | None,
-    how: Recovery,
-    per: Per,
     recalibrate_: Callable[[nn.Module], None] | None,
     score: Callable[[nn.Module], float | None],
     file: str,
@@ -38,10 +36,10 @@ def cut_model(
 
     def cut(how: Recovery) -> tuple[nn.Module, dict[str, Tensor]]:
         module = copy.deepcopy(trained)
-        return module, cut_(module, layers, sparsity=sparsity, threshold=threshold, how=how, per=per)
+        return module, cut_(module, layers, sparsity=sparsity, threshold=settings.threshold, how=how, per=settings.per)
 
     after_cut = score(cut("none")[0])
-    module, masks = cut(how)
+    module, masks = cut(settings.recover)
     recovered, recalibrated = score(module), None
     if recalibrate_:
         recalibrate_(module)

@@ -2,21 +2,17 @@
 
 Hyperspherical layers are trained with a penalty that pushes part of their weights away from zero and the rest to it
 (polarise.py has the formulas, which are ours). What is then cut needs no retraining; one training serves every
-sparsity. Unlike the other bases it removes no units: the model stays as wide as it was, with zeros or means in it.
+sparsity. It removes no units: the model stays as wide as it was, with zeros or means in it.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from fnmatch import fnmatchcase
-from typing import Any, Literal, assert_never
+from typing import assert_never
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.graph import Groups
-from dpm_cli.method.budget import Scores
-from dpm_cli.method.pruners.base import BasePruner, Indices
+from dpm_cli.recipe.sections import Prune, Training
 from dpm_cli.sparse.hypersphere import Per, normalise, put_on_sphere_, take_off_sphere_, trained_weight
 from dpm_cli.sparse.polarise import (
     Recovery,
@@ -77,71 +73,42 @@ def measure_sparsity(masks: Mapping[str, Tensor]) -> float:
     return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
-class OnTheFly(BasePruner):
-    """The base pruner `on-the-fly`. Its penalty acts in the stage `sparse`; cutting follows when all is trained.
+class SphereTraining:
+    """The training of Pruning On-the-Fly: some layers of a model on spheres, and a penalty on their directions.
 
-    sparsity: the share of weights that the penalty pushes to zero, when its ramp is over. epochs: of that stage. keep,
-    keep_first: as for `find_sparse_layers`.
+    It pushes the share `target.sparsity` (the first of several) to zero when its ramp is over.
     """
 
-    def __init__(
-        self,
-        *,
-        penalty: Literal["ternary-cosine", "tail-energy"],
-        strength: float,
-        sparsity: float,
-        per: Per,
-        epochs: int,
-        keep: Sequence[str],
-        keep_first: bool,
-    ) -> None:
-        self.penalty, self.strength, self.sparsity, self.per = penalty, strength, sparsity, per
-        self.epochs, self.keep, self.keep_first = epochs, keep, keep_first
-        self.epoch = 0  # of the stage, those that are over
-        self.layers: list[str] = []
-
-    def choosable(self, groups: Groups, model: nn.Module) -> Groups:
-        return groups.without(dict.fromkeys(range(len(groups)), WHY_WHOLE))
-
-    def prepare_(self, model: nn.Module, groups: Groups) -> Groups:
-        self.layers = find_sparse_layers(model, self.keep, keep_first=self.keep_first)
-        put_on_sphere_(model, self.layers, self.per)
-        return replace(groups, slices=())  # nothing is ever removed
-
-    def restore_(self, model: nn.Module) -> None:
-        take_off_sphere_(model, self.layers)
-
-    def bind(self, groups: Groups, model: nn.Module, survivors: Indices | None = None) -> None:
+    def __init__(self, model: nn.Module, prune: Prune, training: Training) -> None:
+        """Puts the layers on spheres. Make the optimizer afterwards."""
+        self.settings, self.training = prune.on_the_fly, training
+        self.sparsity = (prune.target.sparsity or (0.0,))[0]
+        self.epoch = 0  # those that are over
+        self.layers = find_sparse_layers(model, prune.keep, keep_first=self.settings.keep_first)
+        put_on_sphere_(model, self.layers, self.settings.per)
         self.weights = [trained_weight(model.get_submodule(layer)) for layer in self.layers]
 
-    def before_step_(self) -> None:
-        progress = self.epoch / max(self.epochs, 1)
-        strength = ramp_strength(progress, self.strength)
+    def penalise_(self) -> None:
+        """Add the gradient of the penalty. Call between backward and the optimizer's step."""
+        progress = self.epoch / max(self.training.epochs, 1)
+        strength = ramp_strength(progress, self.settings.strength)
         if strength:
             self.value(ramp_sparsity(progress, self.sparsity)).mul(strength).backward()  # type: ignore[no-untyped-call]
 
     def value(self, sparsity: float) -> Tensor:
         """() the sum of the penalty over the layers."""
-        values = []
+        values, per = [], self.settings.per
         for weight in self.weights:
-            mask, direction = keep_largest(weight, sparsity, self.per), normalise(weight, self.per)
-            match self.penalty:
+            mask, direction = keep_largest(weight, sparsity, per), normalise(weight, per)
+            match self.settings.penalty:
                 case "ternary-cosine":
                     values.append(ternary_cosine(direction, mask))
                 case "tail-energy":
                     values.append(tail_energy(direction, mask))
                 case _:
-                    assert_never(self.penalty)
+                    assert_never(self.settings.penalty)
         return torch.stack(values).sum()
 
-    def end_epoch(self) -> None:
-        self.epoch += 1
-
-    def scores(self) -> Scores:
-        return np.zeros(0)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.epoch}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch = int(state["epoch"])
+    def unwrap_(self, model: nn.Module) -> None:
+        """Plain layers again, with the weights that were used."""
+        take_off_sphere_(model, self.layers)

@@ -73,25 +73,6 @@ def recover(weight: Tensor, mask: Tensor, how: Recovery, per: Per) -> Tensor:
     return torch.where(cut, filling + 0.0, rows).view_as(weight)  # the sum turns −0 into 0
 
 
-def polar_pulls(norms: Tensor, group_of_unit: Tensor, groups: int) -> Tensor:
-    """(units,) by how much of itself each unit is pulled to zero; negative where it is pushed away.
-
-    Descent on the ternary cosine of every group's norms, the units above their group's mean being kept, times the
-    squared length of these norms, so that a strength means what it does for weight decay.
-    """
-    zeros = torch.zeros(groups, dtype=norms.dtype, device=norms.device)
-
-    def total(values: Tensor) -> Tensor:
-        return zeros.index_add(0, group_of_unit, values)[group_of_unit]
-
-    ones = torch.ones_like(norms)
-    kept = norms * total(ones) >= total(norms)
-    length = total(norms.square()).sqrt().clamp_min(torch.finfo(norms.dtype).tiny)
-    width = total(kept.to(norms.dtype)).sqrt()
-    cosine = total(norms * kept) / (width * length)
-    return cosine - torch.where(kept, length / (width * norms).clamp_min(torch.finfo(norms.dtype).tiny), 0)
-
-
 def _mean(rows: Tensor, chosen: Tensor) -> Tensor:
     """(rows, 1) mean of the chosen entries, 0 of none; in fp64, so that the mean of equal numbers is that number."""
     total = rows.double().masked_fill(~chosen, 0).sum(1, keepdim=True)

@@ -1,6 +1,6 @@
 """What training minimises: cross-entropy with soft or mixed labels and auxiliary heads, and distillation."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -8,8 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.errors import UnsupportedModelError
+
+
+def _roll(batch: Tensor) -> Tensor:
+    return batch.roll(1, 0)
 
 
 class Mixed(NamedTuple):
@@ -21,15 +24,18 @@ class Mixed(NamedTuple):
     share: float
 
 
-def mixup(images: Tensor, labels: Tensor, alpha: float, *, seed: int, step: int, world: World = ALONE) -> Mixed:
+def mixup(
+    images: Tensor, labels: Tensor, alpha: float, *, seed: int, step: int, roll: Callable[[Tensor], Tensor] = _roll
+) -> Mixed:
     """Blend every image with its neighbour in the batch (mixup, Zhang et al. 2018); share ~ Beta(alpha, alpha).
 
     Depends on (seed, step) alone. The neighbour is as random as a permutation, since batches are shuffled.
+    roll: gives every image its predecessor in the batch, which may be spread over several processes.
     """
     if alpha <= 0:
         return Mixed(images, labels, labels, 1.0)
     share = float(np.random.default_rng((seed, step)).beta(alpha, alpha))
-    return Mixed(torch.lerp(world.roll(images), images, share), labels, world.roll(labels), share)
+    return Mixed(torch.lerp(roll(images), images, share), labels, roll(labels), share)
 
 
 def classification_loss(

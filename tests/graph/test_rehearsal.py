@@ -7,7 +7,7 @@ from torch import nn
 
 import dpm_cli.graph.rehearsal as rehearsal
 from dpm_cli.graph import find_groups
-from dpm_cli.method.budget import find_floors
+from dpm_cli.method.budget import find_width_limits
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -53,7 +53,7 @@ def test_a_group_keeps_as_many_units_as_the_code_needs():
     model = Squeezed().eval()
     groups = find_groups(model, EXAMPLE)
     assert [(group.name, group.size, group.least) for group in groups] == [("stem", 8, 2)]
-    assert find_floors(groups, round_to=1, min_keep=0).units.tolist() == [2]
+    assert find_width_limits(groups, round_to=1, min_keep=0).units.tolist() == [2]
     randomise_(model, EXAMPLE)
     assert_removable(model, EXAMPLE, groups, np.arange(8) < 3)
 

@@ -29,7 +29,7 @@ from dpm_cli.errors import (
 )
 from dpm_cli.export import open_exported
 from dpm_cli.measure import count_parameters, measure_in_turns, measure_latency
-from dpm_cli.method.stages import plan_stages
+from dpm_cli.recipe.stages import plan_stages
 from dpm_cli.models import build, load, load_slim
 from dpm_cli.recipe import load_recipe, parse_recipe
 from dpm_cli.recipe.sections import Prune

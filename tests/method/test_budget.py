@@ -12,7 +12,7 @@ from torch import nn
 from dpm_cli.errors import TargetError
 from dpm_cli.graph import compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
-from dpm_cli.method.budget import choose_round_to, choose_victims, cost_of, find_floors, find_limit, resolve_limit
+from dpm_cli.method.budget import choose_round_to, choose_victims, cost_of, find_width_limits, find_limit, resolve_limit
 
 KINDS = ["macs", "params", "channels"]
 
@@ -41,7 +41,7 @@ UNITS = GROUPS.units
 ALL = np.ones(UNITS, bool)
 
 
-def slow_choice(floors, scores, kind, limit, alive, eligible):
+def slow_choice(widths, scores, kind, limit, alive, eligible):
     """Walk down the ranking one unit at a time; stop at the first set that meets the limit. Groups that releases have
     left between two widths lose what is over first."""
     ranking = sorted(np.flatnonzero(alive & eligible), key=lambda unit: scores[unit])
@@ -55,9 +55,9 @@ def slow_choice(floors, scores, kind, limit, alive, eligible):
             allowed = [
                 gone
                 for gone in range(1, len(members) + 1)
-                if (present - gone) % floors.step[number] == 0 and present - gone >= floors.units[number]
+                if (present - gone) % widths.step[number] == 0 and present - gone >= widths.least[number]
             ]
-            is_between = present != group.size and present % floors.step[number] != 0
+            is_between = present != group.size and present % widths.step[number] != 0
             least = allowed[0] if is_between and allowed else 0
             victims[members[: max([least, *(gone for gone in allowed if gone <= reached)])]] = True
         if cost_of(GROUPS.cost, kind, alive & ~victims) <= limit:
@@ -77,13 +77,13 @@ def slow_choice(floors, scores, kind, limit, alive, eligible):
 )
 def test_choice_is_that_of_walking_down_the_ranking(seed, kind, share, round_to, min_keep, gone, ineligible):
     rng = np.random.default_rng(seed)
-    floors = find_floors(GROUPS, round_to=round_to, min_keep=min_keep)
+    widths = find_width_limits(GROUPS, round_to=round_to, min_keep=min_keep)
     scores = rng.integers(0, 9, UNITS) / 4 if seed % 2 else rng.random(UNITS)  # with and without ties
     alive, eligible = rng.random(UNITS) >= gone, rng.random(UNITS) >= ineligible
-    lowest, dense = cost_of(GROUPS.cost, kind, floors.lowest(GROUPS)), cost_of(GROUPS.cost, kind, alive)
+    lowest, dense = cost_of(GROUPS.cost, kind, widths.lowest(GROUPS)), cost_of(GROUPS.cost, kind, alive)
     limit = lowest + round(share * max(dense - lowest, 0))
-    victims = choose_victims(GROUPS, floors, scores, kind=kind, limit=limit, alive=alive, eligible=eligible)
-    assert np.array_equal(victims, slow_choice(floors, scores, kind, limit, alive, eligible))
+    victims = choose_victims(GROUPS, widths, scores, kind=kind, limit=limit, alive=alive, eligible=eligible)
+    assert np.array_equal(victims, slow_choice(widths, scores, kind, limit, alive, eligible))
     assert not (victims & ~(alive & eligible)).any()
 
 
@@ -95,21 +95,21 @@ def test_choice_is_that_of_walking_down_the_ranking(seed, kind, share, round_to,
     round_to=st.sampled_from([1, 2, 4]),
 )
 def test_target_is_met_and_one_step_fewer_would_miss_it(seed, kind, share, round_to):
-    floors = find_floors(GROUPS, round_to=round_to, min_keep=0.1)
-    lowest, dense = (cost_of(GROUPS.cost, kind, alive) for alive in (floors.lowest(GROUPS), ALL))
+    widths = find_width_limits(GROUPS, round_to=round_to, min_keep=0.1)
+    lowest, dense = (cost_of(GROUPS.cost, kind, alive) for alive in (widths.lowest(GROUPS), ALL))
     limit = lowest + math.floor(share * (dense - lowest))
     scores = np.random.default_rng(seed).random(UNITS)
-    victims = choose_victims(GROUPS, floors, scores, kind=kind, limit=limit)
+    victims = choose_victims(GROUPS, widths, scores, kind=kind, limit=limit)
     assert cost_of(GROUPS.cost, kind, ~victims) <= limit
     for number, group in enumerate(GROUPS):
         left = int((~victims)[group.range].sum())
         assert left >= max(1, math.ceil(0.1 * group.size))
         assert left == group.size or (left * group.channels_per_unit) % round_to == 0
-        assert left >= floors.units[number]
+        assert left >= widths.least[number]
     # The last step taken is the one whose last unit ranks lowest: take it back.
     last_group = GROUPS.groups[GROUPS.group_of_unit[max(np.flatnonzero(victims), key=lambda unit: scores[unit])]]
     members = sorted(np.flatnonzero(victims[last_group.range]) + last_group.start, key=lambda unit: scores[unit])
-    step = int(floors.step[GROUPS.groups.index(last_group)])
+    step = int(widths.step[GROUPS.groups.index(last_group)])
     fewer = victims.copy()
     fewer[members[-(len(members) % step or step) :]] = False
     assert cost_of(GROUPS.cost, kind, ~fewer) > limit
@@ -132,42 +132,42 @@ def test_groups_are_as_these_tests_assume():
     ],
 )
 def test_floors(round_to, min_keep, units, step):
-    floors = find_floors(GROUPS, round_to=round_to, min_keep=min_keep)
-    assert floors.units.tolist() == units
-    assert floors.step.tolist() == step
-    assert [int(floors.lowest(GROUPS)[group.range].sum()) for group in GROUPS] == units
+    widths = find_width_limits(GROUPS, round_to=round_to, min_keep=min_keep)
+    assert widths.least.tolist() == units
+    assert widths.step.tolist() == step
+    assert [int(widths.lowest(GROUPS)[group.range].sum()) for group in GROUPS] == units
 
 
 def test_nothing_is_chosen_when_the_limit_holds_already():
-    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    widths = find_width_limits(GROUPS, round_to=1, min_keep=0)
     dense = cost_of(GROUPS.cost, "macs", ALL)
-    assert not choose_victims(GROUPS, floors, np.zeros(UNITS), kind="macs", limit=dense).any()
+    assert not choose_victims(GROUPS, widths, np.zeros(UNITS), kind="macs", limit=dense).any()
 
 
 def test_all_that_may_go_is_chosen_when_that_does_not_suffice():
-    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    widths = find_width_limits(GROUPS, round_to=1, min_keep=0)
     eligible = np.zeros(UNITS, bool)
     eligible[[0, 3, 9]] = True
-    victims = choose_victims(GROUPS, floors, np.arange(UNITS) * 1.0, kind="macs", limit=1, eligible=eligible)
+    victims = choose_victims(GROUPS, widths, np.arange(UNITS) * 1.0, kind="macs", limit=1, eligible=eligible)
     assert np.array_equal(victims, eligible)
-    nothing = choose_victims(GROUPS, floors, np.zeros(UNITS), kind="macs", limit=1, eligible=eligible & False)
+    nothing = choose_victims(GROUPS, widths, np.zeros(UNITS), kind="macs", limit=1, eligible=eligible & False)
     assert not nothing.any()
 
 
 def test_the_lowest_scored_units_go():
-    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    widths = find_width_limits(GROUPS, round_to=1, min_keep=0)
     scores = np.ones(UNITS)
     scores[[2, 5, 13]] = 0, 0.5, 0.2
-    victims = choose_victims(GROUPS, floors, scores, kind="channels", limit=UNITS - 3)
+    victims = choose_victims(GROUPS, widths, scores, kind="channels", limit=UNITS - 3)
     assert np.flatnonzero(victims).tolist() == [2, 5, 13]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("seed", [0, 1])
 def test_predicted_cost_is_the_measured_cost_of_the_slim_model(kind, seed):
-    floors = find_floors(GROUPS, round_to=2, min_keep=0.1)
-    limit = resolve_limit(GROUPS, floors, kind=kind, amount=0.6)
-    victims = choose_victims(GROUPS, floors, np.random.default_rng(seed).random(UNITS), kind=kind, limit=limit)
+    widths = find_width_limits(GROUPS, round_to=2, min_keep=0.1)
+    limit = resolve_limit(GROUPS, widths, kind=kind, amount=0.6)
+    victims = choose_victims(GROUPS, widths, np.random.default_rng(seed).random(UNITS), kind=kind, limit=limit)
     slim = copy.deepcopy(NET)
     compact_(slim, GROUPS, ~victims)
     assert GROUPS.cost.macs(~victims) == count_macs(slim, torch.zeros(1, 1, 8, 8))
@@ -177,11 +177,11 @@ def test_predicted_cost_is_the_measured_cost_of_the_slim_model(kind, seed):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_fraction_and_absolute_target_agree(kind):
-    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    widths = find_width_limits(GROUPS, round_to=1, min_keep=0)
     dense = cost_of(GROUPS.cost, kind, ALL)
     absolute = math.floor(0.7 * dense)
-    assert resolve_limit(GROUPS, floors, kind=kind, amount=0.7) == absolute
-    assert resolve_limit(GROUPS, floors, kind=kind, amount=float(absolute)) == absolute
+    assert resolve_limit(GROUPS, widths, kind=kind, amount=0.7) == absolute
+    assert resolve_limit(GROUPS, widths, kind=kind, amount=float(absolute)) == absolute
 
 
 def test_a_fraction_of_a_cost_is_not_lost_to_rounding():
@@ -192,39 +192,39 @@ def test_a_fraction_of_a_cost_is_not_lost_to_rounding():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_below_the_reachable_is_refused_with_the_range(kind):
-    floors = find_floors(GROUPS, round_to=4, min_keep=0.5)
-    lowest, dense = (cost_of(GROUPS.cost, kind, alive) for alive in (floors.lowest(GROUPS), ALL))
-    assert resolve_limit(GROUPS, floors, kind=kind, amount=float(lowest)) == lowest
+    widths = find_width_limits(GROUPS, round_to=4, min_keep=0.5)
+    lowest, dense = (cost_of(GROUPS.cost, kind, alive) for alive in (widths.lowest(GROUPS), ALL))
+    assert resolve_limit(GROUPS, widths, kind=kind, amount=float(lowest)) == lowest
     with pytest.raises(TargetError, match=f"between {lowest:,} .* and {dense:,}"):
-        resolve_limit(GROUPS, floors, kind=kind, amount=float(lowest - 1))
+        resolve_limit(GROUPS, widths, kind=kind, amount=float(lowest - 1))
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_target_at_or_above_the_dense_model_is_refused(kind):
-    floors = find_floors(GROUPS, round_to=1, min_keep=0)
+    widths = find_width_limits(GROUPS, round_to=1, min_keep=0)
     dense = cost_of(GROUPS.cost, kind, ALL)
     for amount in (dense, dense + 1):
         with pytest.raises(TargetError, match=f"keeps everything: the dense model has {dense:,}"):
-            resolve_limit(GROUPS, floors, kind=kind, amount=float(amount))
-    assert resolve_limit(GROUPS, floors, kind=kind, amount=float(dense - 1)) == dense - 1
+            resolve_limit(GROUPS, widths, kind=kind, amount=float(amount))
+    assert resolve_limit(GROUPS, widths, kind=kind, amount=float(dense - 1)) == dense - 1
 
 
 def test_net_in_which_nothing_can_go_is_refused():
     groups = find_groups(NET, torch.zeros(2, 1, 8, 8), keep=["*"])
     assert groups.units == 0
     with pytest.raises(TargetError, match="cannot be met"):
-        resolve_limit(groups, find_floors(groups, round_to=8, min_keep=0.1), kind="macs", amount=0.5)
+        resolve_limit(groups, find_width_limits(groups, round_to=8, min_keep=0.1), kind="macs", amount=0.5)
 
 
 def test_a_width_that_releases_left_between_two_steps_is_rounded_down_whatever_the_limit():
     model = nn.Sequential(nn.Conv2d(3, 16, 3), nn.ReLU(), nn.Conv2d(16, 16, 3), nn.ReLU(), nn.Conv2d(16, 2, 3))
     groups = find_groups(model, torch.zeros(2, 3, 8, 8))
-    floors = find_floors(groups, round_to=4, min_keep=0.1)
+    widths = find_width_limits(groups, round_to=4, min_keep=0.1)
     alive = np.ones(groups.units, bool)
     alive[:2] = False  # 14 of the first group are left, 16 of the second
     scores = np.arange(groups.units, dtype=float)
     dense = groups.cost.macs(np.ones(groups.units, bool))
-    victims = choose_victims(groups, floors, scores, kind="macs", limit=dense, alive=alive)
+    victims = choose_victims(groups, widths, scores, kind="macs", limit=dense, alive=alive)
     assert np.flatnonzero(victims).tolist() == [2, 3]
 
 
@@ -242,4 +242,4 @@ def test_a_target_out_of_reach_is_refused_with_what_keeps_layers_whole():
     net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Softmax(1), nn.Conv2d(16, 8, 1), nn.Conv2d(8, 3, 1)).eval()
     groups = find_groups(net, torch.zeros(2, 3, 4, 4))
     with pytest.raises(TargetError, match=r"Kept whole: 0 \(softmax over this axis\)$"):
-        resolve_limit(groups, find_floors(groups, round_to=1, min_keep=0.5), kind="macs", amount=0.1)
+        resolve_limit(groups, find_width_limits(groups, round_to=1, min_keep=0.5), kind="macs", amount=0.1)

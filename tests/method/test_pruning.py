@@ -11,7 +11,7 @@ from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.errors import RecipeError, RunError
 from dpm_cli.graph import find_groups, take
-from dpm_cli.method.budget import cost_of, find_floors, resolve_limit
+from dpm_cli.method.budget import cost_of, find_width_limits, resolve_limit
 from dpm_cli.method.pruners import DepGraph
 from dpm_cli.method.pruning import Pruning
 from dpm_cli.method.rectify import Rectifier
@@ -46,14 +46,14 @@ def make(*, steps=4, starts=(0, 4, 8), amount=0.5, kind="macs", rectify=None, ro
     """A model in training, its learner and its pruning. rectify: settings of a Rectifier."""
     model = copy.deepcopy(NET)
     model.to(memory_format=torch.channels_last)
-    floors = find_floors(GROUPS, round_to=round_to, min_keep=0.1)
+    widths = find_width_limits(GROUPS, round_to=round_to, min_keep=0.1)
     pruning = Pruning(
         model,
         GROUPS,
         DepGraph(normalizer="mean", strength=0.0),
         kind=kind,
-        limit=resolve_limit(GROUPS, floors, kind=kind, amount=amount),
-        floors=floors,
+        limit=resolve_limit(GROUPS, widths, kind=kind, amount=amount),
+        widths=widths,
         starts=starts,
         end=starts[-1] + steps,
         decay_steps=steps,

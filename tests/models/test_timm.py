@@ -10,7 +10,7 @@ from torch import nn
 from dpm_cli.export import export_model
 from dpm_cli.graph import Groups, Units, compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
-from dpm_cli.method.budget import choose_victims, find_floors, resolve_limit
+from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
 from dpm_cli.method.pruners.depgraph import GroupNorm
 from dpm_cli.models import build, load, save_slim
 
@@ -43,9 +43,9 @@ def make(name: str) -> nn.Module:
 
 def prune_to_half_(model: nn.Module, images: torch.Tensor) -> tuple[Groups, np.ndarray]:
     groups = find_groups(model, images)
-    floors = find_floors(groups, round_to=8, min_keep=0.1)
-    limit = resolve_limit(groups, floors, kind="macs", amount=0.5)
-    victims = choose_victims(groups, floors, GroupNorm(groups, model).scores("mean"), kind="macs", limit=limit)
+    widths = find_width_limits(groups, round_to=8, min_keep=0.1)
+    limit = resolve_limit(groups, widths, kind="macs", amount=0.5)
+    victims = choose_victims(groups, widths, GroupNorm(groups, model).scores("mean"), kind="macs", limit=limit)
     Units(groups, model).scale_(torch.from_numpy(~victims).float())
     return groups, ~victims
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dpm_cli.errors import RecipeError
 from dpm_cli.method.pruners import make_base
 from dpm_cli.method.rounds import plan
-from dpm_cli.method.stages import plan_stages
+from dpm_cli.recipe.stages import plan_stages
 from dpm_cli.recipe import Recipe, dump_recipe, hash_recipe, load_recipe, parse_recipe, shipped_recipes
 from dpm_cli.recipe.sections import Decay, Rectify, parse_amount
 

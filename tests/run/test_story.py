@@ -17,7 +17,7 @@ from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.measure import count_macs, count_parameters, measure_in_turns
-from dpm_cli.method.stages import plan_stages
+from dpm_cli.recipe.stages import plan_stages
 from dpm_cli.models import load_slim
 from dpm_cli.recipe import parse_recipe
 from dpm_cli.report import Report

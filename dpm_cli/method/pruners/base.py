@@ -1,28 +1,43 @@
-"""The seam between a base pruner, which says which units are redundant, and everything else."""
+"""The seam between a base pruner, which says which units are redundant and when, and everything else."""
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from dpm_cli.graph import Groups, Units
 from dpm_cli.method.budget import Scores
-from dpm_cli.method.stages import StageName
+from dpm_cli.method.rounds import Rounds
+from dpm_cli.recipe.sections import Decay
+from dpm_cli.recipe.stages import Stage
 
 Indices = npt.NDArray[np.int64]
+Pace = Literal["rounds", "ticks", "steps"]
 
 
 class BasePruner:
-    """One redundancy criterion, bound to one model at a time. What a method does not need stays as it is here.
+    """One redundancy criterion and its schedule, bound to one model at a time.
 
-    A round names victims by `scores`: all units, or those that the method has condemned (`condemns`). A base that
-    condemns units in the middle of training (`condemns_each_step`) is asked after every step of its only round.
+    What a method does not need stays as it is here. `pace` says how its units come to be chosen:
+
+    - "rounds": every round takes its share of what must go, the lowest scores first;
+    - "ticks": a round takes the units that the method has marked by then;
+    - "steps": one long round takes the units that the method marks, after every step.
     """
 
-    warm_up: int = 0  # training steps that it must see before the first round
-    condemns: bool = False
-    condemns_each_step: bool = False
+    title: str  # the method and its variant, for people
+    pace: Pace = "rounds"
+
+    def stages(self) -> Sequence[Stage]:
+        """The stretches of training that the method needs, in order; fine-tuning follows."""
+        raise NotImplementedError
+
+    def rounds(self, stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int) -> Rounds:
+        """When its rounds start, in steps over all stages that prune. Raises RecipeError if they do not fit."""
+        raise NotImplementedError
 
     def choosable(self, groups: Groups, model: nn.Module) -> Groups:
         """The groups that the method can judge; the others are kept whole, with a reason."""
@@ -38,16 +53,19 @@ class BasePruner:
     def bind(self, groups: Groups, model: nn.Module, survivors: Indices | None = None) -> None:
         """Look at this model from now on.
 
-        survivors: (units,) indices into the units before a compaction; none: a model not seen before.
+        survivors: (units,) indices into the units before a compaction; None for a model not seen before.
         """
         raise NotImplementedError
 
     def decays(self, groups: Groups, model: nn.Module) -> Units | None:
-        """The part of every unit that shrinks to zero, the rest follows at once; none: all of its producer side."""
+        """The part of every unit that shrinks to zero, the rest follows at once; None for all of its producer side."""
         return None
 
-    def enter(self, stage: StageName, model: nn.Module, step: int) -> None:
+    def enter(self, stage: Stage, model: nn.Module, step: int) -> None:
         """A stage of the run begins, or goes on from `step` after an interruption; its optimizer is not made yet."""
+
+    def meet(self, optimizer: Optimizer) -> None:
+        """This optimizer takes the steps from now on. Called before the first step of every stage."""
 
     def end_epoch(self) -> None:
         """An epoch is over, of a stage that prunes or prepares for it."""
@@ -55,24 +73,23 @@ class BasePruner:
     def before_step_(self) -> None:
         """Between backward and the optimizer's step: read the gradients of the loss, then add penalties to them."""
 
+    def after_step_(self, lr: float, going: Tensor) -> None:
+        """After every optimizer step of a stage that prunes. lr: of that step. going: (units,) decaying or dead."""
+
     def start_round(self, redundant: int, steps: int) -> None:
-        """The round begins, for a base that condemns units each step.
+        """The long round of the pace "steps" begins.
 
-        redundant: how many would have to go by the scores. steps: how long the round may last.
+        redundant: how many units would have to go by the scores. steps: how long the round may last.
         """
 
-    def after_step_(self, lr: float, going: Tensor, released: Tensor, is_wanted: bool) -> None:
-        """After every optimizer step of a stage that prunes.
+    def mark_(self, spared: Tensor) -> None:
+        """Push redundant units towards zero and mark those that may go now.
 
-        lr: of that step. going: (units,) decaying or dead. released: (units,) in this round; both are to be left alone.
-        is_wanted: for a base that condemns units each step, whether its round has started and the target is still
-        missed.
+        For the pace "steps", after `after_step_` while the target is missed. spared: (units,) to be left alone.
         """
 
-    def condemned(self) -> Tensor:
-        """(units,) those that may be chosen now, for a base that condemns: once at every round, or after every step.
-        A unit once condemned stays so.
-        """
+    def marked(self) -> Tensor:
+        """(units,) those that may be chosen now, for the paces "ticks" and "steps". A unit once marked stays so."""
         raise NotImplementedError
 
     def scores(self) -> Scores:

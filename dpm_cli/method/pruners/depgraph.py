@@ -8,6 +8,7 @@ How this differs from the reference implementation: victims of a round are taken
 removes in up to 400 small steps and ranks anew after each; and equal importances within a group give a finite penalty.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -17,16 +18,16 @@ from torch import Tensor, nn
 from dpm_cli.graph import Groups, Role, Slice, Units
 from dpm_cli.method.budget import Scores
 from dpm_cli.method.pruners.base import BasePruner, Indices
+from dpm_cli.method.pruners.polar import polar_pulls
 from dpm_cli.method.pruners.stack import Stack, stackable
-from dpm_cli.method.stages import StageName
-from dpm_cli.sparse.polarise import polar_pulls
+from dpm_cli.method.rounds import Rounds, plan_rounds
+from dpm_cli.recipe.sections import Decay, Prune, Training
+from dpm_cli.recipe.stages import Stage
 
 Normalizer = Literal["mean", "max"]
-Importance = Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"]
-Penalty = Literal["group-norm", "slimming", "growing", "channel-polar"]
 
 
-class GroupNorm:
+class GroupImportance:
     """Importances and the sparse-learning gradient of every unit at once. Bind anew after compaction.
 
     Both sides of a unit count: what makes its values and what reads them (the full group of the paper, §3).
@@ -106,26 +107,30 @@ class GroupNorm:
 class DepGraph(BasePruner):
     """The base pruner `depgraph`: one ranking over all groups, with or without sparse learning before the first round.
 
-    importance: what ranks units. penalty, strength: of sparse learning. growth: of the penalty "growing", per epoch.
-    observe_steps: over so many training steps `taylor` and `mixed` average, before the first round and later.
+    Over `prune.observe_steps` training steps `taylor` and `mixed` average, before the first round and later.
     """
 
-    def __init__(
-        self,
-        *,
-        importance: Importance = "group-norm",
-        normalizer: Normalizer = "mean",
-        penalty: Penalty = "group-norm",
-        strength: float = 0.0,
-        growth: float = 0.0,
-        observe_steps: int = 50,
-        seed: int = 0,
-    ) -> None:
-        self.importance, self.normalizer, self.seed = importance, normalizer, seed
-        self.penalty, self.strength, self.growth = penalty, strength, growth
-        self.observes = importance in ("taylor", "mixed")
-        self.observe_steps = self.warm_up = observe_steps if self.observes else 0
-        self._stage: StageName = "train"
+    def __init__(self, prune: Prune, training: Training, *, seed: int) -> None:
+        self.settings, self.training, self.seed = prune, training, seed
+        self.importance, self.penalty = prune.importance, prune.penalty
+        self.normalizer: Normalizer = prune.normalizer or ("max" if prune.sparse_epochs else "mean")
+        self.observes = prune.importance in ("taylor", "mixed")
+        self.title = prune.base if prune.importance == "group-norm" else f"{prune.base} ({prune.importance})"
+        self._is_sparse = False  # in sparse learning
+
+    def stages(self) -> Sequence[Stage]:
+        prune = self.settings
+        # The penalty takes the place of weight decay, as in DepGraph's own sparse learning.
+        changes = {"epochs": prune.sparse_epochs, "lr": prune.sparse_lr, "weight_decay": 0.0}
+        sparse = self.training.model_copy(update=changes)
+        return [
+            Stage("sparse", sparse, "prune.sparse_", penalises=True),
+            Stage("train", self.training, "train.", prunes=True),
+        ]
+
+    def rounds(self, stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int) -> Rounds:
+        steps = self.training.epochs * steps_per_epoch
+        return plan_rounds(steps, self.settings, decay, warm_up=self.settings.observe_steps if self.observes else 0)
 
     def choosable(self, groups: Groups, model: nn.Module) -> Groups:
         """`bn-scale` only judges units behind a normalisation with a weight."""
@@ -140,49 +145,53 @@ class DepGraph(BasePruner):
         return groups.without(bare)
 
     def bind(self, groups: Groups, model: nn.Module, survivors: Indices | None = None) -> None:
-        self.norms = GroupNorm(groups, model)
+        self.norms = GroupImportance(groups, model)
         self.units = Units(groups, model)
         self.scales = Scales(groups, model)
         if survivors is None:
             device = self.units.device
             self.taylor = torch.zeros(groups.units, device=device)  # mean |<x, g>|
             self.seen = 0  # steps in it
-            self.pulls = torch.full((groups.units,), self.strength, device=device)  # of the penalty "growing"
+            self.pulls = torch.full(
+                (groups.units,), self.settings.sparse_strength, device=device
+            )  # of the penalty "growing"
             drawn = torch.rand(groups.units, generator=torch.Generator().manual_seed(self.seed))
             self.drawn = drawn.to(device)  # the scores of "random"
         else:
             index = torch.from_numpy(survivors).to(self.units.device)
             self.taylor, self.pulls, self.drawn = self.taylor[index], self.pulls[index], self.drawn[index]
 
-    def enter(self, stage: StageName, model: nn.Module, step: int) -> None:
-        self._stage = stage
+    def enter(self, stage: Stage, model: nn.Module, step: int) -> None:
+        self._is_sparse = stage.penalises
 
     def before_step_(self) -> None:
-        if self._stage == "sparse":
+        if self._is_sparse:
             self._penalise_()
         elif self.observes:
             values = self.units.dot(self.units.weights(), self.units.gradients()).abs()  # (units,)
             self.seen += 1
-            self.taylor = self.taylor + (values - self.taylor) / min(self.seen, self.observe_steps)
+            self.taylor = self.taylor + (values - self.taylor) / min(self.seen, self.settings.observe_steps)
 
     def _penalise_(self) -> None:
         match self.penalty:
             case "group-norm":
-                self.norms.penalise_(self.strength)
+                self.norms.penalise_(self.settings.sparse_strength)
             case "slimming":
-                self.scales.penalise_(self.strength)
+                self.scales.penalise_(self.settings.sparse_strength)
             case "growing":
                 self.norms.pull_(self.pulls)
             case "channel-polar":
                 norms = self.norms.importance().sqrt()
-                self.norms.pull_(self.strength * polar_pulls(norms, self.norms.group_of_unit, self.norms.groups))
+                self.norms.pull_(
+                    self.settings.sparse_strength * polar_pulls(norms, self.norms.group_of_unit, self.norms.groups)
+                )
 
     def end_epoch(self) -> None:
         """Pull harder at what is smaller, each epoch of sparse learning (Wang et al., ICLR 2021)."""
-        if self._stage == "sparse" and self.penalty == "growing":
+        if self._is_sparse and self.penalty == "growing":
             importance = self.norms.importance()
             top, bottom = self.norms.extremes(importance)
-            self.pulls = self.pulls + self.growth * (top - importance) / (top - bottom + 1e-8)
+            self.pulls = self.pulls + self.settings.sparse_growth * (top - importance) / (top - bottom + 1e-8)
 
     def scores(self) -> Scores:
         match self.importance:

@@ -12,104 +12,23 @@ Optimizers start anew with each tick and tock, and the penalty on expensive feat
 reference's experiments) is left out. `round_to` and `min_keep` bound the widths.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dpm_cli.errors import RecipeError
 from dpm_cli.graph import Groups, Role, Slice, Units
 from dpm_cli.graph.labels import Flags, Ids
+from dpm_cli.layers.gated import Gated, add_gates_, can_be_gated, merge_gates_
 from dpm_cli.method.budget import Scores
 from dpm_cli.method.pruners.base import BasePruner, Indices
-from dpm_cli.method.stages import StageName
-
-MOST_SHIFT = 10.0  # of a gated channel, in standard deviations of its input
-
-
-class Gated(nn.modules.batchnorm._BatchNorm):
-    """A BatchNorm whose weight is a gate over scale and shift: y = weight · (inner · x̂ + bias)."""
-
-    inner: Tensor  # (C,) fixed; 1 unless the shift would be larger than MOST_SHIFT
-
-    def forward(self, x: Tensor) -> Tensor:
-        self._check_input_dim(x)  # type: ignore[no-untyped-call]
-        momentum = self.momentum or 0.0
-        if self.training and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
-            if self.momentum is None:  # a plain mean over all batches
-                momentum = 1.0 / float(self.num_batches_tracked)
-        by_batch = self.training or self.running_mean is None
-        tracked = not self.training or self.track_running_stats
-        return F.batch_norm(
-            x,
-            self.running_mean if tracked else None,
-            self.running_var if tracked else None,
-            self.weight * self.inner,
-            self.weight * self.bias,
-            by_batch,
-            momentum,
-            self.eps,
-        )
-
-
-class GatedBatchNorm1d(Gated, nn.BatchNorm1d):
-    """Of (B, C) or (B, C, L)."""
-
-
-class GatedBatchNorm2d(Gated, nn.BatchNorm2d):
-    """Of (B, C, H, W)."""
-
-
-class GatedBatchNorm3d(Gated, nn.BatchNorm3d):
-    """Of (B, C, D, H, W)."""
-
-
-GATED: dict[type[nn.Module], type[Gated]] = {
-    nn.BatchNorm1d: GatedBatchNorm1d,
-    nn.BatchNorm2d: GatedBatchNorm2d,
-    nn.BatchNorm3d: GatedBatchNorm3d,
-}
-PLAIN = {gated: plain for plain, gated in GATED.items()}
-
-
-@torch.no_grad()
-def add_gates_(model: nn.Module) -> list[str]:
-    """Turn every trainable BatchNorm into a gated one that computes the same. Returns their names.
-
-    Where |β| > 10 |γ| (γ = 0 among them) the gate is |β|/10 and a fixed inner scale γ/g makes up for it.
-    """
-    names = []
-    for name, module in model.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and can_be_gated(module):
-            scale, shift = module.weight.clone(), module.bias.clone()
-            sign = torch.where(scale < 0, -1.0, 1.0)
-            gate = torch.where(shift.abs() > MOST_SHIFT * scale.abs(), sign * shift.abs() / MOST_SHIFT, scale)
-            divisor = torch.where(gate == 0, 1.0, gate)
-            module.__class__ = GATED[type(module)]
-            module.register_buffer("inner", torch.where(gate == scale, 1.0, scale / divisor))
-            module.weight.copy_(gate)
-            module.bias.copy_(shift / divisor)
-            names.append(name)
-    return names
-
-
-@torch.no_grad()
-def merge_gates_(model: nn.Module) -> None:
-    """Turn gated BatchNorms back into plain ones that compute the same."""
-    for module in model.modules():
-        if isinstance(module, Gated):
-            module.bias.mul_(module.weight)
-            module.weight.mul_(module.inner)
-            del module._buffers["inner"]
-            module.__class__ = PLAIN[type(module)]  # type: ignore[assignment]
-
-
-def can_be_gated(module: nn.Module) -> bool:
-    weight = getattr(module, "weight", None)
-    return type(module) in GATED and isinstance(weight, nn.Parameter) and weight.requires_grad
+from dpm_cli.method.rounds import Rounds, count_taken
+from dpm_cli.recipe.sections import Decay, Prune, Training
+from dpm_cli.recipe.stages import Stage
 
 
 def below_threshold(scores: Scores, gates: Ids, group_of_unit: Ids, least: Ids, fraction: float) -> Flags:
@@ -131,17 +50,65 @@ def below_threshold(scores: Scores, gates: Ids, group_of_unit: Ids, least: Ids, 
     return below
 
 
+def plan_ticks(stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int, may_miss: bool) -> Rounds:
+    """A round after every tick, in the stage that follows. Raises RecipeError if its decay does not fit there.
+
+    may_miss: the planned rounds may miss the target, so one more must fit after the last.
+    """
+    taken = count_taken(decay)
+    starts, step, last = [], 0, 0
+    for stage in (stage for stage in stages if stage.prunes):
+        last, step = step, step + stage.training.epochs * steps_per_epoch
+        if stage.name == "tick":
+            starts.append(step)
+        if (stage.name == "tick" and starts[-1:] != starts[:1]) or stage.name == "tock":
+            room = step - last
+            if starts and room < taken:
+                raise RecipeError(
+                    f"{decay.steps} decay steps do not fit into a {stage.name} of {room} steps: lower decay.steps, or "
+                    "raise prune.gates.tick_epochs or train.epochs"
+                )
+    if not starts or starts[-1] == step:
+        raise RecipeError("train.epochs is 0, but that is a tock, in which the last units decay: raise it")
+    after = 2 if decay.steps == 1 else 2 * decay.steps  # even one-step pruning happens before a step
+    if may_miss and starts[-1] + after > step:
+        raise RecipeError(
+            f"a tock of {step - starts[-1]} steps has no room for two times {decay.steps} decay steps, of the last "
+            "tick's units and of what the target then still needs: lower decay.steps or raise train.epochs"
+        )
+    return Rounds(tuple(starts), step)
+
+
 class GateDecorator(BasePruner):
-    """The base pruner `gate-decorator`. strength: of the gates' L1 penalty in tocks. min_keep: fraction of every group
-    that stays. fraction: of the gates masked after a tick; none: each tick takes its share of the target.
+    """The base pruner `gate-decorator`.
+
+    With `prune.gates.fraction` each tick marks so large a part of the gates, else it takes its share of the target.
     """
 
-    def __init__(self, *, strength: float, min_keep: float, fraction: float | None) -> None:
-        self.strength, self.min_keep, self.fraction = strength, min_keep, fraction
-        self.condemns = fraction is not None
-        self._stage: StageName = "tock"
+    def __init__(self, prune: Prune, training: Training) -> None:
+        self.settings, self.training = prune, training
+        self.pace = "rounds" if prune.gates.fraction is None else "ticks"
+        self.title = prune.base
+        self._is_tick = False
         self._is_new = True  # no step of this stage was taken yet
         self._frozen: list[str] = []  # names of parameters
+
+    def stages(self) -> Sequence[Stage]:
+        """A tock, then a tick for every round and a tock after each so many, and at the end (Gate Decorator, §3.3)."""
+        rounds, gates = self.settings.rounds, self.settings.gates
+        changes = {"epochs": gates.tick_epochs, "lr": gates.tick_lr, "schedule": "constant", "warmup_epochs": 0.0}
+        tick = Stage(
+            "tick", self.training.model_copy(update=changes), "prune.gates.tick_", prunes=True, ends_with_pruning=True
+        )
+        tock = Stage("tock", self.training, "train.", prunes=True, ends_with_pruning=True)
+        stages = [tock]
+        for number in range(1, rounds + 1):
+            stages += [tick, tock] if number % gates.ticks_per_tock == 0 or number == rounds else [tick]
+        return stages
+
+    def rounds(self, stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int) -> Rounds:
+        may_miss = decay.rectify is not None or self.pace == "ticks"
+        return plan_ticks(stages, decay, steps_per_epoch=steps_per_epoch, may_miss=may_miss)
 
     def choosable(self, groups: Groups, model: nn.Module) -> Groups:
         names = {f"{name}.weight" for name, module in model.named_modules() if can_be_gated(module)}
@@ -175,7 +142,7 @@ class GateDecorator(BasePruner):
         self._sharing = gates.entries().cpu().numpy().astype(np.int64)  # (units,) gates of each
         if survivors is None:
             sizes = np.array([group.size for group in groups], np.int64)
-            self._least = np.maximum(1, (self.min_keep * sizes).astype(np.int64))  # (groups,)
+            self._least = np.maximum(1, (self.settings.min_keep * sizes).astype(np.int64))  # (groups,)
             # Before the first tick: a gate's size stands for its worth.
             self.sums = gates.total([gate.detach().abs() for gate in gates.parameters])
             self.marks = torch.zeros(groups.units, dtype=torch.bool, device=gates.device)
@@ -192,30 +159,31 @@ class GateDecorator(BasePruner):
         }
         return Units(groups, model, only=names)
 
-    def enter(self, stage: StageName, model: nn.Module, step: int) -> None:
+    def enter(self, stage: Stage, model: nn.Module, step: int) -> None:
         self._thaw_(model)
-        if stage == "tick":
+        self._is_tick = stage.name == "tick"
+        if self._is_tick:
             convolutions = {n for n, module in model.named_modules() if isinstance(module, nn.modules.conv._ConvNd)}
             for name, parameter in model.named_parameters():
                 if name.rpartition(".")[0] in convolutions and parameter.requires_grad:
                     parameter.requires_grad_(False)
                     self._frozen.append(name)
         self._is_new = step == 0
-        self._stage = stage
 
     def before_step_(self) -> None:
         weights, gradients = self.gates.weights(), self.gates.gradients()
-        if self._stage == "tick":
+        if self._is_tick:
             if self._is_new:  # the round after the tick before may have been in between
                 self.sums, self._is_new = torch.zeros_like(self.sums), False
             self.sums = self.sums + self.gates.total([(w * g).abs() for w, g in zip(weights, gradients)])
         else:
             for gate, weight in zip(self.gates.parameters, weights):
                 if gate.grad is not None:
-                    gate.grad.add_(weight.sign(), alpha=self.strength)
+                    gate.grad.add_(weight.sign(), alpha=self.settings.gates.strength)
 
-    def condemned(self) -> Tensor:
-        below = below_threshold(self.scores(), self._sharing, self._group_of_unit, self._least, self.fraction or 0.0)
+    def marked(self) -> Tensor:
+        fraction = self.settings.gates.fraction or 0.0
+        below = below_threshold(self.scores(), self._sharing, self._group_of_unit, self._least, fraction)
         self.marks |= torch.from_numpy(below).to(self.marks.device)
         return self.marks
 

@@ -13,17 +13,23 @@ without any projection is condemned at once. Of the units that are condemned in 
 needs. Dead units leave at epoch ends, and with them the weights that read them: other units' norms count these no more.
 """
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import SGD, AdamW, Optimizer
 
 from dpm_cli.graph import Groups, Units
 from dpm_cli.method.budget import Scores
 from dpm_cli.method.pruners.base import BasePruner, Indices
+from dpm_cli.method.rounds import Rounds, plan_each_step, plan_rounds
+from dpm_cli.recipe.sections import Decay, Prune, Training
+from dpm_cli.recipe.stages import Stage
 
 TINY = 1e-8
+WARM_UP = 1  # training steps that it must see before the first round
 MOST = 0.999  # of all units may be marked as redundant
 
 
@@ -75,36 +81,45 @@ def penalty_strengths(
 class Otov2(BasePruner):
     """The base pruner `otov2`; `variant: hesso` chooses by HESSO's importance at each round instead of projecting.
 
-    strength, amplify, ceiling: of the penalty (lmbda, lmbda_amplify and hat_lmbda_coeff in the reference). Without a
-    strength it is ours: three times what shrinks a typical marked unit to zero within its round at a constant learning
-    rate, but at least `least_strength`; the reference's own number is made for hundreds of epochs. epsilon: the
-    half-space. tolerance: fraction of all units marked as redundant beyond what the target needs. decoupled_decay:
-    weight decay that the optimizer applies beside the gradient (AdamW).
+    Its settings `strength`, `amplify` and `ceiling` are lmbda, lmbda_amplify and hat_lmbda_coeff in the reference.
+    Without a strength it is ours: three times what shrinks a typical marked unit to zero within its round at a constant
+    learning rate, but at least `least_strength`; the reference's own number is made for hundreds of epochs.
+    `tolerance` is the fraction of all units that are marked as redundant beyond what the target needs.
     """
 
-    warm_up = 1
-
-    def __init__(
-        self,
-        *,
-        variant: Literal["dhspg", "hesso"],
-        strength: float | None,
-        least_strength: float,
-        amplify: float,
-        ceiling: float,
-        epsilon: float,
-        tolerance: float,
-        decoupled_decay: float = 0.0,
-    ) -> None:
-        self.variant, self.epsilon, self.tolerance = variant, epsilon, tolerance
-        self.strength, self.least_strength = strength, least_strength
-        self.used_strength = strength or least_strength
-        self.amplify, self.ceiling = amplify, ceiling
-        self.decoupled_decay = decoupled_decay
-        self.condemns = self.condemns_each_step = variant == "dhspg"
+    def __init__(self, prune: Prune, training: Training) -> None:
+        self.settings, self.training = prune, training
+        self.variant = prune.otov2.variant
+        self.pace = "steps" if self.variant == "dhspg" else "rounds"
+        self.title = prune.base if self.variant == "dhspg" else f"{prune.base} ({self.variant})"
         self.is_partitioned = False
+        self.used_strength = prune.otov2.strength or 0.0
         self._seen: dict[str, Tensor] = {}
-        self._lr = 0.0  # of the last step
+        self._lr = 0.0  # of the last step that moved anything
+        self._has_moved = False  # in the last step
+        self._set_defaults(by_adam=training.optimizer != "sgd", decoupled_decay=0.0)
+
+    def _set_defaults(self, *, by_adam: bool, decoupled_decay: float) -> None:
+        """The reference's numbers for the kind of optimizer. decoupled_decay: weight decay beside the gradient."""
+        self.least_strength = 1e-2 if by_adam else 1e-3
+        self.amplify = self.settings.otov2.amplify or (20.0 if by_adam else 2.0)
+        self.ceiling = self.settings.otov2.ceiling or (1e3 if by_adam else 10.0)
+        self.decoupled_decay = decoupled_decay
+        if not self.is_partitioned:
+            self.used_strength = self.settings.otov2.strength or self.least_strength
+
+    def meet(self, optimizer: Optimizer) -> None:
+        group = optimizer.param_groups[0]
+        is_decoupled = group.get("decoupled_weight_decay", isinstance(optimizer, AdamW))
+        decay = float(group.get("weight_decay", 0.0)) if is_decoupled else 0.0
+        self._set_defaults(by_adam=not isinstance(optimizer, SGD), decoupled_decay=decay)
+
+    def stages(self) -> Sequence[Stage]:
+        return [Stage("train", self.training, "train.", prunes=True)]
+
+    def rounds(self, stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int) -> Rounds:
+        steps, plan = self.training.epochs * steps_per_epoch, plan_each_step if self.pace == "steps" else plan_rounds
+        return plan(steps, self.settings, decay, warm_up=WARM_UP)
 
     def bind(self, groups: Groups, model: nn.Module, survivors: Indices | None = None) -> None:
         self.units = Units(groups, model)
@@ -125,10 +140,10 @@ class Otov2(BasePruner):
 
     def start_round(self, redundant: int, steps: int) -> None:
         """The partition (OTOv2, §3.2): mark the units with the highest salience, but never a whole group."""
-        if not self.condemns_each_step or self.is_partitioned:
+        if self.pace != "steps" or self.is_partitioned:
             return
         count = len(self._group_of_unit)
-        number = int(min(redundant + self.tolerance * count, MOST * count))
+        number = int(min(redundant + self.settings.otov2.tolerance * count, MOST * count))
         scores = self.scores()
         marked = np.zeros(count, bool)
         marked[np.argsort(scores, kind="stable")[:number]] = True
@@ -138,13 +153,14 @@ class Otov2(BasePruner):
                 marked[units[np.argmax(scores[units])]] = False
         self.redundant = torch.from_numpy(marked).to(self.units.device)
         self.is_partitioned = True
-        if self.strength is None:
+        if self.settings.otov2.strength is None:
             typical = float(self._seen["weight"][self.redundant].median()) if marked.any() else 0.0
             self.used_strength = max(self.least_strength, 3 * typical / max(self._lr * steps, 1e-12))
 
     @torch.no_grad()
-    def after_step_(self, lr: float, going: Tensor, released: Tensor, is_wanted: bool) -> None:
-        if not lr:  # a schedule that fell below the smallest number: nothing moved
+    def after_step_(self, lr: float, going: Tensor) -> None:
+        self._has_moved = lr > 0  # not if a schedule fell below the smallest number
+        if not self._has_moved:
             return
         self._lr = lr
         before, after = self._before, self.units.weights()
@@ -155,21 +171,31 @@ class Otov2(BasePruner):
             length = (length.square() - 2 * decay * dot + (decay * weight).square()).clamp_min(0).sqrt()
             dot = dot - decay * weight.square()
         self._seen = {"weight": weight, "gradient": length, "dot": dot, "live": ~going}
-        if not (is_wanted and self.is_partitioned):
+
+    @torch.no_grad()
+    def mark_(self, spared: Tensor) -> None:
+        """The half-space step (OTOv2, §3.3): push, and mark what a step turned away from where it was."""
+        if not (self._has_moved and self.is_partitioned):
             return
-        pushed = self.redundant & ~going & ~released
+        weight, dot, lr = self._seen["weight"], self._seen["dot"], self._lr
+        pushed = self.redundant & ~spared
         strengths = penalty_strengths(
-            weight, length, dot, strength=self.used_strength, amplify=self.amplify, ceiling=self.ceiling
+            weight,
+            self._seen["gradient"],
+            dot,
+            strength=self.used_strength,
+            amplify=self.amplify,
+            ceiling=self.ceiling,
         )
         push = torch.where(pushed, lr * strengths / (weight + TINY), 0.0)  # (units,) of x, taken from x̂
-        self.units.add_(before, -push)
+        self.units.add_(self._before, -push)
         # <x̂, x> after the push, without reading the weights again.
         square = weight.square()
-        along = square - lr * (dot + decay * square) - push * square
-        self.hits |= pushed & (along < self.epsilon * square)
-        self.hits |= ~going & (weight == 0)
+        along = square - lr * (dot + self.decoupled_decay * square) - push * square
+        self.hits |= pushed & (along < self.settings.otov2.epsilon * square)
+        self.hits |= self._seen["live"] & (weight == 0)
 
-    def condemned(self) -> Tensor:
+    def marked(self) -> Tensor:
         return self.hits
 
     def scores(self) -> Scores:

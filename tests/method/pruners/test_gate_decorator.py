@@ -17,7 +17,7 @@ from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners import GateDecorator
 from dpm_cli.method.pruners.gate_decorator import Gated, add_gates_, below_threshold, can_be_gated, merge_gates_
 from dpm_cli.method.rounds import plan_ticks
-from dpm_cli.method.stages import Stage, plan_stages
+from dpm_cli.recipe.stages import Stage, plan_stages
 
 DENSE = make_net()
 GROUPS = find_groups(DENSE, torch.zeros(2, 1, 8, 8))

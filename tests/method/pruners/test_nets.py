@@ -63,14 +63,14 @@ def go(folder, arch, monkeypatch, *overrides):
     return run, list(run.events())
 
 
-def dearest_step(groups, floors, alive):
+def dearest_step(groups, widths, alive):
     """The most MACs that one more unit of a group, or one more step of its width, would cost."""
     dearest = 0
     for number, group in enumerate(groups):
         gone = group.start + np.flatnonzero(~alive[group.range])
         if len(gone):
             more = alive.copy()
-            more[gone[: floors.step[number]]] = True
+            more[gone[: widths.step[number]]] = True
             dearest = max(dearest, cost_of(groups.cost, "macs", more) - cost_of(groups.cost, "macs", alive))
     return dearest
 
@@ -83,11 +83,11 @@ def test_target_is_met_within_one_unit_and_the_slim_net_outlives_its_run(tmp_pat
     export = "onnx" if way in ("group-norm", "otov2", "gate-decorator") else ""
     run, _ = go(tmp_path, arch, monkeypatch, f"prune.round_to={round_to}", f"export=[{export}]", *WAYS[way])
     groups, target, alive = run.dense_groups, run.report.target, run.pruning.survivors
-    assert target.reached <= target.limit < target.reached + dearest_step(groups, run.floors, alive)
+    assert target.reached <= target.limit < target.reached + dearest_step(groups, run.widths, alive)
     assert groups.cost.macs(alive) == target.reached
     if way == "otov2 by score":
         assert run.pruning.topped_up == run.pruning.chosen
-    for group, step in zip(groups, run.floors.step):
+    for group, step in zip(groups, run.widths.step):
         assert alive[group.range].sum() in (group.size, *range(step, group.size, step))
     assert run.report.compact_difference <= 1e-5
     slim = load_slim(tmp_path / "slim.pt").module.eval()

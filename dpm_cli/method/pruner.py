@@ -1,0 +1,273 @@
+"""The Decay Pruning Method for anybody's training loop."""
+
+import copy
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dpm_cli.errors import TargetError, UsageError
+from dpm_cli.events import Event, RoundStarted, UnitsRemoved
+from dpm_cli.graph import Groups
+from dpm_cli.graph.optimizer_state import shrink_optimizer_
+from dpm_cli.graph.trace import Example
+from dpm_cli.method.pruners import BasePruner, make_base
+from dpm_cli.method.pruning import Pruning
+from dpm_cli.method.survey import survey
+from dpm_cli.recipe.check import check_section
+from dpm_cli.recipe.sections import Decay, Prune, Training, default_decay
+from dpm_cli.recipe.stages import number_epochs
+
+Settings = Mapping[str, Any]
+AT_ONCE = {"steps": 1, "rectify": None}  # of the decay, where no training follows
+
+
+class Pruner:
+    """Shrinks a model while your own loop trains it (DPM, arXiv 2406.03879).
+
+        pruner = dpm_cli.Pruner(model, example, target={"macs": 0.5}, steps=len(loader) * epochs)
+        optimizer = torch.optim.SGD(model.parameters(), 0.01, momentum=0.9)
+        for images, labels in loader:                # as often as you like, `steps` optimizer steps in all
+            criterion(model(images), labels).backward()
+            pruner.before_step()
+            optimizer.step()
+            optimizer.zero_grad()
+            pruner.after_step(optimizer)
+        pruner.finish()
+        dpm_cli.save(model, "slim.pt")
+
+    With gradient accumulation both calls stand around the optimizer's step alone; clip between `before_step` and the
+    step. With a `GradScaler`, unscale before `before_step`; a step that the scaler skips is skipped here too. A
+    scheduler may hold the optimizer: the optimizer stays, its parameters and momenta shrink with the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        example: Example,
+        *,
+        target: Settings,
+        steps: int,
+        base: str = "depgraph",
+        prune: Settings | None = None,
+        decay: Settings | None = None,
+        remove_every: int | None = None,
+        seed: int = 0,
+        on_event: Callable[[Event], None] | None = None,
+    ) -> None:
+        """Analyse a model, and plan the rounds in which it shrinks. Make the optimizer afterwards.
+
+        model: trained, on any device; it is changed in place. example: inputs as the model takes them, one tensor
+        (B, …), a tuple of several, or a mapping of them by name. target: {"macs": 0.5}, as in recipes; params and
+        channels too. steps: optimizer steps that the loop will take; 0 cuts at once. base, prune, decay: as in recipes.
+        remove_every: steps after which the dead units of a long round leave (base otov2); None for at its end.
+
+        Raises RecipeError, UnsupportedModelError, TargetError or UsageError, each in one line, before anything changed.
+        """
+        if steps < 0:
+            raise UsageError(f"steps is {steps}; it counts the optimizer steps that are to come")
+        values = {"base": base, "target": dict(target)} | dict(prune or {})
+        settings = check_section(Prune, values, "prune")
+        fades = check_section(Decay, default_decay(settings.base, dict(decay or {})), "decay")
+        chosen = make_base(settings, Training(epochs=steps), seed=seed)
+        stages = number_epochs(chosen.stages())
+        if any(stage.ends_with_pruning or not stage.prunes for stage in stages):
+            names = ", ".join(dict.fromkeys(stage.name for stage in stages))
+            raise UsageError(f"{chosen.title} needs stages of its own ({names}), which dpm prune alone can give it")
+        example = _at_least_two(example)
+        dense = copy.deepcopy(model).cpu().eval()
+        found = survey(dense, _to(example, torch.device("cpu")), settings, chosen)
+        goal, rounds = found.goal(settings.target), chosen.rounds(stages, fades, steps_per_epoch=1)
+        fades = fades if steps else fades.model_copy(update=AT_ONCE)
+
+        self.model, self.steps, self.step, self.skipped = model, steps, 0, 0
+        self._tell, self._remove_every = on_event or (lambda event: None), remove_every
+        self._pruning = Pruning(model, found.groups, chosen, goal, rounds, fades)
+        self._example = _to(example, self._pruning.units.device)
+        self._has_observed = self._is_finished = False
+        self._met: weakref.WeakSet[Optimizer] = weakref.WeakSet()
+        self._rates: list[float] = []  # learning rates of the optimizer steps since the last `after_step`
+        self._hook = register_optimizer_step_post_hook(_Watcher(self))
+        chosen.enter(stages[0], model, 0)
+        _origins[model] = dense.to("meta")
+        self._begin_step()
+
+    @property
+    def groups(self) -> Groups:
+        """The groups of units that are left, and the layers that stay whole, with reasons."""
+        return self._pruning.groups
+
+    @property
+    def base(self) -> BasePruner:
+        """The base pruner, which says what is redundant."""
+        return self._pruning.base
+
+    @property
+    def is_done(self) -> bool:
+        """The target is met, and no unit is decaying. Further steps train the slim model and change no structure."""
+        return self._pruning.is_done
+
+    def cost(self) -> int:
+        """What is left, in the unit of the target: MACs of one input, parameters, or channels."""
+        return self._pruning.cost()
+
+    def before_step(self) -> None:
+        """Call between `backward` and the optimizer's step, before gradients are clipped.
+
+        Raises UsageError at a wrong place, TargetError if all steps are over and the target is not met.
+        """
+        if self._is_finished:
+            raise UsageError("before_step was called after finish: make a new Pruner to prune further")
+        if self._has_observed:
+            raise UsageError("before_step was called twice: call after_step(optimizer) after the optimizer's step")
+        if self.step >= self.steps and not self.is_done:
+            raise self._missed()
+        if not self.is_done:
+            if all(parameter.grad is None for parameter in self._pruning.units.parameters):
+                raise UsageError("before_step found no gradients: call it between loss.backward() and optimizer.step()")
+            self._pruning.before_step_()
+        self._rates.clear()
+        self._has_observed = True
+
+    def after_step(self, *optimizers: Optimizer) -> None:
+        """Call after the optimizer's step: units decay, are released, or leave with what the optimizer remembers.
+
+        optimizers: usually one; all that hold parameters of the model. Raises UsageError at a wrong place, RunError if
+        a removal would change outputs.
+        """
+        if not self._has_observed:
+            raise UsageError("after_step was called without before_step, which belongs between backward and the step")
+        self._has_observed = False
+        self._require_ours(optimizers)
+        if not self._rates:  # a GradScaler found a gradient that is not finite
+            self.skipped += 1
+            return
+        for optimizer in optimizers:
+            if optimizer not in self._met:
+                self.base.meet(optimizer)
+                self._met.add(optimizer)
+        step, self.step = self.step, self.step + 1
+        if self.is_done:
+            return
+        self._pruning.after_step_(step, max(self._rates))
+        is_mid_round = self._remove_every and self.step % self._remove_every == 0 and self._pruning.has_dead
+        if self._pruning.is_over or is_mid_round:
+            self._remove(optimizers)
+        if self.step < self.steps:
+            self._begin_step(optimizers)
+
+    def finish(self) -> None:
+        """Call when the loop is over. Raises TargetError if the target is not met; the model then stays as it is."""
+        if not self.is_done:
+            raise self._missed()
+        self._hook.remove()
+        self._pruning.unwrap_()
+        self._is_finished = True
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and numbers of what an interrupted loop needs, beside the states of model and optimizer."""
+        return {"step": self.step, "skipped": self.skipped, "pruning": self._pruning.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue an interrupted loop, to the same bits.
+
+        Build the dense model and its Pruner as before; load this state, then the model's; then make the optimizer and
+        load its state. Raises ValueError if the state belongs to another model.
+        """
+        self._pruning.load_state_dict(state["pruning"])
+        self.step, self.skipped = int(state["step"]), int(state["skipped"])
+
+    def _begin_step(self, optimizers: tuple[Optimizer, ...] = ()) -> None:
+        """Start the round that is due before the next step, and end it at once if its units are cut in one step."""
+        if self._pruning.is_due(self.step):
+            choice = self._pruning.start_round()
+            self._tell(RoundStarted(stage="train", step=self.step, **asdict(choice)))
+        if self._pruning.is_over:
+            self._remove(optimizers)
+
+    def _remove(self, optimizers: tuple[Optimizer, ...]) -> None:
+        """The dead units leave the model and the optimizers."""
+        pruning = self._pruning
+        removal = pruning.finish_round(self._example) if pruning.is_over else pruning.remove_dead(self._example)
+        for optimizer in optimizers:
+            shrink_optimizer_(optimizer, self.model, removal.before, removal.kept)
+        cost, alive = pruning.groups.cost, pruning.all_alive
+        self._tell(
+            UnitsRemoved(
+                stage="train",
+                round=pruning.round,
+                step=self.step,
+                removed=removal.removed,
+                released=removal.released,
+                macs=cost.macs(alive),
+                params=cost.parameters(alive),
+                units=pruning.groups.units,
+                difference=removal.difference,
+            )
+        )
+
+    def _require_ours(self, optimizers: tuple[Optimizer, ...]) -> None:
+        held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
+        named = zip(self._pruning.units.names, self._pruning.units.parameters)
+        missing = [name for name, parameter in named if parameter.requires_grad and id(parameter) not in held]
+        if missing:
+            raise UsageError(
+                f"the optimizer does not hold the model's parameter {missing[0]!r}: make it after the Pruner "
+                "(and after load_state_dict) from model.parameters(); if there are several, give after_step all of them"
+            )
+
+    def _stepped(self, optimizer: Optimizer) -> None:
+        """An optimizer of this process has taken a step; a fused one also runs when it skips."""
+        ours = {id(parameter) for parameter in self._pruning.units.parameters}
+        rates = [float(g["lr"]) for g in optimizer.param_groups if any(id(p) in ours for p in g["params"])]
+        found_inf = getattr(optimizer, "found_inf", None)
+        if rates and not (isinstance(found_inf, Tensor) and bool(found_inf)):
+            self._rates += rates
+
+    def _missed(self) -> TargetError:
+        goal = self._pruning.goal
+        skipped = f", {self.skipped} skipped" if self.skipped else ""
+        return TargetError(
+            f"target {goal.kind} <= {goal.limit:,} is not met after {self.step} of {self.steps} steps{skipped}: "
+            f"{self.cost():,} are left; take all steps, or give more"
+        )
+
+
+def find_origin(model: nn.Module) -> nn.Module | None:
+    """The dense module that a Pruner of this process was given, without data; None for any other model."""
+    return _origins.get(model)
+
+
+_origins: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()
+
+
+class _Watcher:
+    """Tells a Pruner of optimizer steps, but does not keep it alive."""
+
+    def __init__(self, pruner: Pruner) -> None:
+        self._pruner = weakref.ref(pruner)
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        pruner = self._pruner()
+        if pruner is not None:
+            pruner._stepped(optimizer)
+
+
+def _at_least_two(example: Example) -> Example:
+    """With a batch of two or more, which the analysis needs."""
+    sizes = {len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()}
+    if sizes != {1}:
+        return example
+    doubled: Example = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, example)
+    return doubled
+
+
+def _to(example: Example, device: torch.device) -> Example:
+    moved: Example = tree_map_only(Tensor, lambda tensor: tensor.detach().to(device), example)
+    return moved

@@ -1,0 +1,188 @@
+"""The stages of a run, one after the other: what `dpm train`, `dpm prune` and On-the-Fly have in common.
+
+A course knows where it stands, writes checkpoints of that and of the parts that change, and goes on from them.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Protocol
+
+import torch
+from torch import nn
+
+from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
+from dpm_cli.engine.learner import Learner
+from dpm_cli.engine.loop import Hooks, StageLoop, State
+from dpm_cli.engine.setup import Setup
+from dpm_cli.events import CheckpointWritten, Event, Note, Resumed
+from dpm_cli.recipe.stages import Stage
+from dpm_cli.run.journal import Journal
+from dpm_cli.run.resume import Origin, foreign_state
+
+
+class Part(Protocol):
+    """Something that training changes."""
+
+    def state_dict(self) -> State: ...
+
+    def load_state_dict(self, state: State) -> None: ...
+
+
+class Trainee(Part, Protocol):
+    """The model that is trained, and all that must be the same in every process."""
+
+    model: nn.Module
+    layout: torch.memory_format
+    teacher: nn.Module | None
+
+
+class Course:
+    """All stages of one run. `stage` and `step` say which step is the next one."""
+
+    def __init__(
+        self,
+        setup: Setup,
+        stages: Sequence[Stage],
+        trainee: Trainee,
+        origin: Origin,
+        journal: Journal,
+        more: Mapping[str, Part] | None = None,
+    ) -> None:
+        """more: parts beside the trainee that a checkpoint must hold, by name."""
+        self.setup, self.stages, self.trainee, self.origin, self.journal = setup, stages, trainee, origin, journal
+        self.parts: dict[str, Part] = {"trainee": trainee, **(more or {})}
+        self.stage = self.step = 0
+        self.seconds: dict[str, float] = {}  # by stage
+        self.notes: list[str] = []
+        self._in_stage: State | None = None  # of a checkpoint, until its stage goes on
+        self._told = 0  # images that were left out
+
+    @property
+    def is_over(self) -> bool:
+        return self.stage >= len(self.stages)
+
+    @property
+    def current(self) -> Stage:
+        """The stage that is in progress or comes next; at the end the last one."""
+        return self.stages[min(self.stage, len(self.stages) - 1)]
+
+    @property
+    def unused_epoch(self) -> int:
+        """An epoch that no stage has: its images are drawn for statistics."""
+        return sum(stage.training.epochs for stage in self.stages)
+
+    def train(self, hooks: Hooks) -> Iterator[Event]:
+        """What is left of the current stage."""
+        setup, stage = self.setup, self.current
+        learner = Learner(
+            self.trainee.model,
+            stage.training,
+            precision=setup.precision,
+            steps_per_epoch=setup.steps_per_epoch,
+            seed=setup.recipe.seed * 1_000_003 + stage.first_epoch,
+            layout=self.trainee.layout,
+            teacher=self.trainee.teacher,
+            world=setup.world,
+        )
+        loop = StageLoop(setup, learner, stage, hooks, self.step)
+        if self._in_stage:
+            with foreign_state(setup.checkpoint):
+                loop.load_state_dict(self._in_stage)
+            self._in_stage = None
+        yield from loop.run()
+        self.step = loop.step
+        self._add_seconds(loop)
+
+    def advance(self) -> Iterator[Event]:
+        """The current stage is over."""
+        self.stage, self.step = self.stage + 1, 0
+        yield self.save()
+
+    def save(self, loop: StageLoop | None = None, in_stage: State | None = None) -> CheckpointWritten:
+        """loop, in_stage: in the middle of a stage, what only matters until it is over."""
+        if loop:
+            self.step = loop.step
+            self._add_seconds(loop)
+        self.require_agreement(f"the model after step {self.step}")
+        setup = self.setup
+        if setup.world.is_main:
+            scaler = setup.precision.scaler
+            state = self.origin.to_dict() | {
+                "stage": self.stage,
+                "step": self.step,
+                "seconds": self.seconds,
+                "parts": {name: part.state_dict() for name, part in self.parts.items()},
+                "in_stage": in_stage,
+                "scaler": scaler.state_dict() if scaler else None,
+                "rng": capture_rng(),
+                "metrics_bytes": self.journal.flush_to_disk(),
+            }
+            save_checkpoint(setup.checkpoint, state)
+        return CheckpointWritten(step=self.step, path=str(setup.checkpoint))
+
+    def restore(self) -> Iterator[Event]:
+        """Continue from the last whole checkpoint, if there is one. Raises OutputError if it is of another run."""
+        setup = self.setup
+        checkpoint = setup.world.share(load_checkpoint(setup.checkpoint) if setup.world.is_main else None)
+        if checkpoint is None:
+            yield Note(f"{setup.checkpoint.parent} holds no checkpoint: the run starts at its beginning")
+            return
+        self.origin.require_same(checkpoint.state, checkpoint.path)
+        with foreign_state(checkpoint.path):
+            self._restore_state(checkpoint.state)
+        self.notes += [f"{path} was damaged; the one before it was used" for path in checkpoint.damaged]
+        stage = "export" if self.is_over else self.current.name
+        yield Resumed(stage=stage, step=self.step, path=str(checkpoint.path))
+
+    def _restore_state(self, state: State) -> None:
+        for name, part in self.parts.items():
+            part.load_state_dict(state["parts"][name])
+        self.seconds = {str(name): float(spent) for name, spent in state["seconds"].items()}
+        self.stage, self.step = int(state["stage"]), int(state["step"])
+        if not (0 <= self.stage <= len(self.stages) and self.step >= 0):
+            raise ValueError(f"stage {self.stage}, step {self.step}")
+        self._in_stage = state["in_stage"]
+        scaler = self.setup.precision.scaler
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        restore_rng(state["rng"])
+        self.journal.bytes = max(0, int(state["metrics_bytes"]))
+
+    def forget(self) -> None:
+        """The run is finished: its checkpoints go."""
+        if self.setup.world.is_main:
+            remove_checkpoints(self.setup.checkpoint)
+
+    def require_agreement(self, what: str) -> None:
+        """Several processes must decide alike. Raises RunError if they do not."""
+        self.setup.world.share_buffers_(self.trainee.model)
+        self.setup.world.require_same(what, self.trainee.state_dict())
+
+    def tell_corrupt(self) -> Iterator[Event]:
+        """If images were left out since the last call; streamed ones are found on the way."""
+        corrupt = self.setup.splits.corrupt
+        for paths in self.setup.world.gather(corrupt.paths):
+            corrupt.adopt_(paths)
+        if len(corrupt) > self._told:
+            self._told = len(corrupt)
+            yield Note(corrupt.note)
+
+    def _add_seconds(self, loop: StageLoop) -> None:
+        name = loop.stage.name
+        self.seconds[name] = self.seconds.get(name, 0.0) + loop.seconds
+        loop.seconds = 0.0
+
+
+class CourseHooks(Hooks):
+    """What every stage of a course does beside training."""
+
+    def __init__(self, course: Course) -> None:
+        self.course = course
+
+    def require_agreement(self, what: str) -> None:
+        self.course.require_agreement(what)
+
+    def tell_notes(self) -> Iterator[Event]:
+        yield from self.course.tell_corrupt()
+
+    def save(self, loop: StageLoop, in_stage: State) -> Iterator[Event]:
+        yield self.course.save(loop, in_stage)

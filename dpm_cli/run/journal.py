@@ -1,0 +1,71 @@
+"""metrics.jsonl: one event a line, written as it happens; cut back to the checkpoint on resume."""
+
+import contextlib
+import json
+import os
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import IO, TypeVar, cast
+
+from dpm_cli.errors import RunError
+from dpm_cli.events import Event
+
+T = TypeVar("T")
+
+
+class Journal:
+    """Writes the events that tell of the model. Without a path it writes nothing, as in all processes but the main."""
+
+    def __init__(self, path: Path | None) -> None:
+        self.path = path
+        self.bytes = 0  # that count; what lies behind them was written after the last checkpoint
+        self._file: IO[str] | None = None
+
+    @contextlib.contextmanager
+    def opened(self) -> Iterator[None]:
+        """Write to the file within, behind the bytes that count. Raises RunError if it cannot be written."""
+        if self.path is None:
+            yield
+            return
+        with self._explaining():
+            file = self.path.open("a" if self.bytes else "w", encoding="utf-8")
+            file.truncate(min(self.bytes, self.path.stat().st_size))
+        self._file = file
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # what a full disk did not take was reported when it was written
+                file.close()
+
+    def follow(self, events: Generator[Event, None, T]) -> Generator[Event, None, T]:
+        """The same events and result, written on their way."""
+        try:
+            while True:
+                event = next(events)
+                self.write(event)
+                yield event
+        except StopIteration as end:
+            return cast(T, end.value)
+        finally:
+            events.close()
+
+    def write(self, event: Event) -> None:
+        if event.is_logged and self._file:
+            with self._explaining():
+                self._file.write(json.dumps(event.to_dict()) + "\n")
+                self._file.flush()
+
+    def flush_to_disk(self) -> int:
+        """Call before the checkpoint that counts on it. Returns the bytes written."""
+        if self.path is None or self._file is None:
+            return 0
+        with self._explaining():
+            os.fsync(self._file.fileno())
+            return self.path.stat().st_size
+
+    @contextlib.contextmanager
+    def _explaining(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise RunError(f"{self.path} cannot be written: {error.strerror or error}") from None

@@ -1,0 +1,75 @@
+"""What a run has made of a model, before anything is measured."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from dpm_cli.data import Splits
+from dpm_cli.method.pruning import Pruning
+from dpm_cli.recipe import Recipe
+from dpm_cli.report import FloorReport, KeptLayer, TargetReport, UnitCounts, Width
+from dpm_cli.run.accuracy_floor import AccuracyFloor
+from dpm_cli.run.subject import Subject
+from dpm_cli.sparse.cut import CutModel
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a report says beside measurements."""
+
+    method: str
+    target: TargetReport
+    units: UnitCounts
+    widths: Sequence[Width]
+    kept: Sequence[KeptLayer]
+    difference: float  # the largest of outputs before and after a removal
+    validation_accuracy: float | None  # percent, of the slim model
+    notes: Sequence[str]
+    predicted: tuple[int, int] | None = None  # MACs and parameters of the slim model
+    floor: FloorReport | None = None
+    cuts: Sequence[CutModel] = ()  # of single weights; the first one is the slim model
+
+
+def describe_outcome(
+    subject: Subject, floor: AccuracyFloor, validation_accuracy: float | None, notes: Sequence[str]
+) -> Outcome:
+    """The outcome of a run that removed units."""
+    recipe, pruning, groups = subject.setup.recipe, subject.pruning, subject.dense_groups
+    target, goal, cost, alive = recipe.prune.target, pruning.goal, pruning.groups.cost, pruning.all_alive
+    remarks = [*_remark_on_pruning(recipe, pruning), *remark_on_data(subject.setup.splits)]
+    return Outcome(
+        method=name_method(recipe, pruning),
+        target=TargetReport(target.kind, target.amount, goal.limit, pruning.dense_cost, pruning.cost()),
+        units=UnitCounts(groups.units, pruning.chosen, pruning.released, groups.units - pruning.groups.units),
+        widths=[Width(*width) for width in groups.widths(pruning.survivors)],
+        kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
+        difference=subject.difference,
+        validation_accuracy=validation_accuracy,
+        notes=[*notes, *remarks, *([floor.broken] if floor.broken else [])],
+        predicted=(cost.macs(alive), cost.parameters(alive)),
+        floor=floor.report(),
+    )
+
+
+def name_method(recipe: Recipe, pruning: Pruning) -> str:
+    """The base pruner, and DPM if it is on: one-step pruning is the base alone, as is HESSO with its own envelope."""
+    decay, name = recipe.decay, pruning.base.title
+    is_on = pruning.decay.steps > 1 and (decay.envelope != "multiplicative" or decay.rectify is not None)
+    return f"{name} + DPM" if is_on else name
+
+
+def _remark_on_pruning(recipe: Recipe, pruning: Pruning) -> Iterator[str]:
+    if recipe.counter != "flop_counter":
+        yield f"MACs are counted by {recipe.counter}; the target is held by flop_counter's"
+    if pruning.topped_up:
+        why = "others were released" if pruning.released else f"{recipe.prune.base} marked too few in time"
+        yield f"{pruning.topped_up} units were chosen by score alone, after the planned rounds: {why}"
+
+
+def remark_on_data(splits: Splits) -> Iterator[str]:
+    """What a reader of the figures must know of the images."""
+    if not splits.labelled:
+        yield "data.labels is false: no accuracy was measured"
+    if len(splits.corrupt):
+        yield splits.corrupt.note
+    if splits.test_held_out:
+        yield "the folder has no test images: a fixed tenth of the training images served as the test set"

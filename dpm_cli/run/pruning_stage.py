@@ -1,0 +1,107 @@
+"""What the stages of a pruning run do beside training: sparse learning, and the rounds in which units go."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+
+from dpm_cli.engine.loop import EndStage, StageLoop
+from dpm_cli.events import Event, RoundStarted, UnitsRemoved
+from dpm_cli.graph.trace import Example
+from dpm_cli.method.pruning import Pruning, Removal
+from dpm_cli.recipe.stages import steps_before
+from dpm_cli.run.accuracy_floor import AccuracyFloor
+from dpm_cli.run.course import Course, CourseHooks
+from dpm_cli.run.subject import Subject
+
+
+class SparseLearning(CourseHooks):
+    """The base pruner adds its penalty to the gradients; nothing is chosen yet."""
+
+    def __init__(self, course: Course, subject: Subject) -> None:
+        super().__init__(course)
+        self._base = subject.pruning.base
+
+    def before_step_(self) -> None:
+        self._base.before_step_()
+
+    def end_epoch(self, loop: StageLoop) -> Iterator[Event]:
+        self._base.end_epoch()
+        yield from ()
+
+
+class PruningStage(CourseHooks):
+    """Rounds begin when they are due; units decay, are released, or leave."""
+
+    def __init__(self, course: Course, subject: Subject, floor: AccuracyFloor) -> None:
+        super().__init__(course)
+        self.subject, self.floor = subject, floor
+        steps_per_epoch = course.setup.steps_per_epoch
+        self._first_step = steps_before(course.stages, course.current, steps_per_epoch)  # of all stages that prune
+
+    @property
+    def _pruning(self) -> Pruning:
+        return self.subject.pruning
+
+    def begin_step(self, loop: StageLoop) -> Iterator[Event]:
+        pruning = self._pruning
+        if pruning.is_due(self._first_step + loop.step):
+            self.require_agreement(f"the model before round {pruning.round + 1}")
+            if self.floor.holds():
+                self.floor.remember()
+            elif pruning.round:
+                yield self.floor.go_back(f"round {pruning.round}", stage=loop.stage.name, step=loop.step)
+                raise EndStage
+            yield self._start_round(loop)
+        if pruning.is_over:  # one-step pruning
+            yield self._remove(loop, pruning.finish_round)
+
+    def before_step_(self) -> None:
+        if not self._pruning.is_done:
+            self._pruning.before_step_()
+
+    def after_step_(self, step: int, lr: float) -> None:
+        if not self._pruning.is_done:
+            self._pruning.after_step_(self._first_step + step, lr)
+
+    def end_step(self, loop: StageLoop) -> Iterator[Event]:
+        if self._pruning.is_over:
+            yield self._remove(loop, self._pruning.finish_round)
+
+    def end_epoch(self, loop: StageLoop) -> Iterator[Event]:
+        if self._pruning.has_dead:
+            yield self._remove(loop, self._pruning.remove_dead)
+        self._pruning.base.end_epoch()
+
+    def end(self, loop: StageLoop) -> Iterator[Event]:
+        pruning = self._pruning
+        if not loop.learner.steps and pruning.is_due(0):  # no training: all units are cut at once
+            yield self._start_round(loop)
+            yield self._remove(loop, pruning.finish_round)
+        if pruning.is_done and self.floor.holds():
+            self.floor.remember()
+
+    def _start_round(self, loop: StageLoop) -> RoundStarted:
+        choice = self._pruning.start_round()
+        self.require_agreement(f"the victims of round {choice.round}")
+        return RoundStarted(stage=loop.stage.name, step=loop.step, **asdict(choice))
+
+    def _remove(self, loop: StageLoop, remove: Callable[[Example], Removal]) -> UnitsRemoved:
+        """The dead units, at the end of a round or in the middle of a long one."""
+        loop.require_finite()  # or the check of the outputs would blame the removal
+        subject, pruning = self.subject, self._pruning
+        removal = remove(self.course.setup.check_images())
+        subject.model.to(memory_format=subject.layout)
+        loop.learner.shrink_(removal.before, removal.kept)
+        self.require_agreement(f"what round {pruning.round} removed")
+        subject.difference = max(subject.difference, removal.difference)
+        cost, alive = pruning.groups.cost, pruning.all_alive
+        return UnitsRemoved(
+            stage=loop.stage.name,
+            round=pruning.round,
+            step=loop.step,
+            removed=removal.removed,
+            released=removal.released,
+            macs=cost.macs(alive),
+            params=cost.parameters(alive),
+            units=pruning.groups.units,
+            difference=removal.difference,
+        )

@@ -1,0 +1,76 @@
+"""What a checkpoint must have in common with the run that goes on from it."""
+
+import contextlib
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from dpm_cli.data import Splits
+from dpm_cli.engine.digest import digest
+from dpm_cli.errors import OutputError
+from dpm_cli.models.own_code import one_line
+from dpm_cli.recipe import Recipe, dump_recipe
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a run starts from: a resumed one must agree on it, and all processes of one."""
+
+    recipe: str  # all settings but the exports, so that an export that fails costs no training
+    weights: str  # digest
+    data: Mapping[str, str]  # which images -> their number and a digest
+
+    @classmethod
+    def of(cls, recipe: Recipe, model: nn.Module, splits: Splits) -> "Origin":
+        settings = dump_recipe(recipe.model_copy(update={"export": (), "opset": 18}))
+        return cls(settings, digest(model.state_dict()), dict(splits.fingerprints))
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"recipe": self.recipe, "weights": self.weights, "data": dict(self.data)}
+
+    def require_same(self, state: Mapping[str, Any], path: Path) -> None:
+        """Raises OutputError that names what differs in the checkpoint at `path`."""
+        with foreign_state(path):
+            there = Origin(str(state["recipe"]), str(state["weights"]), dict(state["data"]))
+        way_out = "resume with the same, or --overwrite"
+        if there.recipe != self.recipe:
+            changed = _changed_lines(there.recipe, self.recipe)
+            raise OutputError(
+                f"{path} was made with another recipe ({changed}): resume with the same one, or --overwrite"
+            )
+        if there.weights != self.weights:
+            raise OutputError(f"{path} was made from another model file: {way_out}")
+        if there.data != self.data:
+            raise OutputError(f"{path} was made with other data ({_changed_data(there.data, self.data)}): {way_out}")
+
+
+@contextlib.contextmanager
+def foreign_state(path: Path) -> Iterator[None]:
+    """Explain what goes wrong while a checkpoint is read: its checksum does not say which program wrote it."""
+    try:
+        yield
+    except Exception as error:  # whatever stands in it instead
+        raise OutputError(
+            f"{path} holds no state that this run can continue from ({one_line(error)}): start anew with --overwrite"
+        ) from None
+
+
+def _changed_lines(old: str, new: str) -> str:
+    """The first setting that differs, for a message."""
+    for left, right in zip(old.splitlines(), new.splitlines()):
+        if left != right:
+            return f"{left.strip()[:100]} there, {right.strip()[:100]} here"
+    return "more settings in one of them"
+
+
+def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> str:
+    """The first set of images that differs, for a message."""
+    for name, here in new.items():
+        there = str(old.get(name, "none"))
+        if there != here:
+            left, right = (text.partition(",")[0][:100] for text in (there, here))
+            return f"{name}: {left} there, {right} here" if left != right else f"{name}: {left}, but not the same"
+    return "more of it there"

@@ -1,0 +1,204 @@
+"""The story of Pruning On-the-Fly: train once on spheres, then cut single weights to every sparsity."""
+
+import copy
+from collections.abc import Generator, Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpm_cli.engine.allocator import keeping_freed_memory
+from dpm_cli.engine.loop import StageLoop, State
+from dpm_cli.engine.precision import choose_layout
+from dpm_cli.engine.setup import Setup
+from dpm_cli.events import Costs, Done, Event, Note, Started, Wanted, WeightsCut
+from dpm_cli.graph import find_groups
+from dpm_cli.recipe.stages import Stage, number_epochs
+from dpm_cli.report import KeptLayer, Report, TargetReport, UnitCounts, Width
+from dpm_cli.run.course import Course, CourseHooks
+from dpm_cli.run.delivery import Delivery
+from dpm_cli.run.journal import Journal
+from dpm_cli.run.outcome import Outcome, remark_on_data
+from dpm_cli.run.resume import Origin
+from dpm_cli.run.story import plan_of
+from dpm_cli.sparse.cut import CutModel, cut_model
+from dpm_cli.sparse.on_the_fly import WHY_WHOLE, SphereTraining
+from dpm_cli.sparse.polarise import count_kept
+
+REMARK = (
+    "single weights were cut: the file is smaller, but dense kernels compute zeros (and means) as fast as any other "
+    "number, so MACs and latency stay as they were; the other bases remove whole channels"
+)
+
+
+class SparseSubject:
+    """A model on spheres, until its training is over."""
+
+    teacher: nn.Module | None = None
+
+    def __init__(self, module: nn.Module, setup: Setup) -> None:
+        recipe = setup.recipe
+        self.layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
+        self.model = copy.deepcopy(module).to(setup.device).to(memory_format=self.layout)
+        self.training = SphereTraining(self.model, recipe.prune, recipe.train)
+        self.is_on_spheres = True
+        if recipe.train.distill:
+            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def unwrap_(self) -> None:
+        if self.is_on_spheres:
+            self.training.unwrap_(self.model)
+            self.is_on_spheres = False
+
+    def state_dict(self) -> State:
+        """The tensors are the model's own, not copies."""
+        state = {"epoch": self.training.epoch, "is_on_spheres": self.is_on_spheres}
+        return state | {"model": self.model.state_dict()}
+
+    def load_state_dict(self, state: State) -> None:
+        if not state["is_on_spheres"]:
+            self.unwrap_()
+        self.training.epoch = int(state["epoch"])
+        self.model.load_state_dict(state["model"])
+
+
+class SphereStage(CourseHooks):
+    """The penalty joins every step."""
+
+    def __init__(self, course: Course, training: SphereTraining) -> None:
+        super().__init__(course)
+        self._training = training
+
+    def before_step_(self) -> None:
+        self._training.penalise_()
+
+    def end_epoch(self, loop: StageLoop) -> Iterator[Event]:
+        self._training.epoch += 1
+        yield from ()
+
+
+class SparseRun:
+    """One run of Pruning On-the-Fly. `events()` does the work, yields what happens, and returns the report."""
+
+    def __init__(self, setup: Setup, model: nn.Module, *, arch: str | None, output: Path) -> None:
+        """As `Run`."""
+        setup.require_enough_images()
+        recipe = setup.recipe
+        torch.manual_seed(recipe.seed)
+        self.setup, self.dense, self.arch, self.output = setup, model, arch, output
+        groups = find_groups(model, torch.zeros(2, *recipe.model.input), keep=recipe.prune.keep)
+        self.groups = groups.without(dict.fromkeys(range(len(groups)), WHY_WHOLE))
+        self.subject = SparseSubject(model, setup)
+        self.course = Course(
+            setup,
+            number_epochs([Stage("sparse", recipe.train, "train.", penalises=True)]),
+            self.subject,
+            Origin.of(recipe, model, setup.splits),
+            Journal(output / "metrics.jsonl" if setup.world.is_main else None),
+        )
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know, one sentence each."""
+        return self.course.notes
+
+    def events(self, *, resume: bool = False) -> Generator[Event, None, Report]:
+        """resume: go on from the checkpoint of the output folder."""
+        course, world = self.course, self.setup.world
+        yield self._started()
+        world.require_same("the recipe, the model file or the data", course.origin.to_dict())
+        if resume:
+            yield from course.restore()
+        yield from course.tell_corrupt()
+        with course.journal.opened():
+            with keeping_freed_memory():
+                yield from course.journal.follow(self._train())
+            report = yield from course.journal.follow(self._finish())
+        course.forget()
+        for note in self.notes:
+            yield Note(note)
+        yield Done()
+        return report
+
+    def _train(self) -> Generator[Event, None, None]:
+        course = self.course
+        if not course.is_over:
+            yield from course.train(SphereStage(course, self.subject.training))
+            self.subject.unwrap_()
+            yield from course.advance()
+        self.subject.unwrap_()
+        self._recalibrate_(self.subject.model)
+
+    def _finish(self) -> Generator[Event, None, Report]:
+        setup, cuts = self.setup, []
+        for cut in self._cut():
+            cuts.append(cut)
+            yield WeightsCut(**vars(cut.report))
+        slim_model = cuts[0].module
+        validation_accuracy = setup.validate(slim_model)
+        report = None
+        if setup.world.is_main:
+            slim = copy.deepcopy(slim_model).cpu().to(memory_format=torch.contiguous_format).eval()
+            layout = self.subject.layout
+            delivery = Delivery(setup, arch=self.arch, output=self.output, dense=self.dense, layout=layout)
+            outcome = self._describe_outcome(cuts, validation_accuracy)
+            report = yield from delivery.deliver(slim, outcome, self.course.seconds)
+        shared = setup.world.share(report)
+        assert shared is not None
+        return shared
+
+    def _cut(self) -> Iterator[CutModel]:
+        """The trained model, cut to every sparsity that the recipe names."""
+        recipe = self.setup.recipe
+        sparsities = recipe.prune.target.sparsity or ()
+        for number, sparsity in enumerate(sparsities if recipe.prune.on_the_fly.threshold is None else sparsities[:1]):
+            yield cut_model(
+                self.subject.model,
+                self.subject.training.layers,
+                recipe.prune.on_the_fly,
+                sparsity=sparsity,
+                recalibrate_=self._recalibrate_ if recipe.recalibrate_batches else None,
+                score=self.setup.test,
+                file=str(self.output / (f"slim-{sparsity:g}.pt" if number else "slim.pt")),
+            )
+
+    def _recalibrate_(self, model: nn.Module) -> None:
+        self.setup.recalibrate_(model, self.course.unused_epoch)
+
+    def _describe_outcome(self, cuts: list[CutModel], validation_accuracy: float | None) -> Outcome:
+        recipe, groups = self.setup.recipe, self.groups
+        return Outcome(
+            method=recipe.prune.base,
+            target=_report_cut(cuts[0], recipe.prune.on_the_fly.threshold),
+            units=UnitCounts(groups.units, 0, 0, 0),
+            widths=[Width(*width) for width in groups.widths(np.ones(groups.units, bool))],
+            kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
+            difference=0.0,
+            validation_accuracy=validation_accuracy,
+            notes=[*self.notes, REMARK, *remark_on_data(self.setup.splits)],
+            cuts=cuts,
+        )
+
+    def _started(self) -> Started:
+        setup, cost = self.setup, self.groups.cost
+        alive = np.ones(self.groups.units, bool)
+        return Started(
+            arch=self.arch,
+            device=str(setup.device),
+            precision=setup.precision.name,
+            stages=tuple(plan_of(stage, setup) for stage in self.course.stages),
+            round_to=1,
+            target=Wanted("sparsity", asked=setup.recipe.prune.target.sparsity or ()),
+            dense=Costs(cost.macs(alive), cost.parameters(alive), self.groups.units),
+        )
+
+
+def _report_cut(cut: CutModel, threshold: float | None) -> TargetReport:
+    """As weights that are left, of those that may be cut. With a threshold, whatever it leaves is what was asked."""
+    weights = sum(mask.numel() for mask in cut.masks.values())
+    kept = sum(int(mask.sum()) for mask in cut.masks.values())
+    if threshold is not None:
+        return TargetReport("sparsity", cut.report.reached, kept, weights, kept)
+    asked = cut.report.asked
+    return TargetReport("sparsity", asked, count_kept(cut.masks.values(), asked), weights, kept)

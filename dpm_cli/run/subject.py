@@ -1,0 +1,86 @@
+"""The model that a run prunes, with everything that changes as its structure does."""
+
+import copy
+from itertools import islice
+
+import torch
+from torch import nn
+
+from dpm_cli.engine.loop import State
+from dpm_cli.engine.precision import choose_layout
+from dpm_cli.engine.setup import Setup
+from dpm_cli.graph import Groups
+from dpm_cli.graph.folding import fold_means_
+from dpm_cli.graph.labels import Flags
+from dpm_cli.method.pruner import AT_ONCE
+from dpm_cli.method.pruners import BasePruner, make_base
+from dpm_cli.method.pruning import Pruning
+from dpm_cli.method.survey import survey
+from dpm_cli.recipe.stages import Stage, number_epochs
+
+
+class Subject:
+    """A model under pruning. It begins dense, and can begin again."""
+
+    def __init__(self, module: nn.Module, setup: Setup) -> None:
+        """module: dense, in eval mode on the CPU; it is copied. Raises what `survey`, `rounds` and `goal` raise."""
+        self.setup, recipe = setup, setup.recipe
+        self.notes: list[str] = []
+        self.difference = 0.0  # the largest of outputs before and after any removal
+        base = self._make_base()
+        found = survey(module, torch.zeros(2, *recipe.model.input), recipe.prune, base, folds_means=recipe.folds_means)
+        self._start, self._shifts = found.module, found.shifts
+        self.dense_groups, self.round_to = found.groups, found.round_to
+        self.layout = choose_layout(self._start, torch.zeros(2, *recipe.model.input))
+        self.stages = number_epochs([*base.stages(), Stage("finetune", recipe.finetune, "finetune.")])
+        self._rounds = base.rounds(self.stages, recipe.decay, steps_per_epoch=setup.steps_per_epoch)
+        self._goal = found.goal(recipe.prune.target)
+        self.model, self.pruning = self._begin()
+        self.teacher: nn.Module | None = None
+        if any(stage.training.distill for stage in self.stages):
+            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    def _make_base(self) -> BasePruner:
+        recipe = self.setup.recipe
+        return make_base(recipe.prune, recipe.train, seed=recipe.seed)
+
+    def _begin(self) -> tuple[nn.Module, Pruning]:
+        recipe = self.setup.recipe
+        model = copy.deepcopy(self._start).to(self.setup.device).to(memory_format=self.layout)
+        trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
+        return model, Pruning(
+            model,
+            self.dense_groups,
+            self._make_base(),
+            self._goal,
+            self._rounds,
+            recipe.decay if trains else recipe.decay.model_copy(update=AT_ONCE),
+            fold_means=self._fold_means if recipe.folds_means else None,
+        )
+
+    def begin_again(self, state: State | None) -> None:
+        """From an earlier state, or from the dense model; the base pruner's changes of the model are undone."""
+        self.model, self.pruning = self._begin()
+        if state:
+            self.load_state_dict(state)
+        self.pruning.unwrap_()
+
+    def state_dict(self) -> State:
+        """The tensors are the model's own, not copies."""
+        return {"pruning": self.pruning.state_dict(), "model": self.model.state_dict(), "difference": self.difference}
+
+    def load_state_dict(self, state: State) -> None:
+        """An earlier state of a model that is dense now."""
+        self.pruning.load_state_dict(state["pruning"])
+        self.model.to(memory_format=self.layout)
+        self.model.load_state_dict(state["model"])
+        self.difference = float(state["difference"])
+
+    def _fold_means(self, groups: Groups, alive: Flags) -> None:
+        """Before units are cut at once: what they gave on average goes into the layers that read them."""
+        epoch = sum(stage.training.epochs for stage in self.stages)  # one that no stage has
+        batches = islice(self.setup.epoch_batches(epoch), self.setup.recipe.compact.fold_batches)
+        left = fold_means_(self.model, groups, alive, (images for images, _ in batches), self._shifts)
+        if left:
+            shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
+            self.notes.append(f"no means were folded into {shown}, whose weights are used by other code than their own")
