@@ -3,7 +3,6 @@
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
@@ -29,6 +28,7 @@ from dpm_cli.measure import count_parameters, flushing_denormals
 from dpm_cli.models import build
 from dpm_cli.recipe import Recipe
 from dpm_cli.report import Event
+from dpm_cli.results import Trained
 from dpm_cli.run.events import epoch_event, step_event
 from dpm_cli.run.story import augmentation
 
@@ -43,7 +43,7 @@ def train(
     overwrite: bool = False,
     trust_pickle: bool = False,
     on_event: OnEvent = None,
-) -> dict[str, Any]:
+) -> Trained:
     """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file."""
     recipe, path = resolve_recipe(recipe), Path(output)
     if is_launched():
@@ -76,7 +76,7 @@ def _train_dense(
     torch_device: torch.device,
     precision: Precision,
     tell: Callable[[Event], None],
-) -> dict[str, Any]:
+) -> Trained:
     started = time.monotonic()
     layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
     module = module.to(torch_device).to(memory_format=layout).train()
@@ -136,17 +136,17 @@ def _train_dense(
             torch.save(weights, file)
 
     write_atomic(path, write)
-    return {
-        "path": str(path),
-        "arch": recipe.model.arch,
-        "accuracy": test.accuracy,
-        "loss": test.loss,
-        "validation_accuracy": validation.accuracy if validation else None,
-        "epochs": training.epochs,
-        "params": count_parameters(module),
-        "bytes": path.stat().st_size,
-        "seconds": round(time.monotonic() - started, 2),
-        "seed": recipe.seed,
-        "device": str(torch_device),
-        "precision": precision.name,
-    }
+    return Trained(
+        path=str(path),
+        arch=recipe.model.arch,
+        accuracy=test.accuracy,
+        loss=test.loss,
+        validation_accuracy=validation.accuracy if validation else None,
+        epochs=training.epochs,
+        params=count_parameters(module),
+        bytes=path.stat().st_size,
+        seconds=round(time.monotonic() - started, 2),
+        seed=recipe.seed,
+        device=str(torch_device),
+        precision=precision.name,
+    )

@@ -1,0 +1,157 @@
+"""What the jobs hand back besides a `Report`: `to_dict` gives what the command line prints with --json."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from dpm_cli.report import KeptLayer, Milliseconds, Width
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A dense model that was trained and written. Accuracies are in percent."""
+
+    path: str
+    arch: str
+    accuracy: float  # on the test set, as is the loss
+    loss: float
+    validation_accuracy: float | None  # after the last epoch
+    epochs: int
+    params: int
+    bytes: int  # of the file
+    seconds: float
+    seed: int
+    device: str
+    precision: str
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class BatchMilliseconds(Milliseconds):
+    """Latency of one call with a batch of images."""
+
+    batch: int
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """A model file that was measured. Its accuracy is in percent; latencies are by runtime, on the CPU."""
+
+    file: str
+    kind: str  # dense | slim | the format of an exported file
+    bytes: int  # of the weights, or of an exported file
+    accuracy: float | None  # on the test set, as is the loss
+    loss: float | None
+    images: int  # that the accuracy is measured on
+    unreadable: int  # images that were left out
+    macs: int | None = None  # unknown for an exported file, as are the parameters
+    params: int | None = None
+    odd_widths: dict[str, int] | None = None  # layers whose slim widths are not multiples of 8; files of weights only
+    latency: dict[str, Milliseconds] = field(default_factory=dict)
+    latency_in_batches: dict[str, BatchMilliseconds] = field(default_factory=dict)
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self)
+        in_order = ("file", "macs", "params", "kind", "bytes", "odd_widths")
+        result = {key: values.pop(key) for key in in_order} | values
+        if self.odd_widths is None:
+            del result["odd_widths"]
+        if not self.latency_in_batches:
+            del result["latency_in_batches"]
+        return result
+
+
+@dataclass(frozen=True)
+class PlannedGroup:
+    """A group of tied layers and its units."""
+
+    name: str
+    layers: tuple[str, ...]
+    units: int
+    lowest: int  # units that must stay
+    planned: int | None = None  # units that would stay; None if the target cannot be met
+
+    def to_dict(self) -> dict[str, Any]:
+        values = asdict(self) | {"layers": list(self.layers)}
+        if self.planned is None:
+            del values["planned"]
+        return values
+
+
+@dataclass(frozen=True)
+class PlannedTarget:
+    """What the recipe asks for, and whether the model can be made that small."""
+
+    kind: str  # macs | params | channels | sparsity
+    asked: float  # as in the recipe: a fraction to keep, or an absolute number
+    limit: int
+    is_achievable: bool
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"kind": self.kind, "asked": self.asked, "limit": self.limit, "achievable": self.is_achievable}
+
+
+@dataclass(frozen=True)
+class GroupSensitivity:
+    """What is left when one group alone loses units: tied layers lose theirs together, so they are judged together."""
+
+    group: str
+    layers: tuple[str, ...]
+    units: int
+    removed: int
+    accuracy: float  # percent
+    loss: float
+    macs_saved: float  # fraction of the dense model's
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"layers": list(self.layers)}
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """How much accuracy each group is worth, beside the accuracy of the whole model."""
+
+    share: float  # fraction of its units that each group loses
+    split: str  # validation | train
+    images: int
+    accuracy: float  # percent
+    loss: float
+    groups: tuple[GroupSensitivity, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"groups": [group.to_dict() for group in self.groups]}
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """The plan of a recipe for a model. Costs are by kind: macs, params and channels, which counts units."""
+
+    arch: str | None
+    dense: dict[str, int]
+    lowest: dict[str, int]  # with as few units as the recipe allows
+    round_to: int
+    target: PlannedTarget
+    groups: tuple[PlannedGroup, ...]
+    kept: tuple[KeptLayer, ...]
+    planned: dict[str, int] | None = None  # None if the target cannot be met, as are the widths
+    widths: tuple[Width, ...] | None = None
+    sensitivity: Sensitivity | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        result = {
+            "arch": self.arch,
+            "dense": self.dense,
+            "round_to": self.round_to,
+            "achievable": {kind: [self.lowest[kind], dense] for kind, dense in self.dense.items()},
+            "target": self.target.to_dict(),
+            "groups": [group.to_dict() for group in self.groups],
+            "kept": [asdict(layer) for layer in self.kept],
+        }
+        if self.planned is not None:
+            result["planned"] = self.planned
+        if self.widths is not None:
+            result["widths"] = [asdict(width) for width in self.widths]
+        if self.sensitivity is not None:
+            result["sensitivity"] = self.sensitivity.to_dict()
+        return result
