@@ -161,7 +161,7 @@ def measure_accuracy(root: Path, seeds: int, epochs: int, limit: int) -> list[di
             chosen = recipe(root, "resnet20", limit=limit, train=training, precision=precision, seed=seed)
             with TemporaryDirectory() as folder:
                 result = dpm_cli.train(chosen, output=Path(folder) / "model.pt")
-            rows.append({"seed": seed, "precision": precision, "test accuracy": result["accuracy"]})
+            rows.append({"seed": seed, "precision": precision, "test accuracy": result.accuracy})
             save("throughput-accuracy", rows, **settings)
     return rows
 

@@ -298,7 +298,7 @@ def test_corrupt_images_are_named_counted_and_left_out_up_to_a_limit(model, phot
     assert "test/5/1.png" in note
     assert any(event["event"] == "note" and "unreadable" in event["text"] for event in told)
     result = dpm_cli.evaluate(tmp_path / "out" / "slim.pt", settings, latency=False)
-    assert result["images"] == 19
+    assert result.images == 19
 
 
 @pytest.mark.parametrize("memory_limit", [2**31, 1])

@@ -29,7 +29,7 @@ def evaluate(
     with libraries_on_stderr():
         result = dpm_cli.evaluate(file, settings, device=device, trust_pickle=trust_pickle, latency_batch=batch)
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
     else:
         from dpm_cli.cli.summaries import print_evaluated
 

@@ -4,7 +4,7 @@ import csv
 import io
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -14,6 +14,7 @@ from dpm_cli.cli.options import AsJson, Device, ModelFile, Overrides, RecipeName
 from dpm_cli.cli.outcome import flush, libraries_on_stderr, print_json
 from dpm_cli.errors import TargetError
 from dpm_cli.files import require_writable, write_atomic
+from dpm_cli.results import Inspected, Sensitivity
 
 COLUMNS = "group layers units removed macs_saved accuracy accuracy_change loss loss_change".split()
 
@@ -48,40 +49,44 @@ def inspect(
             model, settings, sensitivity=wanted, images=images, device=device, trust_pickle=trust_pickle
         )
     if csv_file is not None:
-        text = sensitivities_as_csv(plan["sensitivity"])
+        assert plan.sensitivity is not None
+        text = sensitivities_as_csv(plan.sensitivity)
         write_atomic(csv_file, lambda path: _write(path, text))
     if as_json:
-        print_json(plan)
+        print_json(plan.to_dict())
     else:
         from dpm_cli.cli.summaries import print_plan
 
         print_plan(plan)
-    target = plan["target"]
-    if not target["achievable"]:
-        kind = target["kind"]
-        low, high = (numbers.cost(kind, each) for each in plan["achievable"][kind])
-        reach = (
-            f"from {low} to just below {high} can"
-            if plan["groups"]
-            else "no unit can be removed, for the reasons above"
-        )
+    if not plan.target.is_achievable:
         flush()
-        print(
-            f"error: target {kind} {target['asked']:g} cannot be met: {reach}; "
-            "change prune.target, prune.min_keep, prune.round_to or prune.keep",
-            file=sys.stderr,
-        )
+        print(f"error: {refuse(plan)}", file=sys.stderr)
         raise typer.Exit(TargetError.exit_code)
 
 
-def sensitivities_as_csv(measured: dict[str, Any]) -> str:
-    """One line per group; changes are against the model as it is. Layers are separated by spaces."""
+def refuse(plan: Inspected) -> str:
+    """Say that the target cannot be met, what can, and which settings to change."""
+    kind = plan.target.kind
+    low, high = (numbers.cost(kind, costs[kind]) for costs in (plan.lowest, plan.dense))
+    reach = f"from {low} to just below {high} can" if plan.groups else "no unit can be removed, for the reasons above"
+    return (
+        f"target {kind} {plan.target.asked:g} cannot be met: {reach}; "
+        "change prune.target, prune.min_keep, prune.round_to or prune.keep"
+    )
+
+
+def sensitivities_as_csv(measured: Sensitivity) -> str:
+    """Write one line per group; changes are relative to the whole model. Layers are separated by spaces."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
-    for row in measured["groups"]:
-        changes = {f"{key}_change": row[key] - measured[key] for key in ("accuracy", "loss")}
-        writer.writerow(row | changes | {"layers": " ".join(row["layers"])})
+    for group in measured.groups:
+        changes = {
+            "accuracy_change": group.accuracy - measured.accuracy,
+            "loss_change": group.loss - measured.loss,
+            "layers": " ".join(group.layers),
+        }
+        writer.writerow(group.to_dict() | changes)
     return text.getvalue()
 
 

@@ -53,7 +53,7 @@ def train(
             on_event=tell,
         )
     if as_json:
-        print_json(result)
+        print_json(result.to_dict())
     else:
         from dpm_cli.cli.summaries import print_trained
 

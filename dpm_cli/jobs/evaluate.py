@@ -1,25 +1,26 @@
 """`dpm evaluate`: accuracy, cost, size and latency of a file."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
+from dpm_cli.data import Splits
 from dpm_cli.engine.device import choose_device
+from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
-from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.faults import explaining_faults
-from dpm_cli.errors import (
-    ModelFileError,
-    UsageError,
-)
+from dpm_cli.errors import ModelFileError, UsageError
 from dpm_cli.export import ExportedModel, is_program, open_exported
 from dpm_cli.jobs.loading import AnyRecipe, load_splits, resolve_recipe
-from dpm_cli.measure import count_bytes, count_macs, count_parameters, measure_latency
+from dpm_cli.measure import Run, count_bytes, count_macs, count_parameters, measure_latency
 from dpm_cli.models import load_model
+from dpm_cli.models.load import Loaded
 from dpm_cli.recipe import Recipe
+from dpm_cli.report import Milliseconds
+from dpm_cli.results import BatchMilliseconds, Evaluated
 
 
 def evaluate(
@@ -30,80 +31,83 @@ def evaluate(
     trust_pickle: bool = False,
     latency: bool = True,
     latency_batch: int = 1,
-) -> dict[str, Any]:
-    """Test accuracy, cost, size and latency of a dense, slim, TorchScript, ONNX or .pt2 file.
+) -> Evaluated:
+    """Measure test accuracy, cost, size and latency of a dense, slim, TorchScript, ONNX or .pt2 file.
 
     Latency is of single images, and with `latency_batch` also of batches of that size; both on the CPU.
     """
-    recipe = resolve_recipe(recipe)
+    recipe, path = resolve_recipe(recipe), Path(file)
     if latency_batch < 1:
         raise UsageError(f"the batch is {latency_batch}; at least one image is needed")
     with explaining_faults(recipe.data.batch):
-        return _evaluate(Path(file), recipe, device, trust_pickle, latency, latency_batch)
+        exported = _open_exported(path, trust_pickle)
+        run: Run
+        if exported:
+            run, runtime = exported, {"onnx": "onnxruntime"}.get(exported.format, exported.format)
+            splits = load_splits(recipe, torch.device("cpu"))
+            result = _score_exported(path, exported, recipe, splits)
+        else:
+            torch_device, spec = choose_device(device), recipe.model
+            loaded = load_model(path, arch=spec.arch, classes=spec.classes, shape=spec.input, trust_pickle=trust_pickle)
+            run, runtime = loaded.module, "torch"
+            splits = load_splits(recipe, torch_device)
+            result = _score_weights(path, loaded, recipe, splits, torch_device)
+        return _with_latency(result, run, runtime, splits, latency_batch) if latency else result
 
 
-def _evaluate(
-    path: Path, recipe: Recipe, device: str, trust_pickle: bool, latency: bool, latency_batch: int
-) -> dict[str, Any]:
-    batch = recipe.data.batch
-    result: dict[str, Any] = {"file": str(path), "macs": None, "params": None}
-    runner: Any = _open_exported(path, trust_pickle)
-    if runner:
-        splits = load_splits(recipe, torch.device("cpu"))
-        score = score_runner(runner, splits.test, batch=batch) if splits.labelled else None
-        name = {"onnx": "onnxruntime"}.get(runner.format, runner.format)
-        result |= {"kind": runner.format, "bytes": path.stat().st_size}
-    else:
-        torch_device = choose_device(device)
-        loaded = load_model(
-            path,
-            arch=recipe.model.arch,
-            classes=recipe.model.classes,
-            shape=recipe.model.input,
-            trust_pickle=trust_pickle,
-        )
-        runner, name = loaded.module, "torch"
-        splits = load_splits(recipe, torch_device)
-        on_device = copy.deepcopy(runner).to(torch_device)
-        score = evaluate_module(on_device, splits.test, batch=batch) if splits.labelled else None
-        example = torch.zeros(1, *recipe.model.input)
-        result |= {
-            "kind": "slim" if loaded.edits else "dense",
-            "macs": count_macs(runner, example, recipe.counter),
-            "params": count_parameters(runner),
-            "bytes": count_bytes(runner),
-            "odd_widths": {
-                layer: width
-                for layer, sizes in loaded.edits.items()
-                for key in ("out_channels", "out_features")
-                if isinstance(width := sizes.get(key), int) and width % 8
-            },
-        }
-    result |= {
-        "accuracy": score.accuracy if score else None,
-        "loss": score.loss if score else None,
-        "images": score.images if score else 0,
-        "unreadable": len(splits.corrupt),
-    }
-    result["latency"] = {}
-    if latency:
-        some = splits.test if len(splits.test) else splits.train
-        image, _ = next(some.batches(1, seed=0, epoch=0, augment=None))
-        result["latency"] = {name: _milliseconds(runner, image)}
-        if latency_batch > 1:
-            images = image.repeat(latency_batch, 1, 1, 1)
-            result["latency_in_batches"] = {name: _milliseconds(runner, images) | {"batch": latency_batch}}
-    return result
+def _score_exported(path: Path, exported: ExportedModel, recipe: Recipe, splits: Splits) -> Evaluated:
+    score = score_runner(exported, splits.test, batch=recipe.data.batch) if splits.labelled else None
+    return _combine(path, exported.format, path.stat().st_size, score, splits)
 
 
-def _milliseconds(runner: Any, images: Tensor) -> dict[str, float]:
-    """Of one call: median and quartiles."""
-    measured = measure_latency(runner, images.cpu())
-    return {"median": measured.median_ms, "low": measured.low_ms, "high": measured.high_ms}
+def _score_weights(path: Path, loaded: Loaded, recipe: Recipe, splits: Splits, device: torch.device) -> Evaluated:
+    module = loaded.module
+    on_device = copy.deepcopy(module).to(device)
+    score = evaluate_module(on_device, splits.test, batch=recipe.data.batch) if splits.labelled else None
+    return replace(
+        _combine(path, "slim" if loaded.edits else "dense", count_bytes(module), score, splits),
+        macs=count_macs(module, torch.zeros(1, *recipe.model.input), recipe.counter),
+        params=count_parameters(module),
+        odd_widths={
+            layer: width
+            for layer, sizes in loaded.edits.items()
+            for key in ("out_channels", "out_features")
+            if isinstance(width := sizes.get(key), int) and width % 8
+        },
+    )
+
+
+def _combine(path: Path, kind: str, size: int, score: Score | None, splits: Splits) -> Evaluated:
+    """Call after scoring, which finds the unreadable images of streamed data."""
+    return Evaluated(
+        file=str(path),
+        kind=kind,
+        bytes=size,
+        accuracy=score.accuracy if score else None,
+        loss=score.loss if score else None,
+        images=score.images if score else 0,
+        unreadable=len(splits.corrupt),
+    )
+
+
+def _with_latency(result: Evaluated, run: Run, runtime: str, splits: Splits, batch: int) -> Evaluated:
+    some = splits.test if len(splits.test) else splits.train
+    image, _ = next(some.batches(1, seed=0, epoch=0, augment=None))  # (1, C, H, W)
+    result = replace(result, latency={runtime: _measure(run, image)})
+    if batch == 1:
+        return result
+    each = _measure(run, image.repeat(batch, 1, 1, 1))
+    in_batches = BatchMilliseconds(each.median, each.low, each.high, batch)
+    return replace(result, latency_in_batches={runtime: in_batches})
+
+
+def _measure(run: Run, images: Tensor) -> Milliseconds:
+    measured = measure_latency(run, images.cpu())
+    return Milliseconds(measured.median_ms, measured.low_ms, measured.high_ms)
 
 
 def _open_exported(path: Path, trust_pickle: bool) -> ExportedModel | None:
-    """A deployed file; nothing if the file may hold weights instead."""
+    """Open a deployed file. Returns None if the file may hold weights instead."""
     try:
         return open_exported(path, trust_pickle=trust_pickle)
     except ModelFileError:

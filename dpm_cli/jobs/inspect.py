@@ -1,18 +1,16 @@
 """`dpm inspect`: the plan without training."""
 
-from dataclasses import asdict
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from torch import nn
 
 from dpm_cli.engine.device import choose_device
-from dpm_cli.errors import (
-    UsageError,
-)
+from dpm_cli.errors import UsageError
 from dpm_cli.jobs.loading import AnyRecipe, load_module, load_splits, resolve_recipe
 from dpm_cli.jobs.plan import Plan
 from dpm_cli.jobs.sensitivity import measure_sensitivity, take_images
+from dpm_cli.results import Inspected, Sensitivity
 
 
 def inspect(
@@ -23,12 +21,12 @@ def inspect(
     images: int = 1000,
     device: str = "auto",
     trust_pickle: bool = False,
-) -> dict[str, Any]:
+) -> Inspected:
     """The plan without training: groups, what stays whole and why, what can be reached, and the widths it would give.
 
     The widths are those of all victims chosen at once from the weights as they are; training will shift some.
-    sensitivity: also the accuracy and loss on so many validation `images` when each group alone loses this share of
-    its units; `device` serves only that.
+    sensitivity: the share of its units that each group loses, one group at a time, while accuracy and loss are measured
+    on this number of validation `images`. Without it nothing is measured, and `device` is not used.
     """
     recipe = resolve_recipe(recipe)
     if sensitivity is not None and not 0 < sensitivity < 1:
@@ -39,7 +37,7 @@ def inspect(
         raise UsageError("the sensitivity is measured with labels, but data.labels is false")
     module, arch = load_module(model, recipe, trust_pickle)
     plan = Plan(module, recipe)
-    result = {"arch": arch} | plan.to_dict()
+    result = plan.describe(arch)
     if sensitivity is not None:
         torch_device = choose_device(device)
         splits = load_splits(recipe, torch_device)
@@ -48,12 +46,13 @@ def inspect(
         dense, rows = measure_sensitivity(
             plan.module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity
         )
-        result["sensitivity"] = {
-            "share": sensitivity,
-            "split": "validation" if held_out else "train",
-            "images": dense.images,
-            "accuracy": dense.accuracy,
-            "loss": dense.loss,
-            "groups": [asdict(row) | {"layers": list(row.layers)} for row in rows],
-        }
+        measured = Sensitivity(
+            share=sensitivity,
+            split="validation" if held_out else "train",
+            images=dense.images,
+            accuracy=dense.accuracy,
+            loss=dense.loss,
+            groups=tuple(rows),
+        )
+        result = replace(result, sensitivity=measured)
     return result

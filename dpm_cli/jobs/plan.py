@@ -1,8 +1,7 @@
 """What a recipe would make of a model: groups, reachable costs, widths. Nothing is trained or changed."""
 
-from typing import Any
-
 import numpy as np
+import torch
 from torch import nn
 
 from dpm_cli.graph.labels import Flags
@@ -12,11 +11,14 @@ from dpm_cli.method.budget import (
     choose_victims,
     cost_of,
     find_limit,
+    find_width_limits,
 )
 from dpm_cli.method.pruners import make_base
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe import Recipe
-from dpm_cli.sparse.on_the_fly import find_sparse_layers
+from dpm_cli.report import KeptLayer, Width
+from dpm_cli.results import Inspected, PlannedGroup, PlannedTarget
+from dpm_cli.sparse.on_the_fly import find_sparse_layers, find_whole_groups
 from dpm_cli.sparse.polarise import count_kept
 
 KINDS: tuple[Kind, ...] = ("macs", "params", "channels")
@@ -28,20 +30,27 @@ class Plan:
     def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         """module: in eval mode on the CPU."""
         self.prune = prune = recipe.prune
-        found = survey(module, recipe)
-        self.module, self.groups = found.module, found.groups
-        self.round_to, self.widths = found.round_to, found.widths
+        example = torch.zeros(2, *recipe.model.input)
+        self.scores: Scores  # (units,) of the weights as they are
+        if prune.target.sparsity:  # all units stay
+            self.module, self.groups, self.round_to = module, find_whole_groups(module, example, prune), 1
+            self.widths = find_width_limits(self.groups, round_to=1, min_keep=prune.min_keep)
+            self.scores = np.zeros(0)
+        else:
+            base = make_base(prune, recipe.train, seed=recipe.seed)
+            found = survey(module, example, prune, base, folds_means=recipe.folds_means)
+            self.module, self.groups = found.module, found.groups
+            self.round_to, self.widths = found.round_to, found.widths
+            base.bind(self.groups, self.module)
+            self.scores = base.scores()
         everything, lowest = np.ones(self.groups.units, bool), self.widths.lowest(self.groups)
-        self.dense = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
-        self.lowest = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
+        self.dense: dict[str, int] = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
+        self.lowest: dict[str, int] = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
         self.kind: Kind
         if prune.target.sparsity:  # all units stay
             self.kind, self.limit = "params", self.dense["params"]
         else:
             self.kind, self.limit = prune.target.kind, find_limit(self.dense[prune.target.kind], prune.target.amount)
-        base = make_base(recipe)
-        base.bind(self.groups, self.module)
-        self.scores: Scores = base.scores()  # (units,) of the weights as they are
 
     @property
     def is_achievable(self) -> bool:
@@ -53,33 +62,34 @@ class Plan:
         """(units,) what would be left if all victims were chosen at once, from the weights as they are."""
         return ~choose_victims(self.groups, self.widths, self.scores, kind=self.kind, limit=self.limit)
 
-    def _target(self) -> dict[str, Any]:
+    def describe(self, arch: str | None) -> Inspected:
+        """The plan as a result. arch: the architecture that the recipe names."""
+        alive = self.survivors() if self.is_achievable else None
+        return Inspected(
+            arch=arch,
+            dense=self.dense,
+            lowest=self.lowest,
+            round_to=self.round_to,
+            target=self._target(),
+            groups=tuple(
+                PlannedGroup(
+                    name=group.name,
+                    layers=tuple(group.layers),
+                    units=group.size,
+                    lowest=lowest,
+                    planned=None if alive is None else int(alive[group.range].sum()),
+                )
+                for group, lowest in zip(self.groups, self.widths.least.tolist())
+            ),
+            kept=tuple(KeptLayer(kept.layer, kept.reason) for kept in self.groups.kept),
+            planned=None if alive is None else {kind: cost_of(self.groups.cost, kind, alive) for kind in KINDS},
+            widths=None if alive is None else tuple(Width(*each) for each in self.groups.widths(alive)),
+        )
+
+    def _target(self) -> PlannedTarget:
         target, sparse = self.prune.target, self.prune.on_the_fly
         if not target.sparsity:
-            return {"kind": self.kind, "asked": target.amount, "limit": self.limit}
+            return PlannedTarget(self.kind, target.amount, self.limit, self.is_achievable)
         layers = find_sparse_layers(self.module, self.prune.keep, keep_first=sparse.keep_first)
         left = count_kept((self.module.get_parameter(f"{layer}.weight") for layer in layers), target.sparsity[0])
-        return {"kind": "sparsity", "asked": target.sparsity[0], "limit": left}
-
-    def to_dict(self) -> dict[str, Any]:
-        groups = [
-            {"name": group.name, "layers": list(group.layers), "units": group.size, "lowest": units}
-            for group, units in zip(self.groups, self.widths.least.tolist())
-        ]
-        result: dict[str, Any] = {
-            "dense": self.dense,
-            "round_to": self.round_to,
-            "achievable": {kind: [self.lowest[kind], self.dense[kind]] for kind in KINDS},
-            "target": self._target() | {"achievable": self.is_achievable},
-            "groups": groups,
-            "kept": [{"layer": kept.layer, "reason": kept.reason} for kept in self.groups.kept],
-        }
-        if self.is_achievable:
-            alive = self.survivors()
-            for values, group in zip(groups, self.groups):
-                values["planned"] = int(alive[group.range].sum())
-            result["planned"] = {kind: cost_of(self.groups.cost, kind, alive) for kind in KINDS}
-            result["widths"] = [
-                {"layer": layer, "before": before, "after": after} for layer, before, after in self.groups.widths(alive)
-            ]
-        return result
+        return PlannedTarget("sparsity", target.sparsity[0], left, self.is_achievable)

@@ -12,19 +12,7 @@ from dpm_cli.data.splits import Split
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.graph import Groups, Units
 from dpm_cli.method.budget import Scores
-
-
-@dataclass(frozen=True)
-class Sensitivity:
-    """One group: tied layers lose their units together, so they are judged together."""
-
-    group: str
-    layers: tuple[str, ...]
-    units: int
-    removed: int
-    accuracy: float  # percent
-    loss: float
-    macs_saved: float  # fraction of the dense model's
+from dpm_cli.results import GroupSensitivity
 
 
 @dataclass(frozen=True)
@@ -46,7 +34,7 @@ def take_images(split: Split, images: int, *, batch: int) -> FirstBatches:
 
 def measure_sensitivity(
     model: nn.Module, groups: Groups, scores: Scores, split: FirstBatches, *, share: float
-) -> tuple[Score, list[Sensitivity]]:
+) -> tuple[Score, list[GroupSensitivity]]:
     """The score of the model as it is, and of every group without a share of its lowest-scored units.
 
     share: fraction of each group's units; at least one goes, and one stays. Afterwards the weights are as before.
@@ -67,5 +55,5 @@ def measure_sensitivity(
         for weight, before in zip(units.weights(), weights):
             weight.copy_(before)
         saved = 1 - groups.cost.macs(alive) / dense_macs
-        rows.append(Sensitivity(group.name, group.layers, group.size, removed, score.accuracy, score.loss, saved))
+        rows.append(GroupSensitivity(group.name, group.layers, group.size, removed, score.accuracy, score.loss, saved))
     return evaluate_module(model, split, batch=0), rows

@@ -13,7 +13,6 @@ from dpm_cli.engine.loop import StageLoop, State
 from dpm_cli.engine.precision import choose_layout
 from dpm_cli.engine.setup import Setup
 from dpm_cli.events import Costs, Done, Event, Note, Started, Wanted, WeightsCut
-from dpm_cli.graph import find_groups
 from dpm_cli.recipe.stages import Stage, number_epochs
 from dpm_cli.report import KeptLayer, Report, TargetReport, UnitCounts, Width
 from dpm_cli.run.course import Course, CourseHooks
@@ -23,7 +22,7 @@ from dpm_cli.run.outcome import Outcome, remark_on_data
 from dpm_cli.run.resume import Origin
 from dpm_cli.run.story import plan_of
 from dpm_cli.sparse.cut import CutModel, cut_model
-from dpm_cli.sparse.on_the_fly import WHY_WHOLE, SphereTraining
+from dpm_cli.sparse.on_the_fly import SphereTraining, find_whole_groups
 from dpm_cli.sparse.polarise import count_kept
 
 REMARK = (
@@ -87,8 +86,7 @@ class SparseRun:
         recipe = setup.recipe
         torch.manual_seed(recipe.seed)
         self.setup, self.dense, self.arch, self.output = setup, model, arch, output
-        groups = find_groups(model, torch.zeros(2, *recipe.model.input), keep=recipe.prune.keep)
-        self.groups = groups.without(dict.fromkeys(range(len(groups)), WHY_WHOLE))
+        self.groups = find_whole_groups(model, torch.zeros(2, *recipe.model.input), recipe.prune)
         self.subject = SparseSubject(model, setup)
         self.course = Course(
             setup,

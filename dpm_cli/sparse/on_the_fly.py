@@ -12,6 +12,8 @@ from typing import assert_never
 import torch
 from torch import Tensor, nn
 
+from dpm_cli.graph import Groups, find_groups
+from dpm_cli.graph.trace import Example
 from dpm_cli.recipe.sections import Prune, Training
 from dpm_cli.sparse.hypersphere import Per, normalise, put_on_sphere_, take_off_sphere_, trained_weight
 from dpm_cli.sparse.polarise import (
@@ -71,6 +73,12 @@ def cut_(
 def measure_sparsity(masks: Mapping[str, Tensor]) -> float:
     """The share of weights that the masks leave out."""
     return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
+
+
+def find_whole_groups(model: nn.Module, example: Example, prune: Prune) -> Groups:
+    """The groups of a model of which no unit goes: none are left, and every layer has its reason."""
+    groups = find_groups(model, example, prune.keep, prune_embedding=prune.embedding == "prune")
+    return groups.without(dict.fromkeys(range(len(groups)), WHY_WHOLE))
 
 
 class SphereTraining:

@@ -1,6 +1,7 @@
 """Every command hands its options to the public function of its name and shows what comes back."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,17 @@ import pytest
 
 import dpm_cli
 from dpm_cli.errors import AccuracyError
-from dpm_cli.report import ExportedFile, Report
+from dpm_cli.report import ExportedFile, KeptLayer, Milliseconds, Report
+from dpm_cli.results import (
+    BatchMilliseconds,
+    Evaluated,
+    GroupSensitivity,
+    Inspected,
+    PlannedGroup,
+    PlannedTarget,
+    Sensitivity,
+    Trained,
+)
 
 
 class Recorder:
@@ -37,41 +48,47 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Any:
     return put
 
 
-TRAINED = {
-    "path": "model.pt",
-    "arch": "digits",
-    "accuracy": 98.87,
-    "loss": 0.05,
-    "validation_accuracy": None,
-    "epochs": 20,
-    "params": 77_300,
-    "bytes": 322_545,
-    "seconds": 4.2,
-    "seed": 0,
-    "device": "cpu",
-    "precision": "fp32",
-}
-EVALUATED = {
-    "file": "model.onnx",
-    "kind": "onnx",
-    "macs": None,
-    "params": None,
-    "bytes": 142_229,
-    "accuracy": 98.87,
-    "loss": 0.0355,
-    "images": 355,
-    "unreadable": 0,
-    "latency": {"onnxruntime": {"median": 0.025, "low": 0.024, "high": 0.055}},
-}
-PLAN: dict[str, Any] = {
-    "arch": "digits",
-    "dense": {"macs": 2_116_224, "params": 77_300, "channels": 192},
-    "round_to": 4,
-    "achievable": {"macs": [50_000, 2_116_224], "params": [3000, 77_300], "channels": [24, 192]},
-    "target": {"kind": "macs", "asked": 0.45, "limit": 952_300, "achievable": True},
-    "groups": [{"name": "conv1", "layers": ["conv1", "block1.conv2"], "units": 32, "lowest": 4}],
-    "kept": [{"layer": "linear", "reason": "output of the model"}],
-}
+TRAINED = Trained(
+    path="model.pt",
+    arch="digits",
+    accuracy=98.87,
+    loss=0.05,
+    validation_accuracy=None,
+    epochs=20,
+    params=77_300,
+    bytes=322_545,
+    seconds=4.2,
+    seed=0,
+    device="cpu",
+    precision="fp32",
+)
+EVALUATED = Evaluated(
+    file="model.onnx",
+    kind="onnx",
+    bytes=142_229,
+    accuracy=98.87,
+    loss=0.0355,
+    images=355,
+    unreadable=0,
+    latency={"onnxruntime": Milliseconds(0.025, 0.024, 0.055)},
+)
+PLAN = Inspected(
+    arch="digits",
+    dense={"macs": 2_116_224, "params": 77_300, "channels": 192},
+    lowest={"macs": 50_000, "params": 3000, "channels": 24},
+    round_to=4,
+    target=PlannedTarget("macs", 0.45, 952_300, is_achievable=True),
+    groups=(PlannedGroup("conv1", ("conv1", "block1.conv2"), units=32, lowest=4),),
+    kept=(KeptLayer("linear", "output of the model"),),
+)
+SENSITIVITY = Sensitivity(
+    share=0.5,
+    split="validation",
+    images=144,
+    accuracy=95.0,
+    loss=0.25,
+    groups=(GroupSensitivity("conv1", ("conv1", "block1.conv2"), 32, 16, accuracy=94.0, loss=0.5, macs_saved=0.125),),
+)
 
 
 def test_prune_hands_over_every_option(dpm: Any, stand_in: Any, report: Report) -> None:
@@ -147,7 +164,7 @@ def test_train_starts_from_scratch_or_from_a_file(dpm: Any, stand_in: Any) -> No
     assert "98.87 %" in ended.out
     dpm("train", "earlier.pt", "-r", "digits", "-o", "next.pt")
     assert (recorder.options["model"], recorder.options["output"]) == (Path("earlier.pt"), Path("next.pt"))
-    assert json.loads(dpm("train", "-r", "digits", "--json").out) == TRAINED
+    assert json.loads(dpm("train", "-r", "digits", "--json").out) == TRAINED.to_dict()
 
 
 def test_evaluate_shows_what_is_known_of_a_file(dpm: Any, stand_in: Any) -> None:
@@ -155,12 +172,12 @@ def test_evaluate_shows_what_is_known_of_a_file(dpm: Any, stand_in: Any) -> None
     ended = dpm("evaluate", "model.onnx", "-r", "digits")
     assert "98.87 %" in ended.out
     assert "latency, ONNX Runtime" in ended.out
-    assert json.loads(dpm("evaluate", "model.onnx", "-r", "digits", "--json").out) == EVALUATED
+    assert json.loads(dpm("evaluate", "model.onnx", "-r", "digits", "--json").out) == EVALUATED.to_dict()
 
 
 def test_evaluate_shows_batches_and_odd_widths(dpm: Any, stand_in: Any) -> None:
-    batches = {"torch": {"median": 4.0, "low": 3.9, "high": 4.1, "batch": 32}}
-    recorder = stand_in("evaluate", EVALUATED | {"latency_in_batches": batches, "odd_widths": {"conv1": 33}})
+    batches = {"torch": BatchMilliseconds(4.0, 3.9, 4.1, batch=32)}
+    recorder = stand_in("evaluate", replace(EVALUATED, latency_in_batches=batches, odd_widths={"conv1": 33}))
     ended = dpm("evaluate", "slim.pt", "-r", "digits", "--batch", 32)
     assert recorder.options["latency_batch"] == 32
     assert "batches of 32, 8000 images/s" in ended.out
@@ -185,31 +202,11 @@ def test_inspect_shows_the_plan(dpm: Any, stand_in: Any) -> None:
     assert ended.code == 0
     for part in ("conv1", "952.3 K, can be met", "linear: output of the model", "2.12 M", "2.4 %"):
         assert part in ended.out, part
-    assert json.loads(dpm("inspect", "model.pt", "-r", "digits", "--json").out) == PLAN
-
-
-SENSITIVITY = {
-    "share": 0.5,
-    "split": "validation",
-    "images": 144,
-    "accuracy": 95.0,
-    "loss": 0.25,
-    "groups": [
-        {
-            "group": "conv1",
-            "layers": ["conv1", "block1.conv2"],
-            "units": 32,
-            "removed": 16,
-            "accuracy": 94.0,
-            "loss": 0.5,
-            "macs_saved": 0.125,
-        }
-    ],
-}
+    assert json.loads(dpm("inspect", "model.pt", "-r", "digits", "--json").out) == PLAN.to_dict()
 
 
 def test_inspect_writes_sensitivities_as_a_table_and_as_csv(dpm: Any, stand_in: Any) -> None:
-    recorder = stand_in("inspect", PLAN | {"sensitivity": SENSITIVITY})
+    recorder = stand_in("inspect", replace(PLAN, sensitivity=SENSITIVITY))
     ended = dpm("inspect", "model.pt", "-r", "digits", "--csv", "worth.csv", "--share", 0.25, "--images", 50)
     assert ended.code == 0
     assert (recorder.options["sensitivity"], recorder.options["images"]) == (0.25, 50)
@@ -225,7 +222,7 @@ def test_inspect_writes_sensitivities_as_a_table_and_as_csv(dpm: Any, stand_in: 
 
 
 def test_inspect_of_an_impossible_target_shows_the_plan_and_fails(dpm: Any, stand_in: Any) -> None:
-    stand_in("inspect", PLAN | {"target": PLAN["target"] | {"asked": 0.01, "limit": 21_162, "achievable": False}})
+    stand_in("inspect", replace(PLAN, target=PlannedTarget("macs", 0.01, 21_162, is_achievable=False)))
     ended = dpm("inspect", "model.pt", "-r", "digits")
     assert ended.code == 3
     assert "cannot be met" in ended.out
@@ -236,11 +233,10 @@ def test_inspect_of_an_impossible_target_shows_the_plan_and_fails(dpm: Any, stan
 
 
 def test_inspect_of_a_model_without_units_says_why(dpm: Any, stand_in: Any) -> None:
-    nothing = {kind: [cost, cost] for kind, cost in (("macs", 9600), ("params", 800), ("channels", 0))}
-    reason = "gate-decorator needs a trainable BatchNorm behind every channel"
-    target = PLAN["target"] | {"achievable": False}
-    kept = [{"layer": "conv1", "reason": reason}]
-    stand_in("inspect", PLAN | {"achievable": nothing, "groups": [], "kept": kept, "target": target})
+    costs = {"macs": 9600, "params": 800, "channels": 0}
+    kept = (KeptLayer("conv1", "gate-decorator needs a trainable BatchNorm behind every channel"),)
+    target = replace(PLAN.target, is_achievable=False)
+    stand_in("inspect", replace(PLAN, dense=costs, lowest=costs, groups=(), kept=kept, target=target))
     ended = dpm("inspect", "model.pt", "-r", "digits")
     assert ended.code == 3
     assert "gate-decorator needs a trainable BatchNorm" in ended.out

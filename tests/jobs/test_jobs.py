@@ -443,13 +443,13 @@ def test_run_killed_while_it_writes_its_results_ends_with_the_same_bits(finished
 def test_training_writes_a_model_that_can_be_pruned(tmp_path):
     path, told = tmp_path / "model.pt", []
     result = dpm_cli.train(recipe(dense={"epochs": 2}), output=path, on_event=told.append)
-    assert result["path"] == str(path)
-    assert result["bytes"] == path.stat().st_size
+    assert result.path == str(path)
+    assert result.bytes == path.stat().st_size
     assert [event["epoch"] for event in told if event["event"] == "epoch"] == [1, 2]
     evaluated = dpm_cli.evaluate(path, recipe())
-    assert evaluated["kind"] == "dense"
-    assert evaluated["accuracy"] == result["accuracy"]
-    assert evaluated["loss"] == pytest.approx(result["loss"], rel=1e-5)
+    assert evaluated.kind == "dense"
+    assert evaluated.accuracy == result.accuracy
+    assert evaluated.loss == pytest.approx(result.loss, rel=1e-5)
     with pytest.raises(OutputError, match="exists"):
         dpm_cli.train(recipe(), output=path)
     before = path.read_bytes()
@@ -476,17 +476,17 @@ def test_diverging_training_writes_nothing(tmp_path):
 def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished):
     folder, report = finished
     slim = dpm_cli.evaluate(folder / "slim.pt", recipe())
-    assert (slim["kind"], slim["macs"], slim["params"]) == ("slim", report.slim.macs, report.slim.params)
-    assert slim["accuracy"] == report.slim.accuracy
-    assert slim["latency"].keys() == {"torch"}
-    assert "latency_in_batches" not in slim
-    assert all(width % 4 == 0 and width % 8 for width in slim["odd_widths"].values())
-    batches = dpm_cli.evaluate(folder / "model.ts", recipe(), latency_batch=3)["latency_in_batches"]["torchscript"]
-    assert batches["batch"] == 3
-    assert 0 < batches["low"] <= batches["median"] <= batches["high"]
+    assert (slim.kind, slim.macs, slim.params) == ("slim", report.slim.macs, report.slim.params)
+    assert slim.accuracy == report.slim.accuracy
+    assert slim.latency.keys() == {"torch"}
+    assert "latency_in_batches" not in slim.to_dict()
+    assert all(width % 4 == 0 and width % 8 for width in slim.odd_widths.values())
+    batches = dpm_cli.evaluate(folder / "model.ts", recipe(), latency_batch=3).latency_in_batches["torchscript"]
+    assert batches.batch == 3
+    assert 0 < batches.low <= batches.median <= batches.high
     exported = dpm_cli.evaluate(folder / "model.ts", recipe(), latency=False)
-    assert (exported["kind"], exported["macs"], exported["latency"]) == ("torchscript", None, {})
-    assert exported["accuracy"] == report.slim.accuracy
+    assert (exported.kind, exported.macs, exported.latency) == ("torchscript", None, {})
+    assert exported.accuracy == report.slim.accuracy
     with pytest.raises(ModelFileError):
         dpm_cli.evaluate(folder / "report.json", recipe())
 
@@ -497,9 +497,9 @@ def test_evaluating_a_torch_export_archive_needs_trust(finished, tmp_path):
     with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code .* --trust-pickle"):
         dpm_cli.evaluate(made.path, recipe())
     measured = dpm_cli.evaluate(made.path, recipe(), trust_pickle=True)
-    assert (measured["kind"], measured["bytes"]) == ("pt2", made.bytes)
-    assert measured["accuracy"] == report.slim.accuracy
-    assert measured["latency"].keys() == {"pt2"}
+    assert (measured.kind, measured.bytes) == ("pt2", made.bytes)
+    assert measured.accuracy == report.slim.accuracy
+    assert measured.latency.keys() == {"pt2"}
 
 
 def test_slim_file_is_exported_again(finished, tmp_path):
@@ -520,42 +520,42 @@ def test_slim_file_is_exported_again(finished, tmp_path):
 
 def test_plan_says_what_can_be_reached(dense):
     plan = dpm_cli.inspect(dense, recipe())
-    assert plan["arch"] == "digits"
-    assert plan["dense"]["params"] == count_parameters(dense)
-    assert plan["dense"]["channels"] == sum(group["units"] for group in plan["groups"])
-    assert plan["target"]["achievable"]
-    assert plan["target"]["limit"] == plan["dense"]["macs"] // 2
-    assert all(low < high for low, high in plan["achievable"].values())
-    assert [kept["layer"] for kept in plan["kept"]] == ["linear"]
+    assert plan.arch == "digits"
+    assert plan.dense["params"] == count_parameters(dense)
+    assert plan.dense["channels"] == sum(group.units for group in plan.groups)
+    assert plan.target.is_achievable
+    assert plan.target.limit == plan.dense["macs"] // 2
+    assert all(plan.lowest[kind] < cost for kind, cost in plan.dense.items())
+    assert [kept.layer for kept in plan.kept] == ["linear"]
     impossible = dpm_cli.inspect(dense, recipe(prune={"target": {"params": 10}}))
-    assert not impossible["target"]["achievable"]
-    assert "planned" not in impossible
-    assert "widths" not in impossible
+    assert not impossible.target.is_achievable
+    assert (impossible.planned, impossible.widths) == (None, None)
+    assert not {"planned", "widths"} & impossible.to_dict().keys()
 
 
 def test_planned_widths_are_those_of_the_network_that_would_be_left(dense):
     plan = dpm_cli.inspect(dense, recipe())
-    target, planned = plan["target"], plan["planned"]
-    assert planned["macs"] <= target["limit"]
-    widths = {width["layer"]: width for width in plan["widths"]}
-    assert {name: width["before"] for name, width in widths.items()} == {
-        layer: dense.get_submodule(layer).out_channels for group in plan["groups"] for layer in group["layers"]
+    planned = plan.planned
+    assert planned["macs"] <= plan.target.limit
+    widths = {width.layer: width for width in plan.widths}
+    assert {name: width.before for name, width in widths.items()} == {
+        layer: dense.get_submodule(layer).out_channels for group in plan.groups for layer in group.layers
     }
-    for group in plan["groups"]:
-        assert {widths[layer]["after"] for layer in group["layers"]} == {group["planned"]}
-        assert group["planned"] % 4 == 0
-    assert planned["channels"] == sum(group["planned"] for group in plan["groups"])
+    for group in plan.groups:
+        assert {widths[layer].after for layer in group.layers} == {group.planned}
+        assert group.planned % 4 == 0
+    assert planned["channels"] == sum(group.planned for group in plan.groups)
 
 
 def test_sensitivity_of_a_group_is_the_loss_without_its_weakest_units(dense):
     plan = dpm_cli.inspect(dense, recipe(), sensitivity=0.25, images=16)
-    measured = plan["sensitivity"]
-    assert (measured["share"], measured["split"]) == (0.25, "validation")
-    assert [row["group"] for row in measured["groups"]] == [group["name"] for group in plan["groups"]]
-    for row in measured["groups"]:
-        assert row["removed"] == row["units"] // 4
-        assert 0 < row["macs_saved"] < 1
-        assert row["loss"] != measured["loss"]
+    measured = plan.sensitivity
+    assert (measured.share, measured.split) == (0.25, "validation")
+    assert [row.group for row in measured.groups] == [group.name for group in plan.groups]
+    for row in measured.groups:
+        assert row.removed == row.units // 4
+        assert 0 < row.macs_saved < 1
+        assert row.loss != measured.loss
 
 
 @pytest.mark.parametrize("share", [0, 1, 1.5])
@@ -606,8 +606,8 @@ def test_a_model_is_pruned_without_labels_and_without_training(tmp_path, dense, 
     assert Report.from_json((tmp_path / "out/report.json").read_text()) == report
     for file in ("slim.pt", "model.onnx"):
         result = dpm_cli.evaluate(tmp_path / "out" / file, without_labels(photos))
-        assert (result["accuracy"], result["loss"]) == (None, None)
-        assert result["latency"]
+        assert (result.accuracy, result.loss) == (None, None)
+        assert result.latency
 
 
 def test_what_needs_labels_is_refused_without_them(tmp_path, dense, photos):

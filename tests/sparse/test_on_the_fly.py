@@ -16,6 +16,7 @@ from dpm_cli.method.pruners import OnTheFly
 from dpm_cli.models import build, load
 from dpm_cli.recipe import dump_recipe, load_recipe, parse_recipe
 from dpm_cli.report import Report
+from dpm_cli.results import PlannedTarget
 from dpm_cli.sparse.on_the_fly import cut_, find_sparse_layers, measure_sparsity
 
 
@@ -153,7 +154,7 @@ def test_one_training_serves_every_sparsity(tmp_path, dense):
     for file, row in zip(files, rows):
         module = load(file)
         assert type(module.linear) is nn.Linear
-        assert dpm_cli.evaluate(file, recipe(), latency=False)["accuracy"] == row.recalibrated
+        assert dpm_cli.evaluate(file, recipe(), latency=False).accuracy == row.recalibrated
     images = torch.randn(5, 1, 8, 8)
     with torch.no_grad():
         expected = load(files[0])(images)
@@ -196,10 +197,9 @@ def test_events_tell_every_cut(tmp_path, dense):
 
 def test_the_plan_names_the_sparsity(dense):
     plan = dpm_cli.inspect(dense, recipe())
-    assert plan["groups"] == []
+    assert plan.groups == ()
     weights = sum(dense.get_submodule(name).weight.numel() for name in find_sparse_layers(dense, (), keep_first=True))
-    expected = {"kind": "sparsity", "asked": 0.5, "limit": weights / 2, "achievable": True}
-    assert plan["target"] == expected
+    assert plan.target == PlannedTarget("sparsity", 0.5, weights / 2, is_achievable=True)
 
 
 @pytest.mark.parametrize(
