@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags, Ids, Role
-from dpm_cli.graph.trace import Example, find_layer_calls
+from dpm_cli.graph.program import Example, find_layer_calls
 from dpm_cli.layers.modes import in_mode
 
 MatrixLayer = nn.Linear | nn.modules.conv._ConvNd

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dpm_cli.graph.analysis import trace_groups
 from dpm_cli.graph.compact import compact_
-from dpm_cli.graph.groups import Groups, trace_groups
+from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags
+from dpm_cli.graph.program import Example, run_example
 from dpm_cli.graph.shapes import ShapesAlone
-from dpm_cli.graph.trace import Example, run_example
 
 BREAKS = "the model's code holds a size that removing its channels would break"
 Survives = Callable[[Sequence[int]], bool]  # whether these groups can lose units together
