@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_cli.errors import UsageError
-from dpm_cli.layers.modes import in_mode
+from dpm_cli.layers.modes import in_mode, plain_attention
 
 Counter = Literal["flop_counter", "thop"]
 Run = Callable[[Tensor], object]
@@ -35,28 +35,6 @@ class Latency:
     low_ms: float
     high_ms: float
     runs: int
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What one model costs. MACs are of one image; latency is of the batch it was measured with."""
-
-    macs: int
-    parameters: int
-    bytes: int
-    latency: Latency
-
-
-def measure_model(
-    module: nn.Module, example: Tensor, *, counter: Counter = "flop_counter", seconds: float = 1.0
-) -> Cost:
-    """MACs, parameters, bytes and latency of a module; `example` (B, C, H, W) lies on the module's device."""
-    return Cost(
-        macs=count_macs(module, example, counter),
-        parameters=count_parameters(module),
-        bytes=count_bytes(module),
-        latency=measure_latency(module, example, seconds=seconds),
-    )
 
 
 def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_counter") -> int:
@@ -76,7 +54,7 @@ def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_coun
                 _frozen(module),  # its hooks stumble over parameters that are handed from module to module
                 torch.inference_mode(False),
                 torch.no_grad(),
-                without_mha_fastpath(),
+                plain_attention(),
                 flops,
             ):
                 module(image)
@@ -157,17 +135,6 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_mha_fastpath() -> Iterator[None]:
-    """Attention as plain operators for a while: the fused fast path hides it from counters and exporters."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
 def flushing_denormals() -> Iterator[None]:
     """Denormal numbers become zero for a while, where the CPU can do that."""
     with keeping_denormals():
@@ -215,7 +182,7 @@ def _count_with_thop(module: nn.Module, image: Tensor) -> int:
         raise UsageError(
             f"counter is 'thop', which cannot be imported ({error}); install setuptools, or use counter: flop_counter"
         ) from None
-    with torch.inference_mode(False), torch.no_grad(), without_mha_fastpath():
+    with torch.inference_mode(False), torch.no_grad(), plain_attention():
         macs, _ = thop.profile(copy.deepcopy(module), inputs=(image,), verbose=False)  # it leaves buffers behind
     return int(macs)
 

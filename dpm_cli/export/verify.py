@@ -6,8 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from dpm_cli.errors import RunError
-from dpm_cli.export.noise import explain
+from dpm_cli.errors import RunError, one_line
 
 BATCHES = (1, 5)  # exporters like to freeze the batch they were shown, which is 2
 Answer = tuple[Tensor, list[Tensor]]  # images (B, C, H, W), and every output of the module for them
@@ -50,7 +49,9 @@ def _answer(module: nn.Module, images: Tensor) -> list[Tensor]:
         with torch.no_grad():
             outputs = [output.clone() for output in tensors(module(images))]
     except Exception as error:  # a model of the user's, on a shape of the user's
-        raise RunError(f"the model fails on images of shape {tuple(images.shape)}: {explain(error)}") from error
+        raise RunError(
+            f"the model fails on images of shape {tuple(images.shape)}: {one_line(error, root_cause=True)}"
+        ) from error
     if not outputs:
         raise RunError("the model returns no tensor")
     if not all(output.isfinite().all() for output in outputs):

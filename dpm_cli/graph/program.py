@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, OutputKind
 
-from dpm_cli.errors import UnsupportedModelError
+from dpm_cli.errors import UnsupportedModelError, one_line
 from dpm_cli.graph.nodes import layer_of, name_of
-from dpm_cli.layers.modes import in_mode
+from dpm_cli.layers.modes import in_mode, plain_attention
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
 
@@ -38,13 +38,12 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
     """
     args, kwargs = split_example(example)
     try:
-        with in_mode(model, training=training), _slow_attention(), _set_momentum(model), warnings.catch_warnings():
+        with in_mode(model, training=training), plain_attention(), _set_momentum(model), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             return torch.export.export(model, args, kwargs, strict=False)
     except Exception as error:  # torch.export raises dozens of types for what a model's code may do
-        reason = _first_line(error)
         raise UnsupportedModelError(
-            f"the model cannot be exported to a graph, so it cannot be analysed: {reason}"
+            f"the model cannot be exported to a graph, so it cannot be analysed: {one_line(error, root_cause=True)}"
         ) from None
 
 
@@ -105,19 +104,3 @@ def _set_momentum(model: nn.Module) -> Iterator[None]:
     finally:
         for norm in norms:
             norm.momentum = None
-
-
-@contextmanager
-def _slow_attention() -> Iterator[None]:
-    """Fused inference attention would hide the projections from the graph and from every counter."""
-    fast = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(fast)
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:300]}" if lines else type(error).__name__

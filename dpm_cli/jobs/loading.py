@@ -16,10 +16,10 @@ from dpm_cli.errors import (
     RecipeError,
     UnsupportedModelError,
     UsageError,
+    one_line,
 )
 from dpm_cli.models import apply_edits_, build, find_edits, load_model
 from dpm_cli.models.outputs import find_failure, relative_difference, sample_images
-from dpm_cli.models.own_code import one_line
 from dpm_cli.models.slim import TOLERANCE
 from dpm_cli.models.structure import named_tensors
 from dpm_cli.recipe import Recipe, load_recipe, parse_recipe

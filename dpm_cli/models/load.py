@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpm_cli.errors import DpmError, ModelFileError
+from dpm_cli.errors import DpmError, ModelFileError, one_line
 from dpm_cli.models.outputs import find_failure, relative_difference
-from dpm_cli.models.own_code import one_line
 from dpm_cli.models.read import read_model_file
 from dpm_cli.models.slim import TOLERANCE, rebuild
 from dpm_cli.models.slim_content import Content, is_slim, parse_content

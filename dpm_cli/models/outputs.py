@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from dpm_cli.errors import one_line
 from dpm_cli.layers.modes import in_mode
-from dpm_cli.models.own_code import one_line
 from dpm_cli.models.zoo import Shape
 
 

@@ -15,9 +15,9 @@ from typing import Any
 
 from torch import nn
 
-from dpm_cli.errors import RecipeError
+from dpm_cli.errors import RecipeError, listing, one_line
 from dpm_cli.models.digits import DigitsNet
-from dpm_cli.models.own_code import build_from_own_code, one_line
+from dpm_cli.models.own_code import build_from_own_code
 from dpm_cli.models.resnet import CifarResNet
 from dpm_cli.models.vgg import CifarVGG
 
@@ -122,5 +122,4 @@ def _nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return f"did you mean {', '.join(repr(prefix + match) for match in near)}?"
-    shown = ", ".join(prefix + match for match in names[:10])
-    return f"known: {shown}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return f"known: {listing((prefix + match for match in names), shown=10)}"

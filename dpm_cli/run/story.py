@@ -24,7 +24,7 @@ from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision, choose_layout
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
-from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
+from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError, one_line
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.graph import Groups, take
 from dpm_cli.graph.folding import fold_means_
@@ -36,7 +36,6 @@ from dpm_cli.method.rectify import Rectifier
 from dpm_cli.method.rounds import plan as plan_rounds
 from dpm_cli.method.stages import Stage, plan_stages
 from dpm_cli.method.survey import survey
-from dpm_cli.models.own_code import one_line
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.report import Event, Report
 from dpm_cli.run.accuracy_floor import Floor
