@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpm_cli.data.augment import find_boxes
 from dpm_cli.data.corrupt import Corrupt
-from dpm_cli.data.splits import Shape
 from dpm_cli.errors import DataError, flatten
+from dpm_cli.layers.images import Shape
 
 Pixels = NDArray[np.uint8]
 

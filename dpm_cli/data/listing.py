@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpm_cli.data.splits import Shape
 from dpm_cli.errors import DataError, listing
+from dpm_cli.layers.images import Shape
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUT = "<class>/*.jpg"

@@ -11,8 +11,8 @@ from torch.utils._pytree import tree_map_only
 from dpm_cli.errors import ModelFileError, RunError, UsageError, one_line
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.noise import quiet
-from dpm_cli.export.verify import tensors
 from dpm_cli.layers.modes import plain_attention
+from dpm_cli.layers.outputs import output_tensors
 from dpm_cli.measure import keeping_denormals
 
 INPUT, OUTPUT = "image", "logits"
@@ -34,7 +34,7 @@ def serialise(
     if weights > LARGEST:
         raise RunError(f"the weights take {weights} bytes; one ONNX file holds {LARGEST}: export torchscript instead")
     with torch.no_grad():
-        count = len(tensors(module(example)))
+        count = len(output_tensors(module(example)))
     if half:
         module = _Half(module)
     with quiet(), torch.no_grad(), plain_attention():

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from dpm_cli.errors import ModelFileError, RunError, one_line
 from dpm_cli.export.exported import ExportedModel, parse_extra
 from dpm_cli.export.noise import quiet
-from dpm_cli.export.verify import tensors
 from dpm_cli.layers.modes import plain_attention
+from dpm_cli.layers.outputs import output_tensors
 
 EXTRA = "dpm.json"  # in the archive: the metadata and the shape of one image, as in TorchScript
 
@@ -54,7 +54,7 @@ def read(path: Path) -> ExportedModel:
     def outputs(images: Tensor) -> list[Tensor]:
         try:
             with torch.no_grad():
-                return tensors(loaded(images.cpu()))
+                return output_tensors(loaded(images.cpu()))
         except Exception as error:  # its guards raise AssertionError, its operators RuntimeError
             raise RunError(
                 f"{path} fails on images of shape {tuple(images.shape)}: {one_line(error, root_cause=True)}"

@@ -16,12 +16,11 @@ from typing import Any
 from torch import nn
 
 from dpm_cli.errors import RecipeError, listing, one_line
+from dpm_cli.layers.images import Shape
 from dpm_cli.models.digits import DigitsNet
 from dpm_cli.models.own_code import build_from_own_code
 from dpm_cli.models.resnet import CifarResNet
 from dpm_cli.models.vgg import CifarVGG
-
-Shape = tuple[int, int, int]  # of one image: channels, height, width
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {  # called with classes=, channels=
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
