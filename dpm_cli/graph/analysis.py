@@ -1,4 +1,4 @@
-"""From a model to its groups: export, label, keep what cannot go, solve the ties."""
+"""Analyse a model: export it, label its graph, keep what cannot go, and solve the ties."""
 
 import fnmatch
 from collections.abc import Iterator, Sequence
@@ -18,11 +18,11 @@ from dpm_cli.layers.attention import can_lose_channels
 def trace_groups(
     model: nn.Module, example: Example, keep: Sequence[str] = (), *, prune_embedding: bool = False
 ) -> Groups:
-    """Groups of a model from its exported graph, before the check that its own code allows their removal.
+    """Find the groups in a model's exported graph, before `find_groups` checks that its own code allows removal.
 
     example: inputs as the model takes them, with a batch of 2 or more.
     keep: layers whose outputs stay whole, by name or pattern; a name covers the layers below it.
-    prune_embedding: whether channels that layer norms average over can go.
+    prune_embedding: let channels go that layer norms average over.
     Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
     """
     aliases = _aliases(model)
@@ -48,7 +48,7 @@ def trace_groups(
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First name -> all names, for parameters and buffers that have several."""
+    """Map the first name of a shared parameter or buffer to all its names."""
     names: dict[int, list[str]] = {}
     for source in (model.named_parameters, model.named_buffers):
         for name, tensor in source(remove_duplicate=False):
@@ -57,7 +57,7 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
 
 
 def _held_lists(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
-    """(layer, integers) for every attribute that is a list or a tuple of several integers."""
+    """Collect (layer, integers) for every attribute that is a list or tuple of several integers."""
     return {
         (name, tuple(value))
         for name, module in model.named_modules()
@@ -72,6 +72,7 @@ def _tensors_in(example: Example) -> Iterator[Tensor]:
 
 
 def _keep_named(model: nn.Module, ties: Ties, patterns: Sequence[str]) -> None:
+    """Keep what the user's patterns name. Raises RecipeError for a pattern that matches no layer."""
     modules = [name for name, _ in model.named_modules() if name]
     for pattern in patterns:
         matched = {name for name in modules if fnmatch.fnmatchcase(name, pattern)}
@@ -86,7 +87,7 @@ def _keep_named(model: nn.Module, ties: Ties, patterns: Sequence[str]) -> None:
 
 
 def _keep_buffers(model: nn.Module, ties: Ties) -> None:
-    """A buffer that is not a norm's statistics can neither shrink nor be known to follow its unit."""
+    """Keep buffers other than a norm's statistics: they cannot shrink, and need not follow their unit."""
     buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
     roles = ties.roles()
     for owner in ties.owners:
@@ -95,7 +96,7 @@ def _keep_buffers(model: nn.Module, ties: Ties) -> None:
 
 
 def _keep_shared_axes(ties: Ties) -> None:
-    """A parameter with two axes of producing labels would be scaled twice, once for each of its units."""
+    """Keep one of two producing axes of a parameter: it would be scaled twice, once for each of its units."""
     roles, axes = ties.roles(), dict[str, list[Owner]]()
     touched = ties.touched()
     for owner in ties.owners:

@@ -1,4 +1,4 @@
-"""Groups of units: which positions of which parameters belong together, with roles and cost."""
+"""Hold groups of units: which positions of which parameters belong together, with their roles and cost."""
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -12,17 +12,17 @@ from dpm_cli.graph.labels import Counts, Flags, Ids, Role
 
 @dataclass(frozen=True)
 class Slice:
-    """Which unit every index along one axis of a parameter or buffer belongs to."""
+    """Maps every index along one axis of a parameter or buffer to its unit."""
 
     tensor: str  # name in the state dict
     axis: int
     role: Role
-    units: Ids  # (size of the axis,) unit numbers; `Groups.units` stands for "always stays"
+    units: Ids  # (size of the axis,) unit numbers; `Groups.units` means "always stays"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The units of one set of tied layers, numbered start … start + size - 1 over the whole model."""
+    """The units of one set of tied layers. Over the whole model they are numbered start … start + size - 1."""
 
     name: str  # of the first layer that makes the units' values
     layers: tuple[str, ...]  # that make them
@@ -38,7 +38,7 @@ class Group:
 
 @dataclass(frozen=True)
 class HeldNumber:
-    """A number, or a list of them, in a layer's own code that must follow when units are removed."""
+    """A number, or a list of numbers, that a layer's own code holds and that must follow when units are removed."""
 
     layer: str
     parts: tuple[Ids, ...]  # of each number: the units of what it counts; `Groups.units` for what always stays
@@ -47,7 +47,7 @@ class HeldNumber:
 
 @dataclass(frozen=True)
 class NumberChange:
-    """What an integer attribute (one number) or a list of integers of a layer becomes."""
+    """The new value of an integer attribute (one number) or a list of integers of a layer."""
 
     old: tuple[int, ...]
     new: tuple[int, ...]
@@ -56,7 +56,7 @@ class NumberChange:
 
 @dataclass(frozen=True)
 class Kept:
-    """A layer whose outputs stay whole, and why."""
+    """A layer whose outputs stay whole, with the reason."""
 
     layer: str
     reason: str
@@ -64,7 +64,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Groups:
-    """Everything that can be removed from one model, in the order of its layers."""
+    """Everything that can be removed from one model, in the order of its layers.
+
+    Units are numbered over the whole model, so one array of flags says who lives: `alive` (units,).
+
+        alive = np.ones(groups.units, bool)
+        alive[groups.groups[0].start] = False  # the first unit of the first group dies
+        groups.cost.macs(alive)
+    """
 
     groups: tuple[Group, ...]
     slices: tuple[Slice, ...]
@@ -83,11 +90,11 @@ class Groups:
 
     @cached_property
     def group_of_unit(self) -> Ids:
-        """(units,) the number of each unit's group."""
+        """Return the number of each unit's group: (units,)."""
         return np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups]).astype(np.int64)
 
     def kept_positions(self, alive: Flags) -> dict[str, dict[int, Ids]]:
-        """Tensor -> axis -> the positions that stay, for every axis that loses some. alive: (units,)"""
+        """Return which positions stay, by tensor and axis, for every axis that loses some. alive: (units,)"""
         stays = np.append(alive, True)
         positions: dict[str, dict[int, Ids]] = {}
         for part in self.slices:
@@ -98,7 +105,7 @@ class Groups:
         return positions
 
     def widths(self, alive: Flags) -> Iterator[tuple[str, int, int]]:
-        """Every layer that makes units: its name, its rows now, and those of them that stay. alive: (units,)"""
+        """Yield every layer that makes units: its name, how many rows it has, and how many stay. alive: (units,)"""
         stays, seen = np.append(alive, True), set[str]()
         for part in self.slices:
             layer = part.tensor.rpartition(".")[0] or part.tensor
@@ -107,7 +114,7 @@ class Groups:
                 yield layer, len(part.units), int(stays[part.units].sum())
 
     def new_numbers(self, alive: Flags) -> dict[str, list[NumberChange]]:
-        """Layer -> how numbers of its own change. alive: (units,)"""
+        """Return how the numbers in each layer's own code change. alive: (units,)"""
         stays = np.append(alive, True)
         changes: dict[str, list[NumberChange]] = {}
         for number in self.numbers:
@@ -118,7 +125,7 @@ class Groups:
         return changes
 
     def survivors(self, alive: Flags) -> "Groups":
-        """The groups of the compacted model: the dead units are gone and the rest is numbered anew. alive: (units,)"""
+        """Return the groups of the compacted model: dead units are gone, the others renumbered. alive: (units,)"""
         left = int(alive.sum())
         number = np.append(np.where(alive, np.cumsum(alive) - 1, -1), left)
         slices = []
@@ -144,12 +151,12 @@ class Groups:
         )
 
     def bounded(self, least: Mapping[int, int]) -> "Groups":
-        """The same with a number of units that must stay for some groups (numbers -> units)."""
+        """Return the same groups, of which some (by number) cannot fall below a number of units."""
         groups = tuple(replace(group, least=least.get(i, group.least)) for i, group in enumerate(self.groups))
         return replace(self, groups=groups)
 
     def without(self, unwanted: Mapping[int, str]) -> "Groups":
-        """The same model with some groups (numbers -> reasons) kept whole."""
+        """Return the other groups: some (by number) are kept whole, each for its reason."""
         if not unwanted:
             return self
         wanted = np.array([i not in unwanted for i in range(len(self.groups))])

@@ -1,4 +1,4 @@
-"""What one node of an exported graph says: its operator, its layer, its arguments, and what shares its memory."""
+"""Read one node of an exported graph: its operator, layer and arguments, and which nodes share its memory."""
 
 import operator
 import re
@@ -19,11 +19,12 @@ RETURNS_ITS_INPUT = frozenset(("dropout", "feature_dropout", "alpha_dropout"))  
 
 
 def name_of(node: torch.fx.Node) -> str:
+    """Return the name of an operator without namespace and overload."""
     return node.target._schema.name.split("::")[1] if isinstance(node.target, torch._ops.OpOverload) else "getitem"
 
 
 def layer_of(node: torch.fx.Node) -> str:
-    """The dotted name of the module whose forward made this operator."""
+    """Return the dotted name of the module whose forward called this operator."""
     stack = node.meta.get("nn_module_stack") or {}
     for path, _ in reversed(stack.values()):
         name = re.sub(r"\['?([^'\]]+)'?\]", r".\1", path).removeprefix("L.self").removeprefix("L").lstrip(".")
@@ -33,6 +34,7 @@ def layer_of(node: torch.fx.Node) -> str:
 
 
 def in_schema_order(target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, ...]:
+    """Put arguments in schema order and fill in defaults."""
     filled = list(args)
     for argument in target._schema.arguments[len(args) :]:
         filled.append(kwargs.get(argument.name, argument.default_value))
@@ -40,6 +42,7 @@ def in_schema_order(target: torch._ops.OpOverload, args: tuple[Any, ...], kwargs
 
 
 def tensors_in(meta: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a nested list."""
     if isinstance(meta, Tensor):
         yield meta
     elif isinstance(meta, list | tuple):
@@ -48,7 +51,7 @@ def tensors_in(meta: Any) -> Iterator[Tensor]:
 
 
 def macs_of(node: torch.fx.Node) -> int:
-    """Multiply-accumulates of one operator with the sizes it has, for operators that no rule describes."""
+    """Count the multiply-accumulates of one operator at its present sizes, for operators without a rule."""
     args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), lambda n: n.meta["val"])
     assert callable(node.target)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
@@ -57,7 +60,7 @@ def macs_of(node: torch.fx.Node) -> int:
 
 
 def find_head_dims(graph: torch.fx.Graph) -> dict[torch.fx.Node, frozenset[int]]:
-    """Views that lead to attention -> the sizes that its two products contract or carry: the head dimensions.
+    """Map views that lead to attention to the sizes that its two products contract or carry: the head dimensions.
 
     Walks backwards from every product through operators that only move or scale.
     """
@@ -82,7 +85,7 @@ def find_head_dims(graph: torch.fx.Graph) -> dict[torch.fx.Node, frozenset[int]]
 
 
 def sharing_memory(write: torch.fx.Node) -> set[torch.fx.Node]:
-    """What is written in place, what it is a view of, and all views of those."""
+    """Collect the node that is written in place, what it is a view of, and all views of those."""
     family, waiting = set[torch.fx.Node](), [write.args[0]]
     while waiting:
         node = waiting.pop()
@@ -96,7 +99,7 @@ def sharing_memory(write: torch.fx.Node) -> set[torch.fx.Node]:
 
 
 def _may_share_memory(node: torch.fx.Node) -> bool:
-    """Whether the result may be, or be a view of, the first argument."""
+    """Tell whether the result may be the first argument or a view of it."""
     if node.target is operator.getitem:
         return True
     if not isinstance(node.target, torch._ops.OpOverload) or not node.target._schema.arguments:

@@ -1,4 +1,4 @@
-"""Solved ties -> units, numbered group by group, and everything that is known about them."""
+"""Turn solved ties into units that are numbered group by group."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -83,7 +83,7 @@ def _order_units(ties: Ties, components: Ids, made: Flags, chosen: Ids, count: i
 
 
 def _parameter_terms(model: nn.Module, ties: Ties, parameters: Mapping[str, Value]) -> list[CostTerm]:
-    """How many entries each parameter has, and all of those that are not labelled."""
+    """Count the entries of every labelled parameter, and of all others together."""
     owners: dict[str, list[Owner]] = {}
     for owner in ties.owners:
         owners.setdefault(owner.tensor, []).append(owner)
@@ -97,7 +97,10 @@ def _parameter_terms(model: nn.Module, ties: Ties, parameters: Mapping[str, Valu
 
 
 def _name_groups(group_of: Ids, slices: Sequence[Slice], made_tensors: set[str]) -> Iterator[Group]:
-    """group_of: (units,) in unit order, equal numbers side by side."""
+    """Name every group after its first layer.
+
+    group_of: (units,) the group of every unit; equal numbers lie side by side.
+    """
     starts = np.flatnonzero(np.diff(group_of, prepend=-1)).tolist()
     layers: list[list[str]] = [[] for _ in starts]
     per_unit = [1] * len(starts)
@@ -123,7 +126,10 @@ def _explain_kept(
     parameters: Mapping[str, Value],
     unused: Sequence[str],
 ) -> tuple[Kept, ...]:
-    """reason_of_label: (labels,) the number of the reason that keeps it, -1 for none."""
+    """Give every layer that stays whole the first reason for it.
+
+    reason_of_label: (labels,) the number of the reason that keeps a label; -1 if nothing does.
+    """
     found: dict[str, str] = {}
     for owner in ties.owners:
         if owner.size and (made[owner.start] or parameters[owner.tensor].rank > 1):

@@ -1,4 +1,7 @@
-"""nn.Module -> exported program. With `rules` and `nodes`, all that knows torch.export and ATen names."""
+"""Export a module to a flat graph of operators.
+
+Only this file, `nodes`, `trace` and `rules` know torch.export and ATen names.
+"""
 
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,19 +23,20 @@ MATRIX_LAYERS = frozenset("conv1d conv2d conv3d conv_transpose1d conv_transpose2
 
 
 def split_example(example: Example) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """One tensor, several (a tuple), or inputs by name (a mapping) -> positional and keyword arguments."""
+    """Turn one tensor, a tuple of inputs or a mapping of named inputs into positional and keyword arguments."""
     if isinstance(example, Mapping):
         return (), dict(example)
     return (example if isinstance(example, tuple) else (example,)), {}
 
 
 def run_example(model: nn.Module, example: Example) -> Any:
+    """Call a model with its example inputs."""
     args, kwargs = split_example(example)
     return model(*args, **kwargs)
 
 
 def export(model: nn.Module, example: Example, *, training: bool = False) -> ExportedProgram:
-    """The flat operator graph of a model. Weights are not copied and nothing is computed.
+    """Export a model to its flat operator graph. This copies no weights and computes nothing.
 
     Raises UnsupportedModelError with the reason when the model's code cannot be exported.
     """
@@ -48,7 +52,7 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
 
 
 def output_shapes(program: ExportedProgram) -> tuple[tuple[int, ...], ...]:
-    """Of every tensor that the model returns, in order."""
+    """Return the shape of every tensor that the model returns, in order."""
     outputs = next(iter(program.graph.find_nodes(op="output"))).args[0]
     assert isinstance(outputs, tuple | list)
     kinds = (spec.kind for spec in program.graph_signature.output_specs)
@@ -58,7 +62,7 @@ def output_shapes(program: ExportedProgram) -> tuple[tuple[int, ...], ...]:
 
 
 def state_names(program: ExportedProgram, aliases: Mapping[str, str]) -> dict[str, str]:
-    """Placeholder -> parameter or buffer name."""
+    """Map placeholders of the graph to names of parameters and buffers."""
     kinds = (InputKind.PARAMETER, InputKind.BUFFER)
     return {
         spec.arg.name: aliases.get(spec.target, spec.target)
@@ -68,9 +72,9 @@ def state_names(program: ExportedProgram, aliases: Mapping[str, str]) -> dict[st
 
 
 def find_layer_calls(model: nn.Module, example: Example) -> Iterator[tuple[str, str | None]]:
-    """Every call of a convolution or linear layer with its own weight, and the BatchNorm that alone reads the outputs.
+    """Yield every convolution or linear layer that is called with its own weight, and the BatchNorm behind it.
 
-    Raises as `export`.
+    The BatchNorm is None unless it alone reads the outputs. Raises what `export` raises.
     """
     program = export(model, example)
     names = state_names(program, {})
@@ -82,7 +86,7 @@ def find_layer_calls(model: nn.Module, example: Example) -> Iterator[tuple[str, 
 
 
 def _batchnorm_behind(node: torch.fx.Node, names: Mapping[str, str]) -> str | None:
-    """If nothing else reads a layer's channels, and the BatchNorm nothing else."""
+    """Find the BatchNorm that reads a layer's channels and nothing else; None if anything else reads them too."""
     channels_last = name_of(node) == "linear" and node.meta["val"].dim() != 2
     if channels_last or len(node.users) != 1 or name_of(reader := next(iter(node.users))) != "batch_norm":
         return None
@@ -95,7 +99,7 @@ def _batchnorm_behind(node: torch.fx.Node, names: Mapping[str, str]) -> str | No
 
 @contextmanager
 def _set_momentum(model: nn.Module) -> Iterator[None]:
-    """Norms that average over all batches (no momentum) read a counter in train mode, which cannot be exported."""
+    """Temporarily give a momentum to norms without one: they read a counter in train mode, which cannot be exported."""
     norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._NormBase) and m.momentum is None]
     for norm in norms:
         norm.momentum = 0.1

@@ -1,8 +1,8 @@
-"""A forward pass that is after shapes alone.
+"""Speed up forward passes that only compute shapes.
 
-On tensors without data torch works out the shapes of norms, activations and linear layers in Python, half a millisecond
-each: most of a forward pass. Here they are answered at once where the sizes fit; where they do not, torch itself says
-what is wrong.
+On tensors without data, torch works out the shapes of norms, activations and linear layers in Python. That takes half a
+millisecond each, most of a forward pass. Here the answer is immediate if the sizes fit; if not, torch itself says what
+is wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -64,7 +64,7 @@ ANSWERS: dict[Any, Callable[..., Answer]] = {
 
 
 class ShapesAlone(TorchFunctionMode):
-    """In eval mode, without gradients: results have shapes and types, and nothing else that counts."""
+    """While active, results have the right shapes and types but no meaning. For eval mode without gradients."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

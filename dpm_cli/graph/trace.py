@@ -1,4 +1,4 @@
-"""Exported graph -> labels: one walk over its operators that collects ties, kept labels and costs."""
+"""Walk over the operators of an exported graph and collect ties, kept labels and costs."""
 
 import operator
 import re
@@ -76,6 +76,7 @@ def _placeholder(
     ties: Ties,
     parameters: dict[str, Value],
 ) -> Value | None:
+    """Give an input of the graph its value; a parameter or buffer gets labels along every axis."""
     value = node.meta.get("val")
     if not isinstance(value, Tensor):
         return None
@@ -98,6 +99,7 @@ def _call(
     position: Mapping[torch.fx.Node, int],
     head_dims: frozenset[int],
 ) -> Any:
+    """Apply the rule of one operator to the values of its arguments."""
     args: Any = torch.fx.node.map_arg(node.args, lambda n: values[n])
     if node.target is operator.getitem:
         sequence, item = args[0], node.args[1]
@@ -142,6 +144,7 @@ def _call(
 
 
 def _static_shape(tensor: Tensor, node: torch.fx.Node, ties: Ties) -> tuple[int, ...]:
+    """Return a shape of plain integers. Raises UnsupportedModelError if a size depends on the data."""
     if all(isinstance(size, int) for size in tensor.shape):
         return tuple(tensor.shape)
     raise UnsupportedModelError(
@@ -150,5 +153,6 @@ def _static_shape(tensor: Tensor, node: torch.fx.Node, ties: Ties) -> tuple[int,
 
 
 def _unlabelled(node: torch.fx.Node) -> Value | None:
+    """Return the value of a constant in the graph: all its axes have fixed sizes."""
     value = node.meta.get("val")
     return Value(tuple(int(size) for size in value.shape)) if isinstance(value, Tensor) else None

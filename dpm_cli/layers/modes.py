@@ -1,4 +1,4 @@
-"""Temporarily switch a module between train and eval mode, or attention to plain operators."""
+"""Temporarily switch a module to train or eval mode, or attention to plain operators."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -9,7 +9,7 @@ from torch import nn
 
 @contextmanager
 def in_mode(module: nn.Module, *, training: bool) -> Iterator[None]:
-    """Switch to train or eval mode; afterwards every submodule is in the mode it was in."""
+    """Temporarily switch a module to train or eval mode; every submodule returns to its own mode."""
     modes = [(part, part.training) for part in module.modules()]
     module.train(training)
     try:

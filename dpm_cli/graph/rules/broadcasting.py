@@ -1,4 +1,4 @@
-"""How operands that meet index by index share their labels, aligned axis by axis from the right."""
+"""Join the labels of operands that meet index by index, aligned axis by axis from the right."""
 
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +11,7 @@ from dpm_cli.graph.labels import Axes, Labels, Ties, Value
 def combine(
     ties: Ties, shape: tuple[int, ...], values: Sequence[Value], *, zero: str, judged: Sequence[Value] | None = None
 ) -> Value:
-    """Align operands axis by axis from the right and tie what meets.
+    """Align operands axis by axis from the right and tie the labels that meet.
 
     zero: the output is zero where "all" of the judged operands are, where "any" is, or "never".
     """
@@ -54,7 +54,7 @@ def combine(
 
 
 def _align_blocks(values: list[Value]) -> list[Value]:
-    """Labels of an axis that is part of another operand's block (heads against heads · dimensions) become as long."""
+    """Spread labels over a block of another operand that contains their axes (heads against heads · dimensions)."""
     blocks = {axes: labels for value in values for axes, labels in value.labels.items() if len(axes) > 1}
     aligned = []
     for value in values:
@@ -70,7 +70,7 @@ def _align_blocks(values: list[Value]) -> list[Value]:
 
 
 def broadcast(ties: Ties, value: Value, shape: tuple[int, ...]) -> Value:
-    """The value with leading axes of size 1 added; labels of axes that are stretched are kept."""
+    """Add leading axes of size 1; keep labels of axes that are stretched."""
     offset = len(shape) - value.rank
     labels: dict[Axes, Labels] = {}
     for axes, block in value.labels.items():

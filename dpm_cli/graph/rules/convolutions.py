@@ -29,7 +29,7 @@ def transposed_convolution(ties: Ties, call: Call) -> Value | list[Value]:
 def _convolve_transposed_in_groups(
     ties: Ties, call: Call, x: Value, weight: Value, bias: Value | None, groups: int
 ) -> Value | list[Value]:
-    """Row r of the weight reads input channel r; its columns make the outputs of r's conv group."""
+    """Label a weight whose row r reads input channel r, and whose columns make the outputs of r's conv group."""
     channels, rows, columns = x.along(1), weight.along(0), weight.along(1)
     if x.rank != weight.rank or rows is None or columns is None:
         return keep_whole(ties, call, "grouped transposed convolution")

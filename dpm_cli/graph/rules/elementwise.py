@@ -36,6 +36,7 @@ def blows_up_at_zero(ties: Ties, call: Call) -> Value:
 
 
 def _keep_zeros(ties: Ties, x: Value, reason: str) -> None:
+    """Keep whatever would become zero."""
     for labels in x.labels.values():
         ties.keep(labels.ids[labels.zero], reason)
 

@@ -94,6 +94,7 @@ def select(ties: Ties, call: Call) -> Value:
 
 
 def _take(ties: Ties, x: Value, shape: tuple[int, ...], axis: int, index: int) -> Value:
+    """Take one index of an axis; its units stay if the axis tells them apart."""
     position = {old: old - (old > axis) for old in range(x.rank) if old != axis}
     taken = x.renamed(shape, position)
     block = x.axes_of(axis)

@@ -44,7 +44,7 @@ def layer_norm(ties: Ties, call: Call) -> Value:
 
 
 def _normalise_remaining(ties: Ties, x: Value, weight: Value, bias: Value) -> Value:
-    """A layer norm that goes on counting lost channels: exact as long as they are zero."""
+    """Let a layer norm go on counting lost channels, which is exact because they are zero."""
     channels = x.labels[(x.rank - 1,)]
     ties.consume(channels)
     for parameter, role in ((weight, Role.NORM), (bias, Role.BIAS)):
@@ -57,9 +57,7 @@ def _normalise_remaining(ties: Ties, x: Value, weight: Value, bias: Value) -> Va
 def _normalise_channels(
     ties: Ties, call: Call, x: Value, weight: Value | None, bias: Value | None, *, stays_zero: bool
 ) -> Value:
-    """Axis 1 is normalised channel by channel. With weight and bias dead, the output is zero whatever the
-    statistics.
-    """
+    """Normalise axis 1 channel by channel. A dead weight and bias give zero, whatever the statistics."""
     channels = x.along(1)
     for parameter, role in ((weight, Role.NORM), (bias, Role.BIAS)):
         if parameter is None:
@@ -79,6 +77,7 @@ def _normalise_channels(
 
 
 def _follow_channels(ties: Ties, x: Value, *buffers: Value | None) -> None:
+    """Tie running statistics to the channels that they describe."""
     channels = x.along(1)
     for buffer in buffers:
         labels = buffer.along(0) if buffer else None

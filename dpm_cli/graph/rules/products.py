@@ -48,7 +48,7 @@ def baddbmm(ties: Ties, call: Call) -> Value:
 
 
 def _matmul(ties: Ties, shape: tuple[int, ...], left: Value, right: Value) -> Value:
-    """(…, m, k) @ (…, k, n): k is contracted; the rest broadcasts like an element-wise product."""
+    """Label (…, m, k) @ (…, k, n): k is contracted; the rest broadcasts like an element-wise product."""
     inner_left, inner_right = left.along(-1), right.along(-2)
     if inner_left and inner_right:
         ties.tie(inner_left, inner_right)
@@ -129,7 +129,7 @@ def einsum(ties: Ties, call: Call) -> Value | list[Value]:
 
 
 def _products(terms: Sequence[str], output: str) -> Iterator[str]:
-    """The letters of every matrix product of an einsum, which contracts from left to right."""
+    """Yield the letters of every matrix product of an einsum, which contracts from left to right."""
     left = set(terms[0])
     for i, term in enumerate(terms[1:], 1):
         needed = set(output).union(*terms[i + 1 :])
@@ -162,7 +162,7 @@ def attention(ties: Ties, call: Call) -> Value:
 
 
 def _heads_of(operand: Value) -> Ids | None:
-    """(heads,) labels of (…, heads, length, dimensions), if its heads can go."""
+    """Return the labels of the heads of (…, heads, length, dimensions): (heads,). None if heads cannot go."""
     axes = operand.axes_of(-3) if operand.rank > 2 else None
     if axes is None or not operand.tells_units_along(-3):
         return None
@@ -171,7 +171,7 @@ def _heads_of(operand: Value) -> Ids | None:
 
 
 def _summed(value: Value, axis: int) -> Value:
-    """With this axis summed to size 1. A sum within units (over head dimensions) leaves their labels on the rest."""
+    """Sum an axis to size 1. A sum within units (over head dimensions) leaves their labels on the other axes."""
     out = value.collapsed(axis)
     axes = value.axes_of(axis)
     if axes is not None and not value.tells_units_along(axis):
@@ -180,7 +180,7 @@ def _summed(value: Value, axis: int) -> Value:
 
 
 def _sizes(value: Value, axes: Sequence[int]) -> list[Labels | int]:
-    """The sizes of some axes as cost factors: labels where they can shrink, numbers where not."""
+    """Return the sizes of some axes as cost factors: labels if they can shrink, numbers if not."""
     wanted, factors = set(axes), list[Labels | int]()
     for block, labels in value.labels.items():
         if set(block) <= wanted:

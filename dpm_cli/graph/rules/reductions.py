@@ -59,6 +59,7 @@ def reduce_sum(ties: Ties, call: Call) -> Value:
 
 
 def _reduce(ties: Ties, call: Call, lose: Callable[[Labels], None]) -> Value:
+    """Reduce over some axes; `lose` is called for labels whose units the result no longer tells apart."""
     x: Value = call.args[0]
     dims = next((arg for arg in call.args[1:] if isinstance(arg, list | tuple)), None)
     if dims is None and call.name in ("prod", "any", "all") and len(call.args) > 1 and isinstance(call.args[1], int):

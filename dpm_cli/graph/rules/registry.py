@@ -35,6 +35,8 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Register a function as the rule of these operators."""
+
     def register(function: Rule) -> Rule:
         for name in names:
             assert name not in RULES, name
@@ -45,7 +47,7 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 
 
 def apply_rule(ties: Ties, call: Call) -> Value | list[Value]:
-    """The labels of the outputs. Unknown operators keep every label that they touch."""
+    """Label the outputs of an operator. Unknown operators keep every label that they touch."""
     known = RULES.get(call.name)
     if known is not None:
         return known(ties, call)
@@ -53,14 +55,14 @@ def apply_rule(ties: Ties, call: Call) -> Value | list[Value]:
 
 
 def keep_whole(ties: Ties, call: Call, reason: str) -> Value | list[Value]:
-    """Nothing that this call touches can be removed."""
+    """Keep everything that this call touches."""
     ties.keep_all(call.args, reason)
     ties.cost(call.macs())
     return [Value(shape) for shape in call.shapes] if len(call.shapes) > 1 else Value(call.shape)
 
 
 def first_of(call: Call, value: Value) -> Value | list[Value]:
-    """For operators with extra outputs (indices, saved statistics) that carry no labels."""
+    """Add the extra outputs of an operator (indices, saved statistics), which carry no labels."""
     if len(call.shapes) == 1:
         return value
     return [value, *(Value(shape) for shape in call.shapes[1:])]

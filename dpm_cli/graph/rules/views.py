@@ -45,6 +45,7 @@ def _segments(left: tuple[int, ...], right: tuple[int, ...]) -> list[tuple[list[
 def _reshape_block(
     ties: Ties, x: Value, axes: Axes, before: list[int], call: Call, after: list[int]
 ) -> dict[Axes, Labels]:
+    """Move the labels of one block from the axes `before` a view to the axes `after` it."""
     labels, shape = x.labels[axes], call.shape
     spread = [x.shape[axis] if axis in axes else 1 for axis in before]
     sizes, target = [x.shape[axis] for axis in before], [shape[axis] for axis in after]

@@ -1,10 +1,10 @@
-"""How activations meet the weight and the bias of a layer."""
+"""Tie activations to the weight and the bias of the layer that they meet."""
 
 from dpm_cli.graph.labels import Labels, Role, Ties, Value
 
 
 def contract(ties: Ties, channels: Labels | None, columns: Labels | None) -> None:
-    """Activations meet the columns of a weight."""
+    """Tie activations to the columns of the weight that reads them."""
     if channels and columns:
         ties.tie(channels, columns)
         ties.consume(channels)
@@ -14,12 +14,13 @@ def contract(ties: Ties, channels: Labels | None, columns: Labels | None) -> Non
 
 
 def keep_both(ties: Ties, left: Labels | None, right: Labels | None, reason: str) -> None:
+    """Keep the labels on both sides of an operator."""
     ties.keep(left, reason)
     ties.keep(right, reason)
 
 
 def with_bias(ties: Ties, out: Value, bias: Value | None, axis: int) -> Value:
-    """A row's value is zero only if its bias dies too."""
+    """Tie rows to their biases: a row's value is zero only if its bias dies too."""
     rows, labels = out.along(axis), bias.along(0) if bias else None
     ties.mark(labels, Role.BIAS)
     if bias is None or rows is None or labels is None:
