@@ -19,7 +19,7 @@ import torch
 from common import paired_ratio, print_table, save, time_in_turns
 from torch import nn
 
-import dpm_cli.graph.groups as tracing
+import dpm_cli.graph.analysis as tracing
 from dpm_cli.graph import compact_, find_groups
 from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
 from dpm_cli.method.pruners.depgraph import GroupNorm

@@ -146,7 +146,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     import numpy as np
     import torch
 
-    import dpm_cli.graph.groups as groups_module
+    import dpm_cli.graph.analysis as analysis
     import dpm_cli.graph.rehearsal as rehearsal
     from dpm_cli.errors import DpmError, RecipeError, TargetError, UnsupportedModelError
     from dpm_cli.export import export_model
@@ -174,7 +174,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
 
         setattr(module, name, timed)
 
-    time_calls_(groups_module, "export")
+    time_calls_(analysis, "export")
     time_calls_(rehearsal, "trace_groups")
     try:
         model = build(name, classes=1000, shape=shape)

@@ -14,6 +14,8 @@ DpmError                    exit code 1
 └── ToldElsewhere           of several processes, another one says what happened
 """
 
+from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 
@@ -89,3 +91,28 @@ class ToldElsewhere(DpmError):
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of this run failed")
         self.exit_code = exit_code
+
+
+def one_line(error: BaseException, *, root_cause: bool = False) -> str:
+    """Tell the kind and the message of an exception that foreign code raised.
+
+    root_cause: tell the first line of the exception that started it all; exporters wrap that in pages of advice.
+    """
+    while root_cause and error.__cause__ is not None:
+        error = error.__cause__
+    lines = str(error).strip().splitlines()
+    message = flatten(lines[0] if root_cause and lines else error)
+    return f"{type(error).__name__}: {message}" if message else type(error).__name__
+
+
+def flatten(text: object) -> str:
+    """Put a foreign message on one line of at most 200 characters."""
+    return " ".join(str(text).split())[:200]
+
+
+def listing(names: Iterable[str], shown: int = 3) -> str:
+    """List the first names and count the others: "a, b, c and 2 more"."""
+    rest = iter(names)
+    listed = ", ".join(islice(rest, shown))
+    more = sum(1 for _ in rest)
+    return f"{listed} and {more} more" if more else listed

@@ -1,4 +1,4 @@
-"""What a network costs: MACs, parameters, bytes, and milliseconds on this machine."""
+"""Measure what a network costs: MACs, parameters, bytes, and milliseconds on this machine."""
 
 import copy
 import importlib.metadata
@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_cli.errors import UsageError
-from dpm_cli.layers.modes import in_mode
+from dpm_cli.layers.modes import in_mode, plain_attention
 
 Counter = Literal["flop_counter", "thop"]
 Run = Callable[[Tensor], object]
@@ -29,7 +29,7 @@ Run = Callable[[Tensor], object]
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of one call: the median and the quartiles of `runs` warm calls."""
+    """Milliseconds of one call: median and quartiles of `runs` warm calls."""
 
     median_ms: float
     low_ms: float
@@ -37,34 +37,14 @@ class Latency:
     runs: int
 
 
-@dataclass(frozen=True)
-class Cost:
-    """What one model costs. MACs are of one image; latency is of the batch it was measured with."""
-
-    macs: int
-    parameters: int
-    bytes: int
-    latency: Latency
-
-
-def measure_model(
-    module: nn.Module, example: Tensor, *, counter: Counter = "flop_counter", seconds: float = 1.0
-) -> Cost:
-    """MACs, parameters, bytes and latency of a module; `example` (B, C, H, W) lies on the module's device."""
-    return Cost(
-        macs=count_macs(module, example, counter),
-        parameters=count_parameters(module),
-        bytes=count_bytes(module),
-        latency=measure_latency(module, example, seconds=seconds),
-    )
-
-
 def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_counter") -> int:
-    """Multiply-accumulates of one image in eval mode; the first of `example` (B, C, H, W) is used.
+    """Count the multiply-accumulates of one image in eval mode; only the first of `example` (B, C, H, W) is used.
 
     `flop_counter` counts convolutions, matrix products and attention, and nothing else. `thop` counts what papers that
     used it report: norms too, but no attention; choose it to compare with those.
     Raises UsageError where thop cannot be imported.
+
+        count_macs(nn.Conv2d(3, 5, 3, padding=1), torch.randn(1, 3, 8, 8))  # 9 · 3 · 5 · 8 · 8 = 8640
     """
     image = example[:1].detach()  # (1, C, H, W); parts that do not depend on the batch are counted once, as they should
     match counter:
@@ -76,7 +56,7 @@ def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_coun
                 _frozen(module),  # its hooks stumble over parameters that are handed from module to module
                 torch.inference_mode(False),
                 torch.no_grad(),
-                without_mha_fastpath(),
+                plain_attention(),
                 flops,
             ):
                 module(image)
@@ -88,28 +68,31 @@ def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_coun
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Numbers that are trained: a parameter shared by several layers counts once, buffers not at all."""
+    """Count the scalars of all parameters: a shared one counts once, buffers do not count."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 
 def count_bytes(module: nn.Module) -> int:
-    """Size of the saved state dict, so that dense and slim are compared without whatever else their files hold."""
+    """Measure the saved state dict, so that dense and slim are compared without whatever else their files hold."""
     buffer = io.BytesIO()
     torch.save(module.state_dict(), buffer)
     return buffer.tell()
 
 
 def measure_latency(run: Run, example: Tensor, *, seconds: float = 1.0, least: int = 10) -> Latency:
-    """Call `run(example)` warm for so many seconds, and at least so many times. A module is measured in eval mode."""
+    """Call `run(example)` warm for some seconds, at least `least` times. A module is measured in eval mode.
+
+    measure_latency(model, torch.randn(1, 3, 224, 224)).median_ms
+    """
     return measure_in_turns({"run": run}, example, seconds=seconds, least=least, turns=1)["run"]
 
 
 def measure_in_turns(
     runs: Mapping[str, Run], example: Tensor, *, seconds: float = 1.0, least: int = 10, turns: int = 5
 ) -> dict[str, Latency]:
-    """Latencies of several contenders, `seconds` each, alternating so that a busy moment of the machine hits them all.
+    """Measure several contenders for `seconds` each, in turns, so that a busy moment of the machine hits them all.
 
-    Denormal numbers, which pruned networks can produce and CPUs are slow with, are flushed to zero meanwhile.
+    Meanwhile denormal numbers are flushed to zero: pruned networks can produce them, and CPUs are slow with them.
     """
     times: dict[str, list[float]] = {name: [] for name in runs}  # milliseconds
     with ExitStack() as stack:
@@ -129,7 +112,7 @@ def measure_in_turns(
 
 
 def hardware() -> dict[str, str | int | None]:
-    """The machine and the versions that a measurement belongs to."""
+    """Describe the machine and the versions that a measurement belongs to."""
     return {
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -145,7 +128,7 @@ def hardware() -> dict[str, str | int | None]:
 
 @contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """No parameter asks for gradients for a while."""
+    """Temporarily freeze all parameters."""
     trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
     for parameter in trained:
         parameter.requires_grad_(False)
@@ -157,19 +140,8 @@ def _frozen(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def without_mha_fastpath() -> Iterator[None]:
-    """Attention as plain operators for a while: the fused fast path hides it from counters and exporters."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-@contextmanager
 def flushing_denormals() -> Iterator[None]:
-    """Denormal numbers become zero for a while, where the CPU can do that."""
+    """Temporarily flush denormal numbers to zero, if the CPU can do that."""
     with keeping_denormals():
         torch.set_flush_denormal(True)
         yield
@@ -177,7 +149,7 @@ def flushing_denormals() -> Iterator[None]:
 
 @contextmanager
 def keeping_denormals() -> Iterator[None]:
-    """Restore this thread's treatment of denormal numbers, which torch can set but not tell."""
+    """Restore this thread's treatment of denormal numbers afterwards; torch can set it but not read it."""
     flushes = sys.float_info.min / 2 == 0.0  # Python's own arithmetic obeys the same switch of the CPU
     try:
         yield
@@ -186,7 +158,7 @@ def keeping_denormals() -> Iterator[None]:
 
 
 def _time(run: Run, example: Tensor, *, seconds: float, least: int) -> list[float]:
-    """Milliseconds of every call, made until both limits are reached."""
+    """Time calls in milliseconds until both limits are reached."""
     on_gpu = example.device.type == "cuda"
     times: list[float] = []
     if on_gpu:
@@ -215,7 +187,7 @@ def _count_with_thop(module: nn.Module, image: Tensor) -> int:
         raise UsageError(
             f"counter is 'thop', which cannot be imported ({error}); install setuptools, or use counter: flop_counter"
         ) from None
-    with torch.inference_mode(False), torch.no_grad(), without_mha_fastpath():
+    with torch.inference_mode(False), torch.no_grad(), plain_attention():
         macs, _ = thop.profile(copy.deepcopy(module), inputs=(image,), verbose=False)  # it leaves buffers behind
     return int(macs)
 

@@ -14,7 +14,6 @@ from dpm_cli.measure import (
     hardware,
     measure_in_turns,
     measure_latency,
-    measure_model,
 )
 
 
@@ -149,13 +148,6 @@ def test_latency_is_measured_in_eval_mode_without_gradients() -> None:
     assert set(seen) == {(False, True, True)}  # denormals are flushed meanwhile
     assert module.training
     assert denormal * 0.5 != 0
-
-
-def test_cost_of_a_model() -> None:
-    cost = measure_model(nn.Conv2d(3, 5, 3, padding=1), torch.randn(1, 3, 8, 8), seconds=0)
-    assert (cost.macs, cost.parameters) == (9 * 3 * 5 * 64, 9 * 3 * 5 + 5)
-    assert cost.bytes > cost.parameters * 4
-    assert cost.latency.median_ms > 0
 
 
 def test_hardware_names_the_machine_and_the_versions() -> None:

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from dpm_cli.errors import DataError
+from dpm_cli.errors import DataError, listing
 
 SHOWN = 5  # that are named in a note
 
@@ -40,6 +40,5 @@ class Corrupt:
     def note(self) -> str:
         """One sentence for the user."""
         paths = self.paths
-        more = f" and {len(paths) - SHOWN} more" if len(paths) > SHOWN else ""
         plural = "images are" if len(paths) > 1 else "image is"
-        return f"{len(paths)} {plural} unreadable and left out: {', '.join(paths[:SHOWN])}{more}"
+        return f"{len(paths)} {plural} unreadable and left out: {listing(paths, SHOWN)}"

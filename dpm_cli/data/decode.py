@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpm_cli.data.augment import find_boxes
 from dpm_cli.data.corrupt import Corrupt
-from dpm_cli.data.splits import Shape
-from dpm_cli.errors import DataError
+from dpm_cli.errors import DataError, flatten
+from dpm_cli.layers.images import Shape
 
 Pixels = NDArray[np.uint8]
 
@@ -32,8 +32,7 @@ def open_image(path: str, channels: int) -> Image.Image:
             mode = image.mode
             decoded = image.convert(MODES[channels])
     except Exception as error:  # damaged files make PIL raise nearly anything, SyntaxError included
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"{path} is not a readable image ({reason}); repair or remove it") from None
+        raise DataError(f"{path} is not a readable image ({flatten(error)}); repair or remove it") from None
     if mode[0] in "IF":  # PIL clips these to white without a word
         raise DataError(f"{path} has more than 8 bits per pixel (mode {mode}); convert it to 8 bits")
     return decoded

@@ -15,7 +15,7 @@ import torch
 from torchvision import datasets
 
 from dpm_cli.data.arrays import Arrays
-from dpm_cli.errors import DataError
+from dpm_cli.errors import DataError, flatten
 
 TIMEOUT_SECONDS = 20.0  # of a silent server; Python's own default is for ever
 
@@ -80,7 +80,7 @@ def _to_arrays(dataset: Any) -> Arrays:
 
 
 def _explain(name: str, root: Path, download: bool, error: Exception) -> DataError:
-    reason = " ".join(str(error).replace(" You can use download=True to download it", "").split())[:200]
+    reason = flatten(str(error).replace(" You can use download=True to download it", ""))
     ways_out = (
         f"copy the files there, {'' if download else 'set data.download: true, '}or set data.root to their folder"
     )

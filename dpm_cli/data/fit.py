@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dpm_cli.data.splits import Shape
 from dpm_cli.errors import DataError
+from dpm_cli.layers.images import Shape
 
 LUMA = (0.299, 0.587, 0.114)  # red, green and blue in grey, ITU-R 601, as PIL has it
 CHUNK = 4096  # images resized at once, to bound the memory for floats

@@ -9,8 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpm_cli.data.splits import Shape
-from dpm_cli.errors import DataError
+from dpm_cli.errors import DataError, listing
+from dpm_cli.layers.images import Shape
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUT = "<class>/*.jpg"
@@ -89,14 +89,14 @@ def _list_layout(root: Path, classes: int) -> tuple[Listing, Listing | None, tup
     if not names:
         raise DataError(f"{train} has no class folders; {layout}")
     if len(names) != classes:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        shown = listing(names, shown=5)
         raise DataError(f"{train} has {len(names)} class folders ({shown}) but model.classes is {classes}")
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None) if train != root else None
     if test is None:
         return _list_split(train, names), None, names
     if (found := _class_folders(test)) != names:
         odd = sorted(set(found) ^ set(names))
-        raise DataError(f"the class folders of {test} differ from those of {train}: {', '.join(odd[:5])}")
+        raise DataError(f"the class folders of {test} differ from those of {train}: {listing(odd, shown=5)}")
     return _list_split(train, names), _list_split(test, names), names
 
 
@@ -115,24 +115,24 @@ def list_unlabelled(root: Path) -> Listing:
     return Listing(folder, tuple(entries))
 
 
-def hold_out_test(listing: Listing) -> tuple[Listing, Listing]:
+def hold_out_test(files: Listing) -> tuple[Listing, Listing]:
     """Split off a tenth of each class as test images; the same ones for ever, whatever the seed.
 
     Else a model trained with one seed would meet its training images when tested with another. Names are hashed, so
     new files move few of the old ones. Raises DataError for a class of one image.
     """
     by_class: dict[int, list[int]] = {}
-    for index, entry in enumerate(listing.entries):
+    for index, entry in enumerate(files.entries):
         by_class.setdefault(entry.label, []).append(index)
     held: set[int] = set()
     for members in by_class.values():
         if len(members) == 1:
-            file = listing.paths[members[0]]
+            file = files.paths[members[0]]
             raise DataError(f"{file} is the only image of its class, so none is left to test on; add more")
-        members.sort(key=lambda index: hashlib.blake2b(os.fsencode(listing.entries[index].name)).digest())
+        members.sort(key=lambda index: hashlib.blake2b(os.fsencode(files.entries[index].name)).digest())
         held.update(members[: max(1, len(members) // TEST_PART)])
-    is_held = torch.tensor([index in held for index in range(len(listing))])
-    return listing.select((~is_held).nonzero()[:, 0]), listing.select(is_held.nonzero()[:, 0])
+    is_held = torch.tensor([index in held for index in range(len(files))])
+    return files.select((~is_held).nonzero()[:, 0]), files.select(is_held.nonzero()[:, 0])
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:

@@ -16,9 +16,10 @@ from dpm_cli.data.downloads import KNOWN, read_known
 from dpm_cli.data.fit import check_shape, check_statistics, fit_pixels, fit_statistics
 from dpm_cli.data.listing import Listing, hold_out_test, list_folder, list_unlabelled
 from dpm_cli.data.randomness import generator
-from dpm_cli.data.splits import Images, Shape, Splits
+from dpm_cli.data.splits import Images, Splits
 from dpm_cli.data.streamed import Streamed
 from dpm_cli.errors import DataError
+from dpm_cli.layers.images import Shape
 
 STATISTICS = {  # mean and std of pixels in [0, 1]
     "digits": (digits.MEAN, digits.STD),

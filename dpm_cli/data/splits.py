@@ -11,8 +11,8 @@ from torch import Tensor
 
 from dpm_cli.data.augment import Augmentation, draw_epoch, finish, normalise
 from dpm_cli.data.corrupt import Corrupt
+from dpm_cli.layers.images import Shape
 
-Shape = tuple[int, int, int]  # channels, height, width
 Share = tuple[int, int]  # rank, and number of processes that share each batch
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32 normalised, labels (B,) int64; both on the device
 

@@ -9,8 +9,9 @@ from torch import Tensor
 from dpm_cli.data.augment import Augmentation, Draws, draw_epoch, finish
 from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.decode import decode_batches
-from dpm_cli.data.splits import Batch, Shape, Share, split_order
+from dpm_cli.data.splits import Batch, Share, split_order
 from dpm_cli.errors import DataError
+from dpm_cli.layers.images import Shape
 
 
 @dataclass(frozen=True)

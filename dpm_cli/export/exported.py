@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from dpm_cli.errors import RunError, UsageError
+from dpm_cli.layers.images import Shape
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class ExportedModel:
     format: str
     path: Path
     metadata: Mapping[str, str]
-    shape: tuple[int, int, int] | None  # (C, H, W) of one image; none: a foreign file that does not say
+    shape: Shape | None  # (C, H, W) of one image; none: a foreign file that does not say
     outputs: Callable[[Tensor], list[Tensor]]  # every output, in order
 
     def __call__(self, images: Tensor) -> Tensor:
@@ -31,7 +32,7 @@ class ExportedModel:
         return outputs[0].to(images.device)
 
 
-def parse_extra(extra: str | bytes) -> tuple[dict[str, str], tuple[int, int, int] | None]:
+def parse_extra(extra: str | bytes) -> tuple[dict[str, str], Shape | None]:
     """The metadata and the shape of one image that lie beside the code in an archive; nothing in a foreign file."""
     if not extra:
         return {}, None

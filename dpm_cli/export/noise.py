@@ -1,4 +1,4 @@
-"""What exporters and runtimes say, and the one line of it that a user should hear."""
+"""Silence exporters and runtimes."""
 
 import contextlib
 import io
@@ -23,11 +23,3 @@ def quiet() -> Iterator[None]:
             yield
     finally:
         logging.disable(disabled)
-
-
-def explain(error: BaseException) -> str:
-    """The first line of the root cause, which exporters wrap in pages of advice."""
-    while error.__cause__ is not None:
-        error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__

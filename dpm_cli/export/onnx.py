@@ -8,11 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
-from dpm_cli.errors import ModelFileError, RunError, UsageError
+from dpm_cli.errors import ModelFileError, RunError, UsageError, one_line
 from dpm_cli.export.exported import ExportedModel
-from dpm_cli.export.noise import explain, quiet
-from dpm_cli.export.verify import tensors
-from dpm_cli.measure import keeping_denormals, without_mha_fastpath
+from dpm_cli.export.noise import quiet
+from dpm_cli.layers.modes import plain_attention
+from dpm_cli.layers.outputs import output_tensors
+from dpm_cli.measure import keeping_denormals
 
 INPUT, OUTPUT = "image", "logits"
 LARGEST = 2**31 - 2**24  # bytes: what one protobuf message can hold, less some room for the graph
@@ -33,10 +34,10 @@ def serialise(
     if weights > LARGEST:
         raise RunError(f"the weights take {weights} bytes; one ONNX file holds {LARGEST}: export torchscript instead")
     with torch.no_grad():
-        count = len(tensors(module(example)))
+        count = len(output_tensors(module(example)))
     if half:
         module = _Half(module)
-    with quiet(), torch.no_grad(), without_mha_fastpath():
+    with quiet(), torch.no_grad(), plain_attention():
         try:
             program = torch.onnx.export(
                 module,
@@ -52,7 +53,7 @@ def serialise(
             assert program is not None  # of dynamo=True
             proto = program.model_proto
         except Exception as error:  # whatever the exporter stumbles over, the model itself has run before
-            raise RunError(f"the model cannot be converted to ONNX: {explain(error)}") from error
+            raise RunError(f"the model cannot be converted to ONNX: {one_line(error, root_cause=True)}") from error
     reached = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if reached != opset:
         raise UsageError(f"opset is {opset}, which this model cannot be converted to; {reached} can")
@@ -63,7 +64,7 @@ def serialise(
     try:
         onnx.checker.check_model(proto, full_check=True)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise RunError(f"the converted model is not valid ONNX: {explain(error)}") from error
+        raise RunError(f"the converted model is not valid ONNX: {one_line(error, root_cause=True)}") from error
     return bytes(proto.SerializeToString())
 
 
@@ -102,7 +103,7 @@ def read(path: Path) -> ExportedModel:
             session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
             metadata = dict(session.get_modelmeta().custom_metadata_map)
     except Exception as error:  # its exceptions share no base class
-        raise ModelFileError(f"{path} is no ONNX file that can be run ({explain(error)})") from None
+        raise ModelFileError(f"{path} is no ONNX file that can be run ({one_line(error, root_cause=True)})") from None
     inputs = session.get_inputs()
     shape = inputs[0].shape if len(inputs) == 1 else None
     if shape is None or len(shape) != 4 or isinstance(shape[0], int) or inputs[0].type != "tensor(float)":
@@ -117,7 +118,9 @@ def read(path: Path) -> ExportedModel:
             arrays = session.run(None, {name: images.detach().cpu().contiguous().numpy()})
             return [torch.from_numpy(array) for array in arrays]
         except Exception as error:  # its exceptions share no base class
-            raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {explain(error)}") from error
+            raise RunError(
+                f"{path} fails on images of shape {tuple(images.shape)}: {one_line(error, root_cause=True)}"
+            ) from error
 
     fixed = (shape[1], shape[2], shape[3]) if all(isinstance(size, int) for size in shape[1:]) else None
     return ExportedModel("onnx", path, metadata, fixed, outputs)

@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import ModelFileError, RunError
+from dpm_cli.errors import ModelFileError, RunError, one_line
 from dpm_cli.export.exported import ExportedModel, parse_extra
-from dpm_cli.export.noise import explain, quiet
-from dpm_cli.export.verify import tensors
-from dpm_cli.measure import without_mha_fastpath
+from dpm_cli.export.noise import quiet
+from dpm_cli.layers.modes import plain_attention
+from dpm_cli.layers.outputs import output_tensors
 
 EXTRA = "dpm.json"  # in the archive: the metadata and the shape of one image, as in TorchScript
 
@@ -22,13 +22,13 @@ def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -
     """Export a module (eval mode, on the CPU) with an example (B >= 2, C, H, W). Raises RunError if it cannot be."""
     extra = json.dumps({"metadata": dict(metadata), "shape": list(example.shape[1:])})
     buffer = io.BytesIO()
-    with quiet(), torch.no_grad(), without_mha_fastpath():
+    with quiet(), torch.no_grad(), plain_attention():
         try:
             dynamic = ({0: torch.export.Dim("batch")},)
             program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
             torch.export.save(program, buffer, extra_files={EXTRA: extra})
         except Exception as error:  # whatever the exporter stumbles over, the model itself has run before
-            raise RunError(f"the model cannot be exported: {explain(error)}") from error
+            raise RunError(f"the model cannot be exported: {one_line(error, root_cause=True)}") from error
     return buffer.getvalue()
 
 
@@ -49,13 +49,15 @@ def read(path: Path) -> ExportedModel:
             loaded = torch.export.load(path, extra_files=extra).module()
         metadata, shape = parse_extra(extra[EXTRA])
     except Exception as error:  # a damaged file can upset the reader in any way
-        raise ModelFileError(f"{path} is a damaged torch.export archive ({explain(error)})") from None
+        raise ModelFileError(f"{path} is a damaged torch.export archive ({one_line(error, root_cause=True)})") from None
 
     def outputs(images: Tensor) -> list[Tensor]:
         try:
             with torch.no_grad():
-                return tensors(loaded(images.cpu()))
+                return output_tensors(loaded(images.cpu()))
         except Exception as error:  # its guards raise AssertionError, its operators RuntimeError
-            raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {explain(error)}") from error
+            raise RunError(
+                f"{path} fails on images of shape {tuple(images.shape)}: {one_line(error, root_cause=True)}"
+            ) from error
 
     return ExportedModel("pt2", path, metadata, shape, outputs)

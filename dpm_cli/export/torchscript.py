@@ -11,11 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import ModelFileError, RunError
+from dpm_cli.errors import ModelFileError, RunError, one_line
 from dpm_cli.export.exported import ExportedModel, parse_extra
-from dpm_cli.export.noise import explain
-from dpm_cli.export.verify import tensors
-from dpm_cli.measure import without_mha_fastpath
+from dpm_cli.layers.modes import plain_attention
+from dpm_cli.layers.outputs import output_tensors
 
 EXTRA = "dpm.json"  # beside the code in the archive: the metadata and the shape of one image
 
@@ -24,13 +23,13 @@ def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -
     """Trace a module (eval mode, on the CPU) with an example (B, C, H, W). Raises RunError if it cannot be traced."""
     extra = json.dumps({"metadata": dict(metadata), "shape": list(example.shape[1:])})
     buffer = io.BytesIO()
-    with _quiet(), torch.no_grad(), without_mha_fastpath():
+    with _quiet(), torch.no_grad(), plain_attention():
         try:
             # strict=False lets dicts through; the tracer's own check is left to the comparison of the saved file.
             traced = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(traced, buffer, _extra_files={EXTRA: extra})
         except Exception as error:  # whatever the tracer stumbles over, the model itself has run before
-            raise RunError(f"the model cannot be traced: {explain(error)}") from error
+            raise RunError(f"the model cannot be traced: {one_line(error, root_cause=True)}") from error
     return buffer.getvalue()
 
 
@@ -50,12 +49,12 @@ def read(path: Path) -> ExportedModel:
             loaded.eval()
         metadata, shape = parse_extra(extra[EXTRA])
     except Exception as error:  # a damaged file can upset the reader in any way
-        raise ModelFileError(f"{path} is a damaged TorchScript file ({explain(error)})") from None
+        raise ModelFileError(f"{path} is a damaged TorchScript file ({one_line(error, root_cause=True)})") from None
 
     def outputs(images: Tensor) -> list[Tensor]:
         try:
             with torch.no_grad():
-                return tensors(loaded(images.cpu()))
+                return output_tensors(loaded(images.cpu()))
         except RuntimeError as error:
             raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {_last_line(error)}") from error
 

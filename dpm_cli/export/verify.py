@@ -4,18 +4,12 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from dpm_cli.errors import RunError
-from dpm_cli.export.noise import explain
+from dpm_cli.errors import RunError, one_line
+from dpm_cli.layers.outputs import output_tensors, relative_difference
 
 BATCHES = (1, 5)  # exporters like to freeze the batch they were shown, which is 2
 Answer = tuple[Tensor, list[Tensor]]  # images (B, C, H, W), and every output of the module for them
-
-
-def tensors(outputs: object) -> list[Tensor]:
-    """Every tensor in a module's output (a tensor, or a tuple, list or dict of them), in order."""
-    return [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)]
 
 
 def answers(module: nn.Module, image: Tensor) -> list[Answer]:
@@ -41,26 +35,21 @@ def largest_difference(expected: Sequence[Answer], outputs: Callable[[Tensor], l
         shapes, expected_shapes = ([tuple(output.shape) for output in each] for each in (got, wanted))
         if shapes != expected_shapes:
             raise RunError(f"at batch {len(images)} the outputs have shapes {shapes}, the model's {expected_shapes}")
-        largest = max([largest, *(_difference(a.double(), b.double()) for a, b in zip(wanted, got))])
+        wanted, got = ([output.double() for output in each] for each in (wanted, got))
+        largest = max(largest, relative_difference(wanted, got, least=1.0))
     return largest
 
 
 def _answer(module: nn.Module, images: Tensor) -> list[Tensor]:
     try:
         with torch.no_grad():
-            outputs = [output.clone() for output in tensors(module(images))]
+            outputs = [output.clone() for output in output_tensors(module(images))]
     except Exception as error:  # a model of the user's, on a shape of the user's
-        raise RunError(f"the model fails on images of shape {tuple(images.shape)}: {explain(error)}") from error
+        raise RunError(
+            f"the model fails on images of shape {tuple(images.shape)}: {one_line(error, root_cause=True)}"
+        ) from error
     if not outputs:
         raise RunError("the model returns no tensor")
     if not all(output.isfinite().all() for output in outputs):
         raise RunError(f"the model's outputs for images of shape {tuple(images.shape)} are not finite")
     return outputs
-
-
-def _difference(wanted: Tensor, got: Tensor) -> float:
-    if not got.isfinite().all():
-        return float("inf")  # a NaN would pass for equal in max()
-    if wanted.numel() == 0:
-        return 0.0
-    return float((wanted - got).abs().max() / wanted.abs().max().clamp(min=1.0))

@@ -1,4 +1,4 @@
-"""Which channel is tied to which, what removing it costs, and its physical removal."""
+"""Find which channels can only go together, predict what their removal saves, and remove them."""
 
 from dpm_cli.graph.compact import compact_, take
 from dpm_cli.graph.cost import Cost

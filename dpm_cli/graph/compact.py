@@ -1,4 +1,4 @@
-"""Physical removal: the network becomes really smaller, and computes the same as with zeros in it."""
+"""Remove dead units physically: the network becomes smaller and computes the same as with zeros in it."""
 
 from collections.abc import Mapping, Sequence
 from typing import assert_never
@@ -18,8 +18,15 @@ KeptPositions = Mapping[str, Mapping[int, Ids]]
 def compact_(model: nn.Module, groups: Groups, alive: Flags) -> KeptPositions:
     """Remove every dead unit from parameters and buffers, and set the layers' own numbers.
 
-    alive: (units,). Parameters are replaced: make the optimizer and the `Units` of `groups.survivors(alive)` anew.
-    Returns which positions stay along every axis that lost some, for what is kept beside the parameters.
+    alive: (units,). Call once the dead units are zero. Parameters are replaced: make a new optimizer, and new `Units`
+    of `groups.survivors(alive)`. Returns which positions stay along every axis that lost some, so that optimizer
+    state can follow.
+
+        groups = find_groups(model, example)
+        alive = np.arange(groups.units) % 2 == 0
+        Units(groups, model).scale_(torch.from_numpy(alive).float())
+        compact_(model, groups, alive)
+        groups = groups.survivors(alive)
     """
     kept = groups.kept_positions(alive)
     replaced: dict[int, Tensor] = {}
@@ -43,8 +50,9 @@ def compact_(model: nn.Module, groups: Groups, alive: Flags) -> KeptPositions:
 
 
 def _resize_numbers_(layer: nn.Module, changes: Sequence[NumberChange]) -> None:
-    """Numbers of heads, widths and parts that a layer's own code keeps. Whether the guess holds, a forward pass
-    tells.
+    """Guess which integers in a layer's own code are numbers of heads, widths or parts, and set them.
+
+    A forward pass verifies the guess.
     """
     for name, value in vars(layer).items():
         for change in changes:
@@ -57,7 +65,7 @@ def _resize_numbers_(layer: nn.Module, changes: Sequence[NumberChange]) -> None:
 
 
 def _may_count(name: str, counts: Counts) -> bool:
-    """Whether an attribute of this name may hold a number of heads, a width, or any part of one."""
+    """Tell whether an attribute of this name may hold a number of heads, a width, or any part of one."""
     match counts:
         case "heads":
             return "head" in name and "dim" not in name
@@ -70,7 +78,7 @@ def _may_count(name: str, counts: Counts) -> bool:
 
 
 def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:
-    """The kept positions along some axes, in the memory format of the original."""
+    """Select the kept positions along some axes; keep the memory format."""
     layout = torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
     for axis, positions in axes.items():
         tensor = tensor.index_select(axis, torch.from_numpy(positions).to(tensor.device))
@@ -80,7 +88,7 @@ def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:
 def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
     """Make a layer's own numbers agree with the shapes of its weights.
 
-    rows_kept: which rows of the weight stayed, if any left. A depthwise layer loses conv groups, any other grouped
+    rows_kept: which rows of the weight stayed; None if all did. A depthwise layer loses conv groups, any other grouped
     layer rows of every group; when one input channel per group is left, the shapes alone do not tell which it is.
     """
     if fit_transformer_layer_(module):

@@ -1,4 +1,4 @@
-"""The exact MACs and parameters of any set of survivors, from one traced graph, without touching the model."""
+"""Predict the exact MACs and parameters of any set of survivors from one traced graph, without the model."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,6 +20,7 @@ class Terms:
     factors: Ids  # (terms, factors) rows of the size table; shorter products are padded with its last row, which is 1
 
     def total(self, sizes: Ids) -> int:
+        """Sum all products for a table of surviving sizes."""
         return int((self.coefficients * sizes[self.factors].prod(1)).sum())
 
 
@@ -34,11 +35,11 @@ class Cost:
     batch: int
 
     def macs(self, alive: Flags) -> int:
-        """alive: (units,)"""
+        """Count the MACs of one input. alive: (units,)"""
         return self.mac_terms.total(self._sizes(alive)) // self.batch
 
     def parameters(self, alive: Flags) -> int:
-        """alive: (units,)"""
+        """Count the parameters. alive: (units,)"""
         return self.parameter_terms.total(self._sizes(alive))
 
     def _sizes(self, alive: Flags) -> Ids:
@@ -46,7 +47,7 @@ class Cost:
         return self.fixed + owned
 
     def survivors(self, alive: Flags) -> "Cost":
-        """The cost of the network that is left, as a function of its own units."""
+        """Return the cost of the compacted network, as a function of its own units. alive: (units,)"""
         return Cost(
             self.fixed, self.incidence[:, np.flatnonzero(alive)], self.mac_terms, self.parameter_terms, self.batch
         )
@@ -55,7 +56,10 @@ class Cost:
 def build_cost(
     mac_terms: Sequence[CostTerm], parameter_terms: Sequence[CostTerm], unit_of_label: Ids, units: int, batch: int
 ) -> Cost:
-    """unit_of_label: (labels,) the unit of every label, -1 for labels that always stay."""
+    """Collect cost terms into tables that are cheap to evaluate.
+
+    unit_of_label: (labels,) the unit of every label, -1 for labels that always stay.
+    """
     table: dict[bytes, int] = {}
     axes: list[Ids] = []
 
@@ -86,7 +90,7 @@ def build_cost(
 
 
 def parameter_term(shape: Sequence[int], axes: dict[int, Ids]) -> CostTerm:
-    """Entries of a parameter: fixed axes are a number, labelled axes are factors."""
+    """Count the entries of a parameter: fixed axes give a number, labelled axes are factors."""
     return CostTerm(math.prod(size for axis, size in enumerate(shape) if axis not in axes), tuple(axes.values()))
 
 

@@ -1,4 +1,4 @@
-"""Mean folding: what a removed unit gave on average goes into the layers that read it.
+"""Fold means: the layers that read a removed unit go on with its mean output.
 
 A layer's outputs lose W_R a_R when the units R go. The constant nearest to that, in squares, is its mean over images
 and positions; a channel that never varies is replaced exactly. At zero-padded borders fewer taps meet the channel, so
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags, Ids, Role
-from dpm_cli.graph.trace import Example, find_layer_calls
+from dpm_cli.graph.program import Example, find_layer_calls
 from dpm_cli.layers.modes import in_mode
 
 MatrixLayer = nn.Linear | nn.modules.conv._ConvNd
@@ -26,9 +26,10 @@ Shifts = dict[str, str]  # layer -> the tensor through which a constant can be a
 
 
 def find_shifts(model: nn.Module, example: Example) -> Shifts:
-    """For every convolution and linear layer: its bias, else the running mean of the BatchNorm that alone reads it.
+    """Find where a constant can be added to the outputs of every convolution and linear layer.
 
-    Else again its bias, which `give_biases_` makes.
+    That is its bias; without one, the running mean of the BatchNorm that alone reads it; without that, the bias that
+    `give_biases_` will make.
     """
     shifts: dict[str, str] = {}
     for layer, reader in find_layer_calls(model, example):
@@ -40,9 +41,9 @@ def find_shifts(model: nn.Module, example: Example) -> Shifts:
 
 
 def give_biases_(model: nn.Module, groups: Groups, shifts: Shifts) -> list[str]:
-    """A bias of zeros for every layer that reads units and has no place for a constant. Returns these layers.
+    """Give a bias of zeros to every layer that reads units and has no place for a constant. Returns these layers.
 
-    Find the groups of the model anew afterwards, if there are any.
+    If there are any, call `find_groups` again: the new biases belong to units.
     """
     bare = []
     for layer in _consumers(groups):
@@ -56,7 +57,7 @@ def give_biases_(model: nn.Module, groups: Groups, shifts: Shifts) -> list[str]:
 
 @torch.no_grad()
 def fold_means_(model: nn.Module, groups: Groups, alive: Flags, images: Iterable[Tensor], shifts: Shifts) -> list[str]:
-    """Let the layers that read dead units go on as if these gave their mean. Call before the units are zeroed.
+    """Add the mean of dead units to the layers that read them. Call before the units are zeroed.
 
     alive: (units,). images: batches (B, C, H, W). Returns the layers that read dead units but could take no constant.
     """
@@ -76,9 +77,9 @@ def fold_means_(model: nn.Module, groups: Groups, alive: Flags, images: Iterable
 
 @torch.no_grad()
 def measure_lost(model: nn.Module, groups: Groups, alive: Flags, images: Iterable[Tensor]) -> dict[str, Tensor]:
-    """Layer -> (channels,) mean over images and positions of what its dead inputs add to its outputs, in eval mode.
+    """Measure what dead inputs add to each layer's outputs, on average over images and positions, in eval mode.
 
-    Layers whose weights are used without calling them are absent.
+    Returns layer -> (channels,). Layers whose weights are used without calling them are absent.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = defaultdict(int)
@@ -114,7 +115,7 @@ def measure_lost(model: nn.Module, groups: Groups, alive: Flags, images: Iterabl
 
 
 def _consumers(groups: Groups) -> dict[str, ReadAxes]:
-    """Layer -> where its weight reads units."""
+    """Find where the weights of each layer read units."""
     consumers: dict[str, ReadAxes] = {}
     for part in groups.slices:
         for name in groups.aliases.get(part.tensor, (part.tensor,)):
@@ -125,12 +126,13 @@ def _consumers(groups: Groups) -> dict[str, ReadAxes]:
 
 
 def _reads_dead(axes: ReadAxes, alive: Flags) -> bool:
+    """Tell whether any of these axes reads a dead unit."""
     stays = np.append(alive, True)
     return any(not stays[units].all() for _, units in axes)
 
 
 def _dead_part(module: MatrixLayer, axes: ReadAxes, alive: Flags) -> MatrixLayer:
-    """A copy of a layer that only sees its dead inputs, and adds nothing of its own."""
+    """Copy a layer so that it reads only dead inputs and adds no bias."""
     part = copy.deepcopy(module)
     stays = np.append(alive, True)
     weight = part.weight.detach()

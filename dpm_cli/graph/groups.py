@@ -1,36 +1,28 @@
-"""Groups of units: which positions of which parameters belong together, with roles and cost."""
+"""Hold groups of units: which positions of which parameters belong together, with their roles and cost."""
 
-import fnmatch
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
-from torch import Tensor, nn
 
-from dpm_cli.errors import RecipeError
-from dpm_cli.graph.cost import Cost, build_cost, parameter_term
-from dpm_cli.graph.labels import Counts, Flags, Ids, Owner, Role, Ties, Value
-from dpm_cli.graph.rules import NO_RULE
-from dpm_cli.graph.trace import Example, export, label, output_shapes, split_example
-from dpm_cli.layers.attention import can_lose_channels
-
-UNUSED = "not used by the model's forward pass"
+from dpm_cli.graph.cost import Cost
+from dpm_cli.graph.labels import Counts, Flags, Ids, Role
 
 
 @dataclass(frozen=True)
 class Slice:
-    """Which unit every index along one axis of a parameter or buffer belongs to."""
+    """Maps every index along one axis of a parameter or buffer to its unit."""
 
     tensor: str  # name in the state dict
     axis: int
     role: Role
-    units: Ids  # (size of the axis,) unit numbers; `Groups.units` stands for "always stays"
+    units: Ids  # (size of the axis,) unit numbers; `Groups.units` means "always stays"
 
 
 @dataclass(frozen=True)
 class Group:
-    """The units of one set of tied layers, numbered start … start + size - 1 over the whole model."""
+    """The units of one set of tied layers. Over the whole model they are numbered start … start + size - 1."""
 
     name: str  # of the first layer that makes the units' values
     layers: tuple[str, ...]  # that make them
@@ -46,7 +38,7 @@ class Group:
 
 @dataclass(frozen=True)
 class HeldNumber:
-    """A number, or a list of them, in a layer's own code that must follow when units are removed."""
+    """A number, or a list of numbers, that a layer's own code holds and that must follow when units are removed."""
 
     layer: str
     parts: tuple[Ids, ...]  # of each number: the units of what it counts; `Groups.units` for what always stays
@@ -55,7 +47,7 @@ class HeldNumber:
 
 @dataclass(frozen=True)
 class NumberChange:
-    """What an integer attribute (one number) or a list of integers of a layer becomes."""
+    """The new value of an integer attribute (one number) or a list of integers of a layer."""
 
     old: tuple[int, ...]
     new: tuple[int, ...]
@@ -64,7 +56,7 @@ class NumberChange:
 
 @dataclass(frozen=True)
 class Kept:
-    """A layer whose outputs stay whole, and why."""
+    """A layer whose outputs stay whole, with the reason."""
 
     layer: str
     reason: str
@@ -72,7 +64,14 @@ class Kept:
 
 @dataclass(frozen=True)
 class Groups:
-    """Everything that can be removed from one model, in the order of its layers."""
+    """Everything that can be removed from one model, in the order of its layers.
+
+    Units are numbered over the whole model, so one array of flags says who lives: `alive` (units,).
+
+        alive = np.ones(groups.units, bool)
+        alive[groups.groups[0].start] = False  # the first unit of the first group dies
+        groups.cost.macs(alive)
+    """
 
     groups: tuple[Group, ...]
     slices: tuple[Slice, ...]
@@ -91,11 +90,11 @@ class Groups:
 
     @cached_property
     def group_of_unit(self) -> Ids:
-        """(units,) the number of each unit's group."""
+        """Return the number of each unit's group: (units,)."""
         return np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups]).astype(np.int64)
 
     def kept_positions(self, alive: Flags) -> dict[str, dict[int, Ids]]:
-        """Tensor -> axis -> the positions that stay, for every axis that loses some. alive: (units,)"""
+        """Return which positions stay, by tensor and axis, for every axis that loses some. alive: (units,)"""
         stays = np.append(alive, True)
         positions: dict[str, dict[int, Ids]] = {}
         for part in self.slices:
@@ -106,7 +105,7 @@ class Groups:
         return positions
 
     def widths(self, alive: Flags) -> Iterator[tuple[str, int, int]]:
-        """Every layer that makes units: its name, its rows now, and those of them that stay. alive: (units,)"""
+        """Yield every layer that makes units: its name, how many rows it has, and how many stay. alive: (units,)"""
         stays, seen = np.append(alive, True), set[str]()
         for part in self.slices:
             layer = part.tensor.rpartition(".")[0] or part.tensor
@@ -115,7 +114,7 @@ class Groups:
                 yield layer, len(part.units), int(stays[part.units].sum())
 
     def new_numbers(self, alive: Flags) -> dict[str, list[NumberChange]]:
-        """Layer -> how numbers of its own change. alive: (units,)"""
+        """Return how the numbers in each layer's own code change. alive: (units,)"""
         stays = np.append(alive, True)
         changes: dict[str, list[NumberChange]] = {}
         for number in self.numbers:
@@ -126,7 +125,7 @@ class Groups:
         return changes
 
     def survivors(self, alive: Flags) -> "Groups":
-        """The groups of the compacted model: the dead units are gone and the rest is numbered anew. alive: (units,)"""
+        """Return the groups of the compacted model: dead units are gone, the others renumbered. alive: (units,)"""
         left = int(alive.sum())
         number = np.append(np.where(alive, np.cumsum(alive) - 1, -1), left)
         slices = []
@@ -152,12 +151,12 @@ class Groups:
         )
 
     def bounded(self, least: Mapping[int, int]) -> "Groups":
-        """The same with a number of units that must stay for some groups (numbers -> units)."""
+        """Return the same groups, of which some (by number) cannot fall below a number of units."""
         groups = tuple(replace(group, least=least.get(i, group.least)) for i, group in enumerate(self.groups))
         return replace(self, groups=groups)
 
     def without(self, unwanted: Mapping[int, str]) -> "Groups":
-        """The same model with some groups (numbers -> reasons) kept whole."""
+        """Return the other groups: some (by number) are kept whole, each for its reason."""
         if not unwanted:
             return self
         wanted = np.array([i not in unwanted for i in range(len(self.groups))])
@@ -184,218 +183,3 @@ class Groups:
             cost=cost,
             kept=self.kept + tuple(kept),
         )
-
-
-def trace_groups(
-    model: nn.Module, example: Example, keep: Sequence[str] = (), *, prune_embedding: bool = False
-) -> Groups:
-    """Groups of a model from its exported graph, before the check that its own code allows their removal.
-
-    example: inputs as the model takes them, with a batch of 2 or more.
-    keep: layers whose outputs stay whole, by name or pattern; a name covers the layers below it.
-    prune_embedding: whether channels that layer norms average over can go.
-    Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
-    """
-    aliases = _aliases(model)
-    first = {name: names[0] for names in aliases.values() for name in names}
-    tensor = next(value for value in _tensors_in(example))
-    norms = {name for name, module in model.named_modules() if prune_embedding and can_lose_channels(module)}
-    ties, parameters = Ties(int(tensor.shape[0]), _held_lists(model), norms), dict[str, Value]()
-    program = export(model, example)
-    used = label(program, ties, parameters, first)
-    unused = [name for name, _ in model.named_parameters() if first.get(name, name) not in used]
-    if unused:
-        # Auxiliary heads are only there in train mode; their costs are not part of inference.
-        inference_costs = list(ties.costs)
-        used |= label(export(model, example, training=True), ties, parameters, first)
-        ties.costs[:] = inference_costs
-    unused = [name for name in parameters if name not in used]
-    for name in unused:
-        ties.keep_all(parameters[name], UNUSED)
-    _keep_named(model, ties, keep)
-    _keep_buffers(model, ties)
-    _keep_shared_axes(ties)
-    return replace(_build(model, ties, parameters, aliases, unused), outputs=output_shapes(program))
-
-
-def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
-    """First name -> all names, for parameters and buffers that have several."""
-    names: dict[int, list[str]] = {}
-    for source in (model.named_parameters, model.named_buffers):
-        for name, tensor in source(remove_duplicate=False):
-            names.setdefault(id(tensor), []).append(name)
-    return {same[0]: tuple(same) for same in names.values() if len(same) > 1}
-
-
-def _held_lists(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
-    """(layer, integers) for every attribute that is a list or a tuple of several integers."""
-    return {
-        (name, tuple(value))
-        for name, module in model.named_modules()
-        for value in vars(module).values()
-        if type(value) in (list, tuple) and len(value) > 1 and all(type(item) is int for item in value)
-    }
-
-
-def _tensors_in(example: Example) -> Iterator[Tensor]:
-    args, kwargs = split_example(example)
-    yield from (value for value in [*args, *kwargs.values()] if isinstance(value, Tensor))
-
-
-def _keep_named(model: nn.Module, ties: Ties, patterns: Sequence[str]) -> None:
-    modules = [name for name, _ in model.named_modules() if name]
-    for pattern in patterns:
-        matched = {name for name in modules if fnmatch.fnmatchcase(name, pattern)}
-        if not matched:
-            layers = ", ".join(name for name in modules if "." not in name)
-            raise RecipeError(f"prune.keep names {pattern!r}, which matches no layer; layers are {layers}")
-        made = ties.made()
-        for owner in ties.owners:
-            layer = owner.tensor.rpartition(".")[0]
-            if made[owner.start] and any(layer == name or layer.startswith(f"{name}.") for name in matched):
-                ties.keep(owner.ids, f"kept by the recipe ({pattern})")
-
-
-def _keep_buffers(model: nn.Module, ties: Ties) -> None:
-    """A buffer that is not a norm's statistics can neither shrink nor be known to follow its unit."""
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    roles = ties.roles()
-    for owner in ties.owners:
-        if owner.tensor in buffers and owner.size and roles[owner.start] != Role.BUFFER:
-            ties.keep(owner.ids, f"{owner.tensor}: a buffer of fixed size")
-
-
-def _keep_shared_axes(ties: Ties) -> None:
-    """A parameter with two axes of producing labels would be scaled twice, once for each of its units."""
-    roles, axes = ties.roles(), dict[str, list[Owner]]()
-    touched = ties.touched()
-    for owner in ties.owners:
-        scales = owner.size > 1 and Role(roles[owner.start]).is_scaled
-        if scales and touched[owner.start]:
-            axes.setdefault(owner.tensor, []).append(owner)
-    several = {tensor: owners for tensor, owners in axes.items() if len(owners) > 1}
-    if not several:
-        return
-    components = ties.components()
-    is_kept = ties.kept(components)[0][components] >= 0
-    for tensor, owners in several.items():
-        for owner in [owner for owner in owners if not is_kept[owner.ids].all()][1:]:
-            ties.keep(owner.ids, f"{tensor} belongs to two sets of channels")
-
-
-def _build(
-    model: nn.Module,
-    ties: Ties,
-    parameters: Mapping[str, Value],
-    aliases: dict[str, tuple[str, ...]],
-    unused: Sequence[str],
-) -> Groups:
-    components, made, roles = ties.components(), ties.made(), ties.roles()
-    reason_of_component, reasons = ties.kept(components)
-    count = len(reason_of_component)
-    prunable = np.zeros(count, bool)
-    prunable[components[made]] = True
-    prunable &= reason_of_component < 0
-
-    # Units of one group touch the same axes equally often: add a random number per axis and compare the sums.
-    numbers = np.random.default_rng(0).integers(2**63, size=len(ties.owners), dtype=np.uint64)
-    signature = np.zeros(count, np.uint64)
-    for owner, number in zip(ties.owners, numbers):
-        np.add.at(signature, components[owner.start : owner.start + owner.size], number)
-
-    first = np.full(count, ties.size)  # the first label of a component that makes values orders everything
-    made_labels = np.flatnonzero(made)
-    np.minimum.at(first, components[made_labels], made_labels)
-    chosen = np.flatnonzero(prunable)
-    _, group_of, sizes = np.unique(signature[chosen], return_inverse=True, return_counts=True)
-    group_first = np.full(len(sizes), ties.size)
-    np.minimum.at(group_first, group_of, first[chosen])
-    order = np.lexsort((first[chosen], group_first[group_of]))
-    chosen, group_of = chosen[order], group_of[order]
-    unit_of_component = np.full(count, -1)
-    unit_of_component[chosen] = np.arange(len(chosen))
-    unit_of_label = unit_of_component[components]
-
-    units = len(chosen)
-    slices = []
-    for owner in ties.owners:
-        own = unit_of_label[owner.start : owner.start + owner.size]
-        if (own >= 0).any():
-            slices.append(Slice(owner.tensor, owner.axis, Role(roles[owner.start]), np.where(own >= 0, own, units)))
-    terms = [
-        parameter_term(value.shape, {owner.axis: owner.ids for owner in owners})
-        for value, owners in _parameters_with_owners(model, ties, parameters)
-    ]
-    spare = sum(p.numel() for name, p in model.named_parameters() if name not in parameters)
-    terms.append(parameter_term((spare,), {}))
-    return Groups(
-        groups=tuple(
-            _name_groups(group_of, slices, made_tensors={owner.tensor for owner in ties.owners if made[owner.start]})
-        ),
-        slices=tuple(slices),
-        units=units,
-        kept=_explain_kept(ties, reason_of_component[components], reasons, made, parameters, unused),
-        cost=build_cost(ties.costs, terms, unit_of_label, units, ties.batch),
-        aliases=aliases,
-        numbers=tuple(
-            HeldNumber(
-                held.layer,
-                tuple(np.where(unit_of_label[ids] >= 0, unit_of_label[ids], units) for ids in held.parts),
-                held.counts,
-            )
-            for held in ties.numbers
-        ),
-    )
-
-
-def _parameters_with_owners(
-    model: nn.Module, ties: Ties, parameters: Mapping[str, Value]
-) -> Iterator[tuple[Value, list[Owner]]]:
-    owners: dict[str, list[Owner]] = {}
-    for owner in ties.owners:
-        owners.setdefault(owner.tensor, []).append(owner)
-    for name, _ in model.named_parameters():
-        if name in parameters:
-            yield parameters[name], owners.get(name, [])
-
-
-def _name_groups(group_of: Ids, slices: Sequence[Slice], made_tensors: set[str]) -> Iterator[Group]:
-    """group_of: (units,) in unit order, equal numbers side by side."""
-    starts = np.flatnonzero(np.diff(group_of, prepend=-1)).tolist()
-    layers: list[list[str]] = [[] for _ in starts]
-    per_unit = [1] * len(starts)
-    for part in slices:
-        if part.role is not Role.PRODUCER or part.tensor not in made_tensors:
-            continue
-        members, counts = np.unique(part.units[part.units < len(group_of)], return_counts=True)
-        for number in np.unique(np.searchsorted(starts, members, side="right") - 1).tolist():
-            layer = part.tensor.rpartition(".")[0] or part.tensor
-            if not layers[number]:
-                per_unit[number] = int(counts[np.searchsorted(members, starts[number])])
-            if layer not in layers[number]:
-                layers[number].append(layer)
-    for number, (start, end) in enumerate(zip(starts, [*starts[1:], len(group_of)])):
-        yield Group(layers[number][0], tuple(layers[number]), start, end - start, per_unit[number])
-
-
-def _explain_kept(
-    ties: Ties,
-    reason_of_label: Ids,
-    reasons: Sequence[str],
-    made: Flags,
-    parameters: Mapping[str, Value],
-    unused: Sequence[str],
-) -> tuple[Kept, ...]:
-    """reason_of_label: (labels,) the number of the reason that keeps it, -1 for none."""
-    found: dict[str, str] = {}
-    for owner in ties.owners:
-        if owner.size and (made[owner.start] or parameters[owner.tensor].rank > 1):
-            own = reason_of_label[owner.start : owner.start + owner.size]
-            for number in own[own >= 0].tolist():
-                if made[owner.start] or reasons[number].endswith(NO_RULE):
-                    found.setdefault(owner.tensor.rpartition(".")[0] or owner.tensor, reasons[number])
-                    break
-    for name in unused:
-        if parameters[name].shape:
-            found.setdefault(name.rpartition(".")[0] or name, UNUSED)
-    return tuple(Kept(layer, reason) for layer, reason in found.items())

@@ -29,7 +29,7 @@ class Role(IntEnum):
 
     @property
     def is_scaled(self) -> bool:
-        """On the producer side: shrinks with its unit."""
+        """Whether it is on the producer side and shrinks with its unit."""
         return self in (Role.PRODUCER, Role.NORM, Role.BIAS)
 
 
@@ -46,26 +46,28 @@ class Labels:
     unit_axis: int = 0  # of `ids`
 
     def reordered(self, order: Sequence[int]) -> "Labels":
+        """Permute the axes: axis `order[i]` becomes axis i."""
         return Labels(self.ids.transpose(order), self.zero.transpose(order), list(order).index(self.unit_axis))
 
     def taken(self, index: int, axis: int) -> "Labels":
-        """At one index of an axis that does not tell units apart."""
+        """Take one index of an axis that does not tell units apart."""
         assert axis != self.unit_axis
         where = (slice(None),) * axis + (index,)
         return Labels(self.ids[where], self.zero[where], self.unit_axis - (axis < self.unit_axis))
 
     def reduced(self, axis: int) -> "Labels":
-        """Without an axis that does not tell units apart: zero where all of it was."""
+        """Drop an axis that does not tell units apart. The result is zero where everything along it was."""
         taken = self.taken(0, axis)
         return Labels(taken.ids, np.asarray(self.zero.all(axis)), taken.unit_axis)
 
     def spread(self, axes: "Axes", block: "Labels", block_axes: "Axes") -> "Labels":
-        """As long as a block that contains these axes, along the others repeated."""
+        """Repeat the labels along the other axes of a block that contains these."""
         shape = [size if axis in axes else 1 for axis, size in zip(block_axes, block.ids.shape)]
         ids, zero = (np.broadcast_to(array.reshape(shape), block.ids.shape) for array in (self.ids, self.zero))
         return Labels(ids, zero, block.unit_axis)
 
     def with_zero(self, zero: Flags | bool) -> "Labels":
+        """Return the same labels with other flags, broadcast to their shape."""
         return Labels(self.ids, np.broadcast_to(np.asarray(zero), self.ids.shape), self.unit_axis)
 
 
@@ -78,35 +80,36 @@ class Value:
 
     shape: tuple[int, ...]
     labels: dict[Axes, Labels] = field(default_factory=dict)
-    constant: bool = False  # made of parameters alone, whatever the input
+    constant: bool = False  # made of parameters alone: it does not depend on the input
 
     @property
     def rank(self) -> int:
         return len(self.shape)
 
     def axes_of(self, axis: int) -> Axes | None:
-        """The block of axes that `axis` belongs to, or none if it is fixed."""
+        """Return the block of axes that `axis` belongs to, or None if its size is fixed."""
         return next((axes for axes in self.labels if axis % self.rank in axes), None)
 
     def tells_units_along(self, axis: int) -> bool:
-        """Whether losing indices of this axis would lose units."""
+        """Tell whether this axis would lose indices if units were lost."""
         axes = self.axes_of(axis)
         return axes is not None and axes[self.labels[axes].unit_axis] == axis % self.rank
 
     def along(self, axis: int) -> Labels | None:
-        """The labels of one axis alone; none if it is fixed or part of a larger block."""
+        """Return the labels of one axis alone; None if it is fixed or part of a larger block."""
         return self.labels.get((axis % self.rank,))
 
     def without_zeros(self) -> "Value":
+        """Return the same labels, none of which is zero once its unit is dead."""
         return Value(self.shape, {axes: labels.with_zero(False) for axes, labels in self.labels.items()})
 
     def collapsed(self, *gone: int) -> "Value":
-        """With these axes shrunk to size 1 and without the labels of any block that they belong to."""
+        """Shrink these axes to size 1 and drop the labels of every block that they belong to."""
         shape = tuple(1 if axis in gone else size for axis, size in enumerate(self.shape))
         return Value(shape, {axes: labels for axes, labels in self.labels.items() if not set(axes) & set(gone)})
 
     def reordered(self, order: Sequence[int]) -> "Value":
-        """Axis `order[i]` becomes axis i."""
+        """Permute the axes: axis `order[i]` becomes axis i."""
         position = {old: new for new, old in enumerate(order)}
         labels: dict[Axes, Labels] = {}
         for axes, block in self.labels.items():
@@ -115,7 +118,7 @@ class Value:
         return Value(tuple(self.shape[axis] for axis in order), labels)
 
     def renamed(self, shape: tuple[int, ...], position: dict[int, int]) -> "Value":
-        """The same labels under other axis numbers; blocks with an axis that has no new number are dropped."""
+        """Move labels to other axis numbers; drop blocks with an axis that has no new number."""
         return Value(
             shape,
             {
@@ -128,7 +131,7 @@ class Value:
 
 @dataclass(frozen=True)
 class CostTerm:
-    """Multiply-accumulates of one operator: coefficient x the product of how many labels of each factor survive."""
+    """Multiply-accumulates of one operator: coefficient x the numbers of surviving labels of all factors."""
 
     coefficient: int
     factors: tuple[Ids, ...]
@@ -139,7 +142,7 @@ Counts = Literal["heads", "width", "parts"]
 
 @dataclass(frozen=True)
 class Number:
-    """A number, or a list of them, that a layer's code may hold: how many of some labels there are."""
+    """A number, or a list of numbers, that a layer's code may hold because it counts some labels."""
 
     layer: str
     parts: tuple[Ids, ...]  # of each number: the labels that it counts
@@ -148,7 +151,7 @@ class Number:
 
 @dataclass(frozen=True)
 class Owner:
-    """Which parameter (or buffer) axis a run of labels stands for: labels start … start + size - 1."""
+    """The axis of a parameter or buffer that labels start … start + size - 1 stand for."""
 
     tensor: str
     axis: int
@@ -166,8 +169,9 @@ class Ties:
     def __init__(
         self, batch: int, lists: Set[tuple[str, tuple[int, ...]]] = frozenset(), norms: Set[str] = frozenset()
     ) -> None:
-        """batch: of the example. lists: (layer, integers) for every list of integers that a layer holds.
+        """Start without labels.
 
+        batch: number of inputs in the example. lists: (layer, integers) for every list of integers that a layer holds.
         norms: layer norms that can lose channels and go on counting them as zeros.
         """
         self.batch = batch
@@ -184,22 +188,24 @@ class Ties:
         self._relied: list[Ids] = []
 
     def new(self, size: int) -> Ids:
+        """Make labels that no parameter owns."""
         ids = np.arange(self.size, self.size + size)
         self.size += size
         return ids
 
     def new_owner(self, tensor: str, axis: int, size: int) -> Ids:
+        """Make the labels of one axis of a parameter or buffer."""
         self.owners.append(Owner(tensor, axis, self.size, size))
         return self.new(size)
 
     def tie(self, left: Labels | Ids, right: Labels | Ids) -> None:
-        """Tie label by label; shapes broadcast."""
+        """Tie label by label: neither can be removed without the other. Shapes broadcast."""
         pair = np.broadcast_arrays(_ids(left), _ids(right))
         self._left.append(pair[0].ravel())
         self._right.append(pair[1].ravel())
 
     def keep(self, labels: Labels | Ids | None, reason: str) -> None:
-        """The units of these labels cannot be removed."""
+        """Keep these labels and with them their units: they cannot be removed."""
         if labels is not None and _ids(labels).size:
             self._kept.append((np.unique(_ids(labels)), f"{self.layer}: {reason}" if self.layer else reason))
 
@@ -210,25 +216,27 @@ class Ties:
                 self.keep(labels, reason)
 
     def keep_axis(self, value: Value, axis: int, reason: str) -> None:
+        """Keep the labels along one axis, with the rest of their block."""
         axes = value.axes_of(axis)
         if axes is not None:
             self.keep(value.labels[axes], reason)
 
     def mark(self, labels: Labels | Ids | None, role: Role) -> None:
+        """Note what entries with these labels do for their units."""
         if labels is not None:
             self._roles.append((_ids(labels).ravel(), role))
 
     def rely(self, labels: Labels | Ids) -> None:
-        """These weights act channel by channel: they must be zero once their unit is dead."""
+        """Note that these weights act channel by channel, so they must be zero once their unit is dead."""
         self._relied.append(_ids(labels).ravel())
 
     def fix_axis(self, value: Value, axis: int, reason: str) -> None:
-        """This axis must not lose an index: kept, unless units are told apart along another axis of its block."""
+        """Keep an axis that must not lose an index, unless another axis of its block tells units apart."""
         if value.tells_units_along(axis):
             self.keep_axis(value, axis, reason)
 
     def consume(self, labels: Labels | None) -> None:
-        """These values are contracted with weights: whatever is not zero when its unit is dead must stay."""
+        """Keep what is not zero when its unit is dead, because these values are contracted with weights."""
         if labels is not None and not labels.zero.all():
             self.keep(labels.ids[~labels.zero], "reads values that are not zero when their channel is (sigmoid, +1 …)")
 
@@ -243,12 +251,12 @@ class Ties:
         self.costs.append(CostTerm(coefficient, tuple(arrays)))
 
     def cost_without_batch(self, first: int) -> None:
-        """The costs from number `first` on arise once, however many inputs are in the batch."""
+        """Count the costs from number `first` on once per batch, not once per input."""
         for i in range(first, len(self.costs)):
             self.costs[i] = replace(self.costs[i], coefficient=self.costs[i].coefficient * self.batch)
 
     def made(self) -> Flags:
-        """(labels,) whether a layer makes values with these weights: only such labels can be units."""
+        """Tell which labels belong to weights that make values: only these can be units. Returns (labels,)."""
         made = np.zeros(self.size, bool)
         for ids, role in self._roles:
             if role is Role.PRODUCER:
@@ -256,14 +264,14 @@ class Ties:
         return made
 
     def touched(self) -> Flags:
-        """(labels,) whether any tie reaches them."""
+        """Tell which labels are tied to any other: (labels,)."""
         touched = np.zeros(self.size, bool)
         for ids in [*self._left, *self._right]:
             touched[ids] = True
         return touched
 
     def components(self) -> Ids:
-        """(labels,) the component of every label."""
+        """Number the connected components: (labels,) the component of every label."""
         left = np.concatenate(self._left) if self._left else np.zeros(0, np.int64)
         right = np.concatenate(self._right) if self._right else np.zeros(0, np.int64)
         graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(self.size, self.size))
@@ -271,7 +279,7 @@ class Ties:
         return components
 
     def kept(self, components: Ids) -> tuple[Ids, list[str]]:
-        """(components,) the number of the first reason to keep each, -1 for none; and the reasons."""
+        """Return (components,) the number of the first reason to keep each, -1 without one; and the reasons."""
         number = np.full(int(components.max(initial=-1)) + 1, -1)
         makes, reads = np.zeros(self.size, bool), np.zeros(self.size, bool)
         for ids, role in self._roles:
@@ -285,7 +293,7 @@ class Ties:
         return number, [reason for _, reason in kept]
 
     def roles(self) -> npt.NDArray[np.int8]:
-        """(labels,) the role of every label. A consumer anywhere is a consumer."""
+        """Return the role of every label: (labels,). A label that reads anywhere is a consumer."""
         roles = np.full(self.size, Role.PRODUCER, np.int8)
         for ids, role in self._roles:
             roles[ids] = np.maximum(roles[ids], role)
@@ -293,6 +301,7 @@ class Ties:
 
 
 def walk_values(values: object) -> Iterator[Value]:
+    """Yield every value in nested sequences."""
     if isinstance(values, Value):
         yield values
     elif isinstance(values, Iterable) and not isinstance(values, str | bytes):

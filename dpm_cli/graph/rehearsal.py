@@ -1,4 +1,4 @@
-"""Removal tried on a copy without data, before anything is promised.
+"""Try removal on a copy without data, before anything is promised.
 
 Labels see the operators, not the Python around them: a `view(b, 12, 64)` with numbers in the code, or a `squeeze()`
 that takes one channel too many, only shows when it is run.
@@ -16,27 +16,32 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from dpm_cli.graph.analysis import trace_groups
 from dpm_cli.graph.compact import compact_
-from dpm_cli.graph.groups import Groups, trace_groups
+from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags
+from dpm_cli.graph.program import Example, run_example
 from dpm_cli.graph.shapes import ShapesAlone
-from dpm_cli.graph.trace import Example, run_example
 
 BREAKS = "the model's code holds a size that removing its channels would break"
-Survives = Callable[[Sequence[int]], bool]  # whether these groups can lose units together
+Survives = Callable[[Sequence[int]], bool]  # tells whether these groups can lose units together
 
 
 def find_groups(
     model: nn.Module, example: Example, keep: Sequence[str] = (), *, prune_embedding: bool = False
 ) -> Groups:
-    """All groups of units that can be removed exactly, in the order of the model's layers.
+    """Find all groups of units that can be removed exactly, in the order of the model's layers.
 
     On a copy, every group loses half of its units, then all but one. Groups that break the code are kept whole; those
     that only break it with their last but one get a lower bound.
 
     example: inputs with a batch of 2 or more. keep: layer names or patterns whose outputs stay whole.
-    prune_embedding: whether channels that layer norms average over can go; the norms go on counting them as zeros.
+    prune_embedding: let channels go that layer norms average over; the norms go on counting them as zeros.
     Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
+
+        groups = find_groups(model, torch.randn(2, 3, 32, 32), keep=["fc"])
+        for group in groups:
+            print(group.name, group.size)
     """
     groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
     rehearsal = Rehearsal(model, example, groups.outputs)
@@ -59,7 +64,7 @@ def find_groups(
 
 
 def _find_broken(survives: Survives, candidates: Sequence[int]) -> list[int]:
-    """The candidates that do not survive alone; and, if the others do not survive together, enough more."""
+    """Find the candidates that do not survive alone; if the others do not survive together, add more until they do."""
     if not candidates or survives(candidates):
         return []
     broken = list(_find_broken_alone(survives, candidates))
@@ -72,7 +77,7 @@ def _find_broken(survives: Survives, candidates: Sequence[int]) -> list[int]:
 
 
 def _find_broken_alone(survives: Survives, candidates: Sequence[int]) -> Iterable[int]:
-    """By halving: `candidates` do not survive together."""
+    """Find those that do not survive alone by halving `candidates`, which do not survive together."""
     if len(candidates) == 1:
         yield from candidates
         return
@@ -85,7 +90,7 @@ def _find_broken_alone(survives: Survives, candidates: Sequence[int]) -> Iterabl
 class Rehearsal:
     """Runs copies of a model that have shapes, but no data.
 
-    On the meta device, which is fast; as fake tensors for models that mix in tensors of their own or ask for a device.
+    It uses the meta device, which is fast, or fake tensors if a model mixes in tensors of its own or asks for a device.
     """
 
     def __init__(self, model: nn.Module, example: Example, outputs: Sequence[tuple[int, ...]]) -> None:
@@ -95,7 +100,10 @@ class Rehearsal:
         self._is_meta_enough: bool | None = None  # not known yet
 
     def survives(self, groups: Groups, units_left: dict[int, int]) -> bool:
-        """Whether a forward pass works and gives outputs of the same shapes with so many units left of some groups."""
+        """Tell whether a forward pass still gives outputs of the same shapes.
+
+        units_left: group number -> how many of its units survive.
+        """
         if not units_left:
             return True
         alive: Flags = np.ones(groups.units, bool)
@@ -124,7 +132,7 @@ class Rehearsal:
         return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] == self._wanted
 
     def _copy(self) -> nn.Module:
-        """In eval mode."""
+        """Copy the model without its data, in eval mode."""
         memo: dict[int, Any] = {}
         for parameter in self._model.parameters():
             empty = self._without_data(parameter.detach())

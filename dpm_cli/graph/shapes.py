@@ -1,8 +1,8 @@
-"""A forward pass that is after shapes alone.
+"""Speed up forward passes that only compute shapes.
 
-On tensors without data torch works out the shapes of norms, activations and linear layers in Python, half a millisecond
-each: most of a forward pass. Here they are answered at once where the sizes fit; where they do not, torch itself says
-what is wrong.
+On tensors without data, torch works out the shapes of norms, activations and linear layers in Python. That takes half a
+millisecond each, most of a forward pass. Here the answer is immediate if the sizes fit; if not, torch itself says what
+is wrong.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-Shape = tuple[int, ...] | None  # none: the sizes do not fit
+Answer = tuple[int, ...] | None  # None: the sizes do not fit
 
 
-def _as_input(x: Tensor, *_: Any, **__: Any) -> Shape:
+def _as_input(x: Tensor, *_: Any, **__: Any) -> Answer:
     return tuple(x.shape)
 
 
@@ -27,7 +27,7 @@ def _batch_norm(
     bias: Tensor | None = None,
     *_: Any,
     **__: Any,
-) -> Shape:
+) -> Answer:
     fits = x.dim() > 1 and all(t is None or t.shape == x.shape[1:2] for t in (running_mean, running_var, weight, bias))
     return tuple(x.shape) if fits else None
 
@@ -39,20 +39,20 @@ def _layer_norm(
     bias: Tensor | None = None,
     *_: Any,
     **__: Any,
-) -> Shape:
+) -> Answer:
     shape, wanted = tuple(x.shape), tuple(normalized_shape)
     fits = shape[len(shape) - len(wanted) :] == wanted
     return shape if fits and all(t is None or tuple(t.shape) == wanted for t in (weight, bias)) else None
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Shape:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Answer:
     fits = x.dim() > 0 and weight.dim() == 2 and x.shape[-1] == weight.shape[1]
     fits = fits and (bias is None or bias.shape == weight.shape[:1])
     return (*x.shape[:-1], weight.shape[0]) if fits else None
 
 
 # Arguments beyond the first are named as torch names them: they may come by name.
-ANSWERS: dict[Any, Callable[..., Shape]] = {
+ANSWERS: dict[Any, Callable[..., Answer]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.linear: _linear,
@@ -64,7 +64,7 @@ ANSWERS: dict[Any, Callable[..., Shape]] = {
 
 
 class ShapesAlone(TorchFunctionMode):
-    """In eval mode, without gradients: results have shapes and types, and nothing else that counts."""
+    """While active, results have the right shapes and types but no meaning. For eval mode without gradients."""
 
     def __torch_function__(
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None

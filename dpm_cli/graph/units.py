@@ -1,4 +1,4 @@
-"""The three reductions over all units at once that every training step needs: norm, dot, scale."""
+"""Reduce over all units at once: the norms, inner products and scalings that every training step needs."""
 
 from collections.abc import Collection, Sequence
 
@@ -12,11 +12,15 @@ class Units:
     """The producer side (rows, biases, norm weights and biases) of all units of one model, as live tensors.
 
     A few kernels per parameter tensor and a handful for the whole model; no loop over channels and no synchronisation.
-    Bind anew after `compact_`, which replaces the parameters.
+    Make a new one after `compact_`, which replaces the parameters.
+
+        units = Units(groups, model)
+        units.norm()  # (units,)
+        units.scale_(factor)  # factor: (units,); a unit is exactly zero after a factor of 0
     """
 
     def __init__(self, groups: Groups, model: nn.Module, only: Collection[str] | None = None) -> None:
-        """only: names of parameters; without it, all of the producer side."""
+        """Find the parameters in the model. only: names of those to use instead of the whole producer side."""
         parts = [part for part in groups.slices if part.role.is_scaled and (only is None or part.tensor in only)]
         # Vectors first: they are joined into one tensor before any arithmetic.
         self.parameters: list[Tensor] = [model.get_parameter(part.tensor) for part in parts]
@@ -36,31 +40,34 @@ class Units:
         ).to(self.device)  # (entries,) every index along every axis -> its unit, `count` for those that always stay
 
     def weights(self) -> list[Tensor]:
-        """The parameters themselves, detached."""
+        """Return the parameters themselves, detached."""
         return [parameter.detach() for parameter in self.parameters]
 
     def gradients(self) -> list[Tensor]:
-        """Their gradients; zeros where a parameter has none."""
+        """Return the gradients; zeros where a parameter has none."""
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
 
     @torch.no_grad()
     def norm(self, tensors: Sequence[Tensor] | None = None) -> Tensor:
-        """(units,) L2 norm of each unit's producer entries, in `tensors` shaped like the parameters (or in them)."""
+        """Return the L2 norm of each unit's entries: (units,).
+
+        tensors: shaped like the parameters, which are the default.
+        """
         tensors = self.parameters if tensors is None else tensors
         norms = [torch.linalg.vector_norm(rows, dim=1) for rows in self._matrices(tensors)]
         return self._norms([self._joined_vectors(tensors), *norms])
 
     def dot(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> Tensor:
-        """(units,) inner product of each unit's entries in two lists of tensors shaped like the parameters."""
+        """Return the inner product of each unit's entries in two lists shaped like the parameters: (units,)."""
         return self.compare(left, right)[1]
 
     @torch.no_grad()
     def compare(self, left: Sequence[Tensor], right: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(units,) norms of `left` and inner products with `right`, from one read of the memory."""
+        """Return the norms of `left` and its inner products with `right`, both (units,), reading memory once."""
         a, b = self._joined_vectors(left), self._joined_vectors(right)
         norms, products = [a], [a * b]
         for a, b in zip(self._matrices(left), self._matrices(right)):
-            # What lies in a core's cache is read twice at the price of once. A GPU wants few, large kernels.
+            # The second read is free if the first one is still in the core's cache. A GPU wants few, large kernels.
             height = max(1, CACHED // max(a.shape[1], 1)) if a.device.type == "cpu" else len(a)
             for x, y in zip(torch.split(a, height), torch.split(b, height)) if height < len(a) else ((a, b),):
                 norms.append(torch.linalg.vector_norm(x, dim=1))
@@ -68,7 +75,7 @@ class Units:
         return self._norms(norms), self._per_unit(torch.cat(products))
 
     def total(self, tensors: Sequence[Tensor]) -> Tensor:
-        """(units,) sum of each unit's entries in tensors shaped like the parameters."""
+        """Sum each unit's entries in tensors shaped like the parameters: (units,)."""
         sums = [rows.sum(1) for rows in self._matrices(tensors)]
         return self._per_unit(torch.cat([self._joined_vectors(tensors), *sums]))
 
@@ -88,11 +95,14 @@ class Units:
             torch._foreach_addcmul_(self.parameters, list(tensors), self.spread(factor, rest=0.0))
 
     def entries(self) -> Tensor:
-        """(units,) how many scalars each unit owns on its producer side."""
+        """Count the scalars that each unit owns on its producer side: (units,)."""
         return self.dot(*([[torch.ones_like(p) for p in self.parameters]] * 2))
 
     def spread(self, values: Tensor, *, rest: float) -> list[Tensor]:
-        """One per parameter, to be broadcast over it: its units' values. rest: for entries that always stay."""
+        """Return one tensor per parameter that gives every index its unit's value, ready to broadcast.
+
+        values: (units,). rest: the value for entries that always stay.
+        """
         spread = torch.cat([values, values.new_full((1,), rest)])[self._units]
         return [
             part.view(shape).to(p.dtype)
@@ -100,7 +110,7 @@ class Units:
         ]
 
     def _matrices(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Of those that are no vectors: (size, rest)."""
+        """Reshape all tensors but vectors to one row per index: (size, rest)."""
         matrices = slice(self._vectors, None)
         return [_rows(*each) for each in zip(tensors[matrices], self._axes[matrices], self.parameters[matrices])]
 
@@ -109,7 +119,7 @@ class Units:
         return torch.cat(vectors) if vectors else torch.zeros(0, device=self.device)
 
     def _norms(self, norms: Sequence[Tensor]) -> Tensor:
-        """Norms of rows, (entries,) in parts, to those of units."""
+        """Combine norms of rows, (entries,) in parts, into norms of units: (units,)."""
         return self._per_unit(torch.cat(list(norms)).square()).sqrt()
 
     def _per_unit(self, entries: Tensor) -> Tensor:
@@ -122,7 +132,10 @@ CACHED = 1 << 18  # entries that are read at once: 1 MB
 
 
 def _rows(tensor: Tensor, axis: int, like: Tensor) -> Tensor:
-    """(size, rest), without a copy for the usual layouts. The order within a row is that of `like` in memory."""
+    """Reshape to (size, rest), without a copy for the usual layouts.
+
+    The order within a row is that of `like` in memory.
+    """
     if axis == 0 and tensor.dim() == 4 and not like.is_contiguous():
         tensor = tensor.permute(0, 2, 3, 1)
     return (tensor.movedim(axis, 0) if axis else tensor).flatten(1)

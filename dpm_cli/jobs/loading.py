@@ -16,11 +16,11 @@ from dpm_cli.errors import (
     RecipeError,
     UnsupportedModelError,
     UsageError,
+    one_line,
 )
 from dpm_cli.events import Event
 from dpm_cli.models import apply_edits_, build, find_edits, load_model
-from dpm_cli.models.outputs import find_failure, relative_difference, sample_images
-from dpm_cli.models.own_code import one_line
+from dpm_cli.models.outputs import compare, find_failure, sample_images
 from dpm_cli.models.slim import TOLERANCE
 from dpm_cli.models.structure import named_tensors
 from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
@@ -103,4 +103,4 @@ def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
         return False
     if any(find_failure(network, spec.input, spec.classes) for network in (module, built)):
         return False
-    return relative_difference(module, built, spec.input) <= TOLERANCE
+    return compare(module, built, spec.input) <= TOLERANCE

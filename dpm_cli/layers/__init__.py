@@ -1,1 +1,1 @@
-"""Modules that take the place of others in a model, and what modes they are in."""
+"""Modules that replace layers of a model, and small tools for any module: its modes, its outputs."""

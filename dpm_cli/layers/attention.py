@@ -1,7 +1,7 @@
-"""Layers of transformers that have lost heads or channels.
+"""Run transformer layers that have lost heads or channels.
 
 PyTorch's own attention takes the width of its heads from the width of its input, so it cannot run with fewer heads
-than it was built with; a layer norm that lost channels would average over fewer. Each gets a subclass with the same
+than it was built with, and a layer norm that lost channels would average over fewer. Each gets a subclass with the same
 parameters whose forward takes its sizes from the weights; a layer becomes one in place when it is compacted, or rebuilt
 from a slim file.
 """
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 
 def can_lose_channels(module: nn.Module) -> bool:
-    """Whether a `SlimLayerNorm` can stand in for this layer norm: PyTorch's own, or timm's, which is alike."""
+    """Tell whether a `SlimLayerNorm` can replace this layer norm: PyTorch's own, or timm's, which computes the same."""
     kind = type(module)
     is_plain = kind is nn.LayerNorm or (kind.__name__ == "LayerNorm" and kind.__module__.startswith("timm."))
     if not is_plain or not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
@@ -23,7 +23,10 @@ def can_lose_channels(module: nn.Module) -> bool:
 
 
 def fit_transformer_layer_(module: nn.Module) -> bool:
-    """Turn a compacted attention layer or layer norm into one that runs with what is left; says whether it is one."""
+    """Turn a compacted attention layer or layer norm into one that runs with its remaining weights.
+
+    Returns whether the module is such a layer, compacted or not.
+    """
     if can_lose_channels(module) or isinstance(module, SlimLayerNorm):
         assert isinstance(module, nn.LayerNorm)
         if module.weight.shape != module.normalized_shape:
@@ -47,7 +50,7 @@ def fit_transformer_layer_(module: nn.Module) -> bool:
 
 
 class SlimLayerNorm(nn.LayerNorm):
-    """Averages over `normalized_shape` channels, of which those that have no weight any more are zeros."""
+    """Averages over `normalized_shape` channels; those that have lost their weight count as zeros."""
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (..., channels left)"""
@@ -70,7 +73,7 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         average_attn_weights: bool = True,
         is_causal: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
-        """As `nn.MultiheadAttention`, for batched inputs (B, N, E), or (N, B, E) without `batch_first`."""
+        """Attend like `nn.MultiheadAttention` to batched inputs (B, N, E), or (N, B, E) without `batch_first`."""
         if not self.batch_first:
             query, key, value = (x.transpose(0, 1) for x in (query, key, value))
         weights = self.in_proj_weight.chunk(3)
@@ -94,15 +97,15 @@ class SlimMultiheadAttention(nn.MultiheadAttention):
         return (out if self.batch_first else out.transpose(0, 1)), attention
 
     def _split(self, x: Tensor) -> Tensor:
-        """(B, N, H·D) -> (B, H, N, D)"""
+        """Split heads: (B, N, H·D) -> (B, H, N, D)."""
         return x.reshape(*x.shape[:-1], -1, self.head_dim).transpose(1, 2)
 
     def _mask(self, attn_mask: Tensor | None, key_padding_mask: Tensor | None, like: Tensor) -> Tensor | None:
-        """Both masks as one that is added to the logits, broadcastable to (B, H, N, M)."""
+        """Join both masks into one to add to the logits, broadcastable to (B, H, N, M)."""
         mask = None
         if attn_mask is not None:
             mask = _additive(attn_mask, like)
-            if mask.dim() == 3:  # (B·H, N, M) of the dense layer cannot be told apart by head any more
+            if mask.dim() == 3:  # (B·H, N, M) of the dense layer cannot be assigned to heads any more
                 raise ValueError("a mask per head does not fit an attention layer that has lost heads")
         if key_padding_mask is not None:
             padding = _additive(key_padding_mask, like)[:, None, None, :]
@@ -120,14 +123,14 @@ _window_class: type[nn.Module] | None = None
 
 
 def _window_attention_class() -> Any:
-    """Made on first use: torchvision takes its time to import."""
+    """Return `SlimWindowAttention`, made on first use because torchvision is slow to import."""
     global _window_class
     if _window_class is not None:
         return _window_class
     from torchvision.models.swin_transformer import ShiftedWindowAttention
 
     class SlimWindowAttention(ShiftedWindowAttention):  # type: ignore[misc]
-        """Swin's attention within shifted windows, with inner features of its own number (arXiv 2103.14030, §3.2)."""
+        """Swin's attention within shifted windows, with any number of inner features (arXiv 2103.14030, §3.2)."""
 
         def forward(self, x: Tensor) -> Tensor:
             """x: (B, H, W, C)"""
@@ -169,7 +172,7 @@ def _window_attention_class() -> Any:
 
 
 def _shift_mask(rows: int, columns: int, window: list[int], shift: list[int], like: Tensor) -> Tensor:
-    """(windows, w·w, w·w): tokens that a cyclic shift brought together from far apart do not see each other."""
+    """Mask tokens that a cyclic shift brought together from far apart: (windows, w·w, w·w)."""
 
     def regions(size: int, window: int, shift: int) -> Tensor:
         index = torch.arange(size, device=like.device)

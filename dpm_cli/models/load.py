@@ -7,15 +7,15 @@ from typing import Any
 import torch
 from torch import nn
 
-from dpm_cli.errors import DpmError, ModelFileError
-from dpm_cli.models.outputs import find_failure, relative_difference
-from dpm_cli.models.own_code import one_line
+from dpm_cli.errors import DpmError, ModelFileError, one_line
+from dpm_cli.layers.images import Shape
+from dpm_cli.models.outputs import compare, find_failure
 from dpm_cli.models.read import read_model_file
 from dpm_cli.models.slim import TOLERANCE, rebuild
 from dpm_cli.models.slim_content import Content, is_slim, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
 from dpm_cli.models.weights import find_weights, load_weights_, require_finite, require_tensors
-from dpm_cli.models.zoo import Shape, auxiliary_heads, build
+from dpm_cli.models.zoo import auxiliary_heads, build
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ def _adopt(pickled: nn.Module, module: nn.Module, path: Path, arch: str, shape: 
         edits = find_edits(pickled, module)
         apply_edits_(module, edits, dict(named_tensors(pickled)))
         _require_usable(module, path, arch, shape, classes)
-        is_same = relative_difference(pickled, module, shape) <= TOLERANCE
+        is_same = compare(pickled, module, shape) <= TOLERANCE
         reason = "their outputs differ"
     except Exception as error:  # a module from another version of its code can fail anywhere
         is_same, reason = False, str(error) if isinstance(error, DpmError) else one_line(error)

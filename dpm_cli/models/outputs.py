@@ -3,9 +3,10 @@
 import torch
 from torch import Tensor, nn
 
+from dpm_cli.errors import one_line
+from dpm_cli.layers.images import Shape
 from dpm_cli.layers.modes import in_mode
-from dpm_cli.models.own_code import one_line
-from dpm_cli.models.zoo import Shape
+from dpm_cli.layers.outputs import relative_difference
 
 
 def run_once(module: nn.Module, images: Tensor) -> Tensor:
@@ -36,10 +37,8 @@ def find_failure(module: nn.Module, shape: Shape, classes: int) -> str | None:
     return None
 
 
-def relative_difference(module: nn.Module, other: nn.Module, shape: Shape) -> float:
-    """Largest difference of their outputs over the largest output; both on the same device. NaN if either is."""
+def compare(module: nn.Module, other: nn.Module, shape: Shape) -> float:
+    """Return the relative difference of two modules' logits for the same random images; both on the same device."""
     images = sample_images(module, shape)
     outputs, others = run_once(module, images).double(), run_once(other, images).double()  # (2, classes)
-    if outputs.shape != others.shape:
-        return float("inf")
-    return float((outputs - others).abs().max() / outputs.abs().max().clamp_min(1e-30))
+    return relative_difference([outputs], [others], least=1e-30)

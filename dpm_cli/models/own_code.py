@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import nn
 
-from dpm_cli.errors import RecipeError
+from dpm_cli.errors import RecipeError, one_line
 
 CLASSES_PARAMETERS = ("num_classes", "classes")
 
@@ -50,11 +50,6 @@ def current_folder_importable() -> Iterator[None]:
     finally:
         with contextlib.suppress(ValueError):  # the imported code may have changed the path itself
             sys.path.remove(folder)
-
-
-def one_line(error: BaseException) -> str:
-    """Kind and message of an exception that code of someone else raised."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
 
 
 def _find(arch: str, module_name: str, function_name: str) -> Any:

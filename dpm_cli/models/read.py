@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from dpm_cli.errors import ModelFileError
-from dpm_cli.models.own_code import current_folder_importable, one_line
+from dpm_cli.errors import ModelFileError, listing, one_line
+from dpm_cli.models.own_code import current_folder_importable
 from dpm_cli.models.recognise import SAFE_WAY, Kind, recognise
 
 DAMAGED = "is truncated or damaged: copy or download it again"
@@ -36,10 +36,9 @@ def read_model_file(path: Path, *, trust_pickle: bool = False) -> Any:
         wanted = _find_classes(path, kind)
     if not wanted:
         raise ModelFileError(f"{path} {DAMAGED}")
-    shown = ", ".join(wanted[:5]) + (f" and {len(wanted) - 5} more" if len(wanted) > 5 else "")
     raise ModelFileError(
-        f"{path} is a pickle that wants to run code ({shown}): {SAFE_WAY} with model.arch in the recipe; "
-        "--trust-pickle only if you trust whoever made it"
+        f"{path} is a pickle that wants to run code ({listing(wanted, shown=5)}): {SAFE_WAY} with model.arch in the "
+        "recipe; --trust-pickle only if you trust whoever made it"
     )
 
 

@@ -22,13 +22,14 @@ from torch import Tensor, nn
 
 from dpm_cli.errors import ModelFileError, RecipeError, RunError
 from dpm_cli.files import write_atomic
-from dpm_cli.models.outputs import find_failure, relative_difference
+from dpm_cli.layers.images import Shape
+from dpm_cli.models.outputs import compare, find_failure
 from dpm_cli.models.packed import pack
 from dpm_cli.models.read import read_model_file
 from dpm_cli.models.slim_content import FORMAT, VERSION, Content, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
 from dpm_cli.models.weights import require_finite
-from dpm_cli.models.zoo import Shape, build, is_own_code
+from dpm_cli.models.zoo import build, is_own_code
 
 TOLERANCE = 1e-4  # relative, between a module and itself rebuilt: other kernels for another memory layout
 
@@ -198,7 +199,7 @@ def _require_same(rebuilt: nn.Module, module: nn.Module, content: Content, path:
         rebuilt.to(weight.device)
     if failure := find_failure(rebuilt, content.shape, content.classes):
         raise RunError(f"{path} would not hold a usable model: {failure}")
-    difference = relative_difference(module, rebuilt, content.shape)
+    difference = compare(module, rebuilt, content.shape)
     if not difference <= TOLERANCE:
         raise RunError(f"{path} would not hold the same model: its outputs differ by {difference:.1e} of the largest")
 

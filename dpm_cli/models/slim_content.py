@@ -9,10 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from dpm_cli.errors import ModelFileError
+from dpm_cli.layers.images import Shape
 from dpm_cli.models.packed import unpack
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
-from dpm_cli.models.zoo import Shape, is_own_code
+from dpm_cli.models.zoo import is_own_code
 from dpm_cli.recipe.sections import MAX_NUMBERS
 
 FORMAT = "dpm-slim"

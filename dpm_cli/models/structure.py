@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import ModelFileError, UnsupportedModelError
+from dpm_cli.errors import ModelFileError, UnsupportedModelError, listing
 from dpm_cli.layers.attention import SlimLayerNorm, fit_transformer_layer_
 
 Size = int | list[int]
@@ -94,7 +94,7 @@ def _replace_tensors_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     persistent = module.state_dict(keep_vars=True).keys() & built.keys()
     if absent := (persistent - tensors.keys()) or (tensors.keys() - built.keys()):
         where = "the file" if absent <= persistent else "the architecture"
-        raise ModelFileError(f"{_few(absent)} {'is' if len(absent) == 1 else 'are'} not in {where}")
+        raise ModelFileError(f"{listing(sorted(absent), shown=5)} {'is' if len(absent) == 1 else 'are'} not in {where}")
     replaced: dict[int, Tensor] = {}  # id of a built tensor -> its replacement, so that shared ones stay shared
     for name, old in built.items():
         if name not in tensors:
@@ -114,7 +114,7 @@ def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
     """Why `slim` cannot be `dense` with fewer channels, in one line."""
     slim_layers, dense_layers = dict(slim.named_modules()), dict(dense.named_modules())
     if other := slim_layers.keys() ^ dense_layers.keys():
-        return f"{_few(other)} stands in only one of the model and its architecture"
+        return f"{listing(sorted(other), shown=5)} exists in only one of the model and its architecture"
     for name, layer in slim_layers.items():
         fits = type(layer) is type(dense_layers[name]) or isinstance(layer, SlimLayerNorm)
         if next(layer.children(), None) is None and not fits:
@@ -122,7 +122,7 @@ def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
     slim_tensors, dense_tensors = dict(named_tensors(slim)), dict(named_tensors(dense))
     other = {name for name in slim_tensors.keys() ^ dense_tensors.keys() if not _has_place_for_bias(dense, name)}
     if other:
-        return f"{_few(other)} stands in only one of the model and its architecture"
+        return f"{listing(sorted(other), shown=5)} exists in only one of the model and its architecture"
     for name, tensor in slim_tensors.items():
         if name in dense_tensors and not _fits(tensor, dense_tensors[name]):
             return f"{name} is {_describe(tensor)}, in the architecture {_describe(dense_tensors[name])}"
@@ -166,8 +166,3 @@ def _shared_names(tensors: Mapping[str, Tensor]) -> set[frozenset[str]]:
 
 def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
-
-
-def _few(names: set[str]) -> str:
-    ordered = sorted(names)
-    return ", ".join(ordered[:5]) + (f" and {len(ordered) - 5} more" if len(ordered) > 5 else "")

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import ModelFileError
+from dpm_cli.errors import ModelFileError, listing
 
 KEYS = ("state_dict", "model_state_dict", "model", "net")  # where training scripts keep the state dict in a checkpoint
 WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
@@ -56,9 +56,9 @@ def load_weights_(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, 
     problems = [
         f"{len(keys)} {kind} ({shown})"
         for kind, keys, shown in (
-            ("missing", missing, _few(missing)),
-            ("unexpected", unexpected, _few(unexpected)),
-            ("misshapen", misshapen, _few([_compare(name, tensors, expected) for name in misshapen])),
+            ("missing", missing, _list_keys(missing)),
+            ("unexpected", unexpected, _list_keys(unexpected)),
+            ("misshapen", misshapen, _list_keys([_compare(name, tensors, expected) for name in misshapen])),
         )
         if keys
     ]
@@ -97,6 +97,5 @@ def _compare(name: str, tensors: dict[str, Tensor], expected: dict[str, Tensor])
     return f"{name}: file {list(tensors[name].shape)}, model {list(expected[name].shape)}"
 
 
-def _few(names: list[str]) -> str:
-    shown = [re.sub(r"\s+", " ", name)[:120] for name in names[:SHOWN]]
-    return ", ".join(shown) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+def _list_keys(names: list[str]) -> str:
+    return listing((re.sub(r"\s+", " ", name)[:120] for name in names), SHOWN)

@@ -15,13 +15,12 @@ from typing import Any
 
 from torch import nn
 
-from dpm_cli.errors import RecipeError
+from dpm_cli.errors import RecipeError, listing, one_line
+from dpm_cli.layers.images import Shape
 from dpm_cli.models.digits import DigitsNet
-from dpm_cli.models.own_code import build_from_own_code, one_line
+from dpm_cli.models.own_code import build_from_own_code
 from dpm_cli.models.resnet import CifarResNet
 from dpm_cli.models.vgg import CifarVGG
-
-Shape = tuple[int, int, int]  # of one image: channels, height, width
 
 BUILT_IN: dict[str, Callable[..., nn.Module]] = {  # called with classes=, channels=
     **{f"resnet{depth}": partial(CifarResNet, depth) for depth in (20, 32, 44, 56, 110)},
@@ -122,5 +121,4 @@ def _nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:
         return f"did you mean {', '.join(repr(prefix + match) for match in near)}?"
-    shown = ", ".join(prefix + match for match in names[:10])
-    return f"known: {shown}" + (f" and {len(names) - 10} more" if len(names) > 10 else "")
+    return f"known: {listing((prefix + match for match in names), shown=10)}"

@@ -10,8 +10,7 @@ from torch import nn
 
 from dpm_cli.data import Splits
 from dpm_cli.engine.digest import digest
-from dpm_cli.errors import OutputError
-from dpm_cli.models.own_code import one_line
+from dpm_cli.errors import OutputError, one_line
 from dpm_cli.recipe import Recipe, dump_recipe
 
 

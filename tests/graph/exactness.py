@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from dpm_cli.graph import Groups, Units, compact_, find_groups
-from dpm_cli.measure import count_parameters, without_mha_fastpath
+from dpm_cli.layers.modes import plain_attention
+from dpm_cli.measure import count_parameters
 
 RELATIVE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
@@ -72,13 +73,13 @@ def random_survivors(groups: Groups, seed: int = 0) -> np.ndarray:
 
 def outputs_of(model: nn.Module, example: Any) -> list[Tensor]:
     torch.manual_seed(0)
-    with torch.no_grad(), without_mha_fastpath():
+    with torch.no_grad(), plain_attention():
         return flatten_outputs(call(model, example))
 
 
 def measured_macs(model: nn.Module, example: Any) -> int:
     """Of the first input of the batch, counted by torch while the model runs."""
-    with torch.no_grad(), without_mha_fastpath(), FlopCounterMode(display=False) as counter:
+    with torch.no_grad(), plain_attention(), FlopCounterMode(display=False) as counter:
         call(model, map_tensors(example, lambda tensor: tensor[:1]))
     return int(counter.get_total_flops()) // 2
 

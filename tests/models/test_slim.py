@@ -234,7 +234,7 @@ def test_saving_keeps_the_mode_of_every_layer(tmp_path: Path, digits: nn.Module)
 
 
 def test_module_of_another_architecture_is_not_saved(tmp_path: Path) -> None:
-    with pytest.raises(UnsupportedModelError, match="stands in only one"):
+    with pytest.raises(UnsupportedModelError, match="exists in only one"):
         save(tmp_path / "slim.pt", Grouped(6), arch="digits")
     assert list(tmp_path.iterdir()) == []
 

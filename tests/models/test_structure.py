@@ -78,9 +78,9 @@ def test_shared_parameters_stay_shared() -> None:
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        (nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)), "2 stands in only one"),
+        (nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6)), "2 exists in only one"),
         (nn.Sequential(nn.Conv2d(1, 6, 3), nn.ReLU(), nn.Conv2d(6, 6, 3)), "1 is a ReLU, .* a BatchNorm2d"),
-        (nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, bias=False)), "2.bias stands in only"),
+        (nn.Sequential(nn.Conv2d(1, 6, 3), nn.BatchNorm2d(6), nn.Conv2d(6, 6, 3, bias=False)), "2.bias exists in only"),
         (net(9), r"0.weight is float32 \[9, 1, 3, 3\], in the architecture float32 \[8, 1, 3, 3\]"),
     ],
 )

@@ -1,0 +1,113 @@
+"""Analyse a model: export it, label its graph, keep what cannot go, and solve the ties."""
+
+import fnmatch
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+from torch import Tensor, nn
+
+from dpm_cli.errors import RecipeError
+from dpm_cli.graph.groups import Groups
+from dpm_cli.graph.labels import Owner, Role, Ties, Value
+from dpm_cli.graph.numbering import UNUSED, number_groups
+from dpm_cli.graph.program import Example, export, output_shapes, split_example
+from dpm_cli.graph.trace import label
+from dpm_cli.layers.attention import can_lose_channels
+
+
+def trace_groups(
+    model: nn.Module, example: Example, keep: Sequence[str] = (), *, prune_embedding: bool = False
+) -> Groups:
+    """Find the groups in a model's exported graph, before `find_groups` checks that its own code allows removal.
+
+    example: inputs as the model takes them, with a batch of 2 or more.
+    keep: layers whose outputs stay whole, by name or pattern; a name covers the layers below it.
+    prune_embedding: let channels go that layer norms average over.
+    Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
+    """
+    aliases = _aliases(model)
+    first = {name: names[0] for names in aliases.values() for name in names}
+    tensor = next(value for value in _tensors_in(example))
+    norms = {name for name, module in model.named_modules() if prune_embedding and can_lose_channels(module)}
+    ties, parameters = Ties(int(tensor.shape[0]), _held_lists(model), norms), dict[str, Value]()
+    program = export(model, example)
+    used = label(program, ties, parameters, first)
+    unused = [name for name, _ in model.named_parameters() if first.get(name, name) not in used]
+    if unused:
+        # Auxiliary heads are only there in train mode; their costs are not part of inference.
+        inference_costs = list(ties.costs)
+        used |= label(export(model, example, training=True), ties, parameters, first)
+        ties.costs[:] = inference_costs
+    unused = [name for name in parameters if name not in used]
+    for name in unused:
+        ties.keep_all(parameters[name], UNUSED)
+    _keep_named(model, ties, keep)
+    _keep_buffers(model, ties)
+    _keep_shared_axes(ties)
+    return replace(number_groups(model, ties, parameters, aliases, unused), outputs=output_shapes(program))
+
+
+def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
+    """Map the first name of a shared parameter or buffer to all its names."""
+    names: dict[int, list[str]] = {}
+    for source in (model.named_parameters, model.named_buffers):
+        for name, tensor in source(remove_duplicate=False):
+            names.setdefault(id(tensor), []).append(name)
+    return {same[0]: tuple(same) for same in names.values() if len(same) > 1}
+
+
+def _held_lists(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
+    """Collect (layer, integers) for every attribute that is a list or tuple of several integers."""
+    return {
+        (name, tuple(value))
+        for name, module in model.named_modules()
+        for value in vars(module).values()
+        if type(value) in (list, tuple) and len(value) > 1 and all(type(item) is int for item in value)
+    }
+
+
+def _tensors_in(example: Example) -> Iterator[Tensor]:
+    args, kwargs = split_example(example)
+    yield from (value for value in [*args, *kwargs.values()] if isinstance(value, Tensor))
+
+
+def _keep_named(model: nn.Module, ties: Ties, patterns: Sequence[str]) -> None:
+    """Keep what the user's patterns name. Raises RecipeError for a pattern that matches no layer."""
+    modules = [name for name, _ in model.named_modules() if name]
+    for pattern in patterns:
+        matched = {name for name in modules if fnmatch.fnmatchcase(name, pattern)}
+        if not matched:
+            layers = ", ".join(name for name in modules if "." not in name)
+            raise RecipeError(f"prune.keep names {pattern!r}, which matches no layer; layers are {layers}")
+        made = ties.made()
+        for owner in ties.owners:
+            layer = owner.tensor.rpartition(".")[0]
+            if made[owner.start] and any(layer == name or layer.startswith(f"{name}.") for name in matched):
+                ties.keep(owner.ids, f"kept by the recipe ({pattern})")
+
+
+def _keep_buffers(model: nn.Module, ties: Ties) -> None:
+    """Keep buffers other than a norm's statistics: they cannot shrink, and need not follow their unit."""
+    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
+    roles = ties.roles()
+    for owner in ties.owners:
+        if owner.tensor in buffers and owner.size and roles[owner.start] != Role.BUFFER:
+            ties.keep(owner.ids, f"{owner.tensor}: a buffer of fixed size")
+
+
+def _keep_shared_axes(ties: Ties) -> None:
+    """Keep one of two producing axes of a parameter: it would be scaled twice, once for each of its units."""
+    roles, axes = ties.roles(), dict[str, list[Owner]]()
+    touched = ties.touched()
+    for owner in ties.owners:
+        scales = owner.size > 1 and Role(roles[owner.start]).is_scaled
+        if scales and touched[owner.start]:
+            axes.setdefault(owner.tensor, []).append(owner)
+    several = {tensor: owners for tensor, owners in axes.items() if len(owners) > 1}
+    if not several:
+        return
+    components = ties.components()
+    is_kept = ties.kept(components)[0][components] >= 0
+    for tensor, owners in several.items():
+        for owner in [owner for owner in owners if not is_kept[owner.ids].all()][1:]:
+            ties.keep(owner.ids, f"{tensor} belongs to two sets of channels")

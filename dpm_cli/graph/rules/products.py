@@ -1,0 +1,189 @@
+"""Matrix products: linear layers, matmul, einsum and attention."""
+
+import math
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from dpm_cli.graph.labels import Axes, Ids, Labels, Role, Ties, Value
+from dpm_cli.graph.rules.broadcasting import combine
+from dpm_cli.graph.rules.registry import Call, keep_whole, rule
+from dpm_cli.graph.rules.weights import contract, with_bias
+
+
+@rule("linear")
+def linear(ties: Ties, call: Call) -> Value | list[Value]:
+    x, weight, bias = call.args[:3]
+    if weight.rank != 2:
+        return keep_whole(ties, call, "linear layer without output axis")
+    channels, rows, columns = x.along(-1), weight.along(0), weight.along(1)
+    if channels is None:
+        ties.keep_axis(x, -1, "linear layer over a block of axes")
+    contract(ties, channels, columns)
+    ties.mark(rows, Role.PRODUCER)
+    ties.cost(1, *_sizes(x, range(x.rank - 1)), rows or weight.shape[0], columns or weight.shape[1])
+    labels = {axes: block.with_zero(False) for axes, block in x.labels.items() if x.rank - 1 not in axes}
+    out = Value(call.shape, {**labels, (x.rank - 1,): rows} if rows else labels)
+    return with_bias(ties, out, bias, x.rank - 1)
+
+
+@rule("addmm")
+def addmm(ties: Ties, call: Call) -> Value:
+    bias, left, right = call.args[:3]
+    return combine(ties, call.shape, [bias, _matmul(ties, call.shape, left, right)], zero="all")
+
+
+@rule("matmul", "mm", "bmm")
+def matmul(ties: Ties, call: Call) -> Value | list[Value]:
+    left, right = call.args[:2]
+    if min(left.rank, right.rank) < 2:
+        return keep_whole(ties, call, "product with a vector")
+    return _matmul(ties, call.shape, left, right)
+
+
+@rule("baddbmm")
+def baddbmm(ties: Ties, call: Call) -> Value:
+    bias, left, right = call.args[:3]
+    return combine(ties, call.shape, [bias, _matmul(ties, call.shape, left, right)], zero="all")
+
+
+def _matmul(ties: Ties, shape: tuple[int, ...], left: Value, right: Value) -> Value:
+    """Label (…, m, k) @ (…, k, n): k is contracted; the rest broadcasts like an element-wise product."""
+    inner_left, inner_right = left.along(-1), right.along(-2)
+    if inner_left and inner_right:
+        ties.tie(inner_left, inner_right)
+        # The columns of a weight do not die with what they read, so only activations count as zero.
+        dies = (inner_left.zero & (not left.constant)) | (inner_right.zero & (not right.constant))
+        ties.consume(inner_left.with_zero(dies))
+        for value, labels in ((left, inner_left), (right, inner_right)):
+            if value.constant:
+                ties.mark(labels, Role.CONSUMER)
+        if right.constant:
+            ties.mark(right.along(-1), Role.PRODUCER)
+        if left.constant:
+            ties.mark(left.along(-2), Role.PRODUCER)
+    else:
+        for value, axis in ((left, left.rank - 1), (right, right.rank - 2)):
+            ties.fix_axis(value, axis, "contracted with a fixed axis")
+    outer = combine(ties, shape, [_summed(left, left.rank - 1), _summed(right, right.rank - 2)], zero="any")
+    ties.cost(1, *_sizes(outer, range(outer.rank)), *_sizes(left, [left.rank - 1]))
+    return outer
+
+
+@rule("einsum")
+def einsum(ties: Ties, call: Call) -> Value | list[Value]:
+    equation, operands = call.args[:2]
+    if "." in equation or "->" not in equation:
+        return keep_whole(ties, call, "einsum with implicit axes")
+    inputs, output = equation.replace(" ", "").split("->")
+    terms = inputs.split(",")
+    units: dict[str, Labels] = {}  # letter -> labels along it, (size,)
+    blocks: dict[str, tuple[str, Labels]] = {}  # letter of the units -> the output's letters of their block, its labels
+    sizes: dict[str, int] = {}
+    for term, value in zip(terms, operands, strict=True):
+        sizes.update(zip(term, value.shape, strict=True))
+        for axes, labels in value.labels.items():
+            letter, block = term[axes[labels.unit_axis]], "".join(term[axis] for axis in axes)
+            if len(set(term)) < len(term):
+                ties.keep(labels, "einsum over a diagonal")
+                continue
+            for k in reversed(range(len(block))):
+                if block[k] not in output and k != labels.unit_axis:  # a sum within units
+                    labels, block = labels.reduced(k), block[:k] + block[k + 1 :]
+            along = labels
+            for k in reversed(range(len(block))):
+                if k != along.unit_axis:
+                    along = along.reduced(k)
+            if value.constant and letter not in output:
+                ties.mark(labels, Role.CONSUMER)
+                along = along.with_zero(False)  # the columns of a weight do not die with what they read
+            elif value.constant:
+                ties.rely(labels)
+            if letter in units:
+                ties.tie(units[letter], along)
+                units[letter] = units[letter].with_zero(units[letter].zero | along.zero)
+            else:
+                units[letter] = along
+            if len(block) > 1:
+                blocks[letter] = (block, labels)
+    for letter, labels in units.items():
+        if any(
+            letter in term and not value.tells_units_along(term.index(letter)) for term, value in zip(terms, operands)
+        ):
+            ties.keep(labels, "meets an axis of fixed size")
+        if letter not in output:
+            ties.consume(labels)
+    for met in _products(terms, output):
+        ties.cost(1, *(units.get(letter, sizes[letter]) for letter in met))
+    out: dict[Axes, Labels] = {}
+    for letter, labels in units.items():
+        if letter in blocks and letter in output:
+            block, whole = blocks[letter]
+            order = sorted(range(len(block)), key=lambda k: output.index(block[k]))
+            axes = tuple(output.index(block[k]) for k in order)
+            whole = whole.reordered(order)
+            out[axes] = whole.with_zero(labels.spread((axes[whole.unit_axis],), whole, axes).zero)
+        elif letter in output:
+            out[(output.index(letter),)] = labels
+    return Value(call.shape, out)
+
+
+def _products(terms: Sequence[str], output: str) -> Iterator[str]:
+    """Yield the letters of every matrix product of an einsum, which contracts from left to right."""
+    left = set(terms[0])
+    for i, term in enumerate(terms[1:], 1):
+        needed = set(output).union(*terms[i + 1 :])
+        right = set(term)
+        left, right = left & (needed | right), right & (needed | left)  # letters of one alone are summed before
+        if (left & right) - needed:
+            yield "".join(sorted(left | right))
+        left = (left | right) & needed
+
+
+@rule("scaled_dot_product_attention")
+def attention(ties: Ties, call: Call) -> Value:
+    query, key, value = call.args[:3]
+    length, width = query.shape[-2] * key.shape[-2], query.shape[-1] + value.shape[-1]
+    per_head = [heads for operand in (query, key, value) if (heads := _heads_of(operand)) is not None]
+    if len(per_head) < 3 or len({operand.shape[:-2] for operand in (query, key, value)}) > 1:
+        ties.keep_all(call.args, "layout of the attention heads")
+        ties.cost(math.prod(query.shape[:-2]) * length, width)
+        return Value(call.shape)
+    ties.keep_all(call.args[3:], "attention mask")
+    for operand, heads in zip((query, key, value), per_head):
+        ties.tie(per_head[0], heads)
+        for axes, labels in operand.labels.items():
+            if operand.rank - 3 not in axes:
+                ties.keep(labels, "positions attend to one another")
+    ties.cost(math.prod(query.shape[:-3]) * length * width, per_head[0])
+    axes = value.axes_of(-3)
+    assert axes is not None
+    return Value(call.shape, {axes: value.labels[axes]})
+
+
+def _heads_of(operand: Value) -> Ids | None:
+    """Return the labels of the heads of (…, heads, length, dimensions): (heads,). None if heads cannot go."""
+    axes = operand.axes_of(-3) if operand.rank > 2 else None
+    if axes is None or not operand.tells_units_along(-3):
+        return None
+    labels = operand.labels[axes]
+    return np.moveaxis(labels.ids, labels.unit_axis, 0).reshape(operand.shape[-3], -1)[:, 0]
+
+
+def _summed(value: Value, axis: int) -> Value:
+    """Sum an axis to size 1. A sum within units (over head dimensions) leaves their labels on the other axes."""
+    out = value.collapsed(axis)
+    axes = value.axes_of(axis)
+    if axes is not None and not value.tells_units_along(axis):
+        out.labels[tuple(other for other in axes if other != axis)] = value.labels[axes].reduced(axes.index(axis))
+    return out
+
+
+def _sizes(value: Value, axes: Sequence[int]) -> list[Labels | int]:
+    """Return the sizes of some axes as cost factors: labels if they can shrink, numbers if not."""
+    wanted, factors = set(axes), list[Labels | int]()
+    for block, labels in value.labels.items():
+        if set(block) <= wanted:
+            factors.append(labels)
+            wanted -= set(block)
+    return factors + [value.shape[axis] for axis in sorted(wanted)]

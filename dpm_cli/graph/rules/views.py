@@ -1,0 +1,163 @@
+"""The same entries under another shape: views, permutations and expansions."""
+
+import math
+
+import numpy as np
+
+from dpm_cli.graph.labels import Axes, Labels, Number, Ties, Value
+from dpm_cli.graph.rules.broadcasting import broadcast
+from dpm_cli.graph.rules.registry import Call, rule
+
+
+@rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
+def reshape(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    segments = _segments(x.shape, call.shape)
+    out: dict[Axes, Labels] = {}
+    for axes in x.labels:
+        touched = [segment for segment in segments if set(segment[0]) & set(axes)]
+        before, after = (sorted(axis for segment in touched for axis in segment[i]) for i in (0, 1))
+        if any(set(other) & set(before) for other in x.labels if other != axes):
+            ties.keep(x.labels[axes], "a view merges two sets of channels")
+        else:
+            out.update(_reshape_block(ties, x, axes, before, call, after))
+    return Value(call.shape, out)
+
+
+def _segments(left: tuple[int, ...], right: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
+    """Split two shapes of the same number of elements into the shortest runs of axes with equal products."""
+    segments, i, j = [], 0, 0
+    while i < len(left) or j < len(right):
+        before, after = ([i] if i < len(left) else []), ([j] if j < len(right) else [])
+        i, j = i + len(before), j + len(after)
+        a, b = math.prod(left[k] for k in before), math.prod(right[k] for k in after)
+        while a != b:
+            if (a < b and i < len(left)) or j == len(right):
+                before.append(i)
+                a, i = a * left[i], i + 1
+            else:
+                after.append(j)
+                b, j = b * right[j], j + 1
+        segments.append((before, after))
+    return segments
+
+
+def _reshape_block(
+    ties: Ties, x: Value, axes: Axes, before: list[int], call: Call, after: list[int]
+) -> dict[Axes, Labels]:
+    """Move the labels of one block from the axes `before` a view to the axes `after` it."""
+    labels, shape = x.labels[axes], call.shape
+    spread = [x.shape[axis] if axis in axes else 1 for axis in before]
+    sizes, target = [x.shape[axis] for axis in before], [shape[axis] for axis in after]
+    ids = np.broadcast_to(labels.ids.reshape(spread), sizes).reshape(target)
+    zero = np.broadcast_to(labels.zero.reshape(spread), sizes).reshape(target)
+    varies = [
+        bool((ids != ids.take([0], k)).any()) or (shape[axis] == x.shape[axes[0]] and len(after) == 1)
+        for k, axis in enumerate(after)
+    ]
+    index = tuple(slice(None) if keep else 0 for keep in varies)
+    moved = tuple(axis for axis, keep in zip(after, varies) if keep)
+    if not moved:
+        ties.keep(labels, "its axis vanishes in a view")
+        return {}
+    if any(not keep and size > 1 for keep, size in zip(varies, target)):
+        zero = np.broadcast_to(
+            zero.all(tuple(k for k, keep in enumerate(varies) if not keep), keepdims=True), ids.shape
+        )
+    ids, zero = ids[index], zero[index]
+    if len(moved) == 1:
+        if len(ids) == len(labels.ids):
+            ties.numbers.append(Number(ties.layer, (labels.ids,), "width"))
+        return {moved: Labels(ids, zero)}
+    if len(axes) == 1:
+        # An axis split in several must stay rectangular: whole heads go, or else the same trailing index everywhere.
+        makes_heads = shape[moved[-1]] in call.head_dims
+        unit_axis = len(moved) - (2 if makes_heads else 1)
+        by_unit = np.moveaxis(ids, unit_axis, 0).reshape(ids.shape[unit_axis], -1)
+        ties.tie(by_unit[:, :1], by_unit)
+        if makes_heads:
+            heads = np.unique(by_unit[:, 0])
+            ties.numbers.append(Number(ties.layer, (heads,), "heads"))
+            ties.numbers.append(Number(ties.layer, (np.repeat(heads, shape[moved[-1]]),)))
+        return {moved: Labels(ids, zero, unit_axis)}
+    positions = np.arange(labels.ids.shape[labels.unit_axis])
+    positions = positions.reshape([-1 if k == labels.unit_axis else 1 for k in range(labels.ids.ndim)])
+    positions = np.broadcast_to(positions, labels.ids.shape).reshape(spread)
+    positions = np.broadcast_to(positions, sizes).reshape(target)[index]
+    along = [k for k in range(positions.ndim) if (positions != positions.take([0], k)).any()]
+    if len(along) != 1:
+        ties.keep(labels, "a view mixes the axes of a block")
+        return {}
+    return {moved: Labels(ids, zero, along[0])}
+
+
+@rule("permute", "transpose", "swapaxes", "swapdims", "t", "numpy_T", "mT", "adjoint", "movedim")
+def permute(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    order = list(range(x.rank))
+    match call.name:
+        case "permute":
+            order = [axis % x.rank for axis in call.args[1]]
+        case "transpose" | "swapaxes" | "swapdims":
+            i, j = (axis % x.rank for axis in call.args[1:3])
+            order[i], order[j] = j, i
+        case "t" | "numpy_T":
+            order.reverse()
+        case "mT" | "adjoint":
+            order[-1], order[-2] = order[-2], order[-1]
+        case _:
+            source, target = ([axes] if isinstance(axes, int) else list(axes) for axes in call.args[1:3])
+            rest = [axis for axis in order if axis not in {axis % x.rank for axis in source}]
+            for to, axis in sorted((to % x.rank, axis % x.rank) for to, axis in zip(target, source)):
+                rest.insert(to, axis)
+            order = rest
+    return x.reordered(order)
+
+
+@rule("unsqueeze")
+def unsqueeze(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    axis = call.args[1] % (x.rank + 1)
+    return x.renamed(call.shape, {old: old + (old >= axis) for old in range(x.rank)})
+
+
+@rule("squeeze")
+def squeeze(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    dims = call.args[1] if len(call.args) > 1 else range(x.rank)
+    gone = {axis % x.rank for axis in ([dims] if isinstance(dims, int) else dims)}
+    gone = {axis for axis in gone if x.shape[axis] == 1}
+    left = [axis for axis in range(x.rank) if axis not in gone]
+    for axis in gone:
+        ties.keep_axis(x, axis, "squeezed away")
+    return x.renamed(call.shape, {old: new for new, old in enumerate(left)})
+
+
+@rule("expand", "broadcast_to")
+def expand(ties: Ties, call: Call) -> Value:
+    value = broadcast(ties, call.args[0], call.shape)
+    return Value(call.shape, value.labels)
+
+
+@rule("repeat")
+def repeat(ties: Ties, call: Call) -> Value:
+    x: Value = call.args[0]
+    times = call.args[1]
+    offset = len(times) - x.rank
+    repeated = {axis for axis in range(x.rank) if times[axis + offset] != 1}
+    for axis in repeated:
+        ties.keep_axis(x, axis, "repeated along this axis")
+    position = {axis: axis + offset for axis in range(x.rank) if axis not in repeated}
+    return x.renamed(call.shape, position)
+
+
+@rule("expand_as")
+def expand_as(ties: Ties, call: Call) -> Value:
+    x, other = call.args[:2]
+    value = broadcast(ties, x, call.shape)
+    followed = {
+        axes: labels.with_zero(False)
+        for axes, labels in other.labels.items()
+        if all(value.shape[axis] == 1 and value.axes_of(axis) is None for axis in axes)
+    }
+    return Value(call.shape, {**value.labels, **followed})
