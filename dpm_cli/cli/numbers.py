@@ -1,4 +1,6 @@
-"""Numbers as people read them."""
+"""Numbers and lists as people read them."""
+
+from collections.abc import Sequence
 
 NOTHING = "–"
 MINUS = "\N{MINUS SIGN}"
@@ -33,6 +35,12 @@ def milliseconds(value: float | None) -> str:
 def agreement(difference: float) -> str:
     """Of outputs: "to 4e-07", or "exactly"."""
     return f"to {difference:.0e}" if difference else "exactly"
+
+
+def listing(names: Sequence[str], shown: int = 3) -> str:
+    """Join the first names and count the rest: "a, b, c and 2 more"."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def duration(seconds: float) -> str:

@@ -119,9 +119,8 @@ def describe_kept(kept: Sequence[KeptLayer], width: int) -> list[str]:
     lines: list[str] = []
     by_reason = sorted(kept, key=lambda each: each.reason)
     for reason, group in groupby(by_reason, key=lambda each: each.reason):
-        layers = [each.layer for each in group]
-        shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-        lines += wrap_words(f"{shown}: {reason}", width)
+        layers = numbers.listing([each.layer for each in group])
+        lines += wrap_words(f"{layers}: {reason}", width)
     return lines
 
 
@@ -157,9 +156,8 @@ def disappointments(report: Report) -> list[str]:
 
 def describe_odd_widths(widths: Mapping[str, int]) -> str:
     """A sentence about layers (name -> width) whose widths are no multiples of 8."""
-    layers = [f"{layer} ({width})" for layer, width in widths.items()]
-    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-    return f"Not a multiple of 8 wide: {shown}."
+    layers = numbers.listing([f"{layer} ({width})" for layer, width in widths.items()])
+    return f"Not a multiple of 8 wide: {layers}."
 
 
 def make_console() -> Console:
