@@ -2,7 +2,7 @@
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 from dpm_cli.report import Event
@@ -11,12 +11,13 @@ EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Stop:
-    """Whether the user wants the run to stop. Give every event of the run to `watch`."""
+    """Whether the user wants the run to stop. Hand `listening(...)` to the run as `on_event`."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._is_training = False
         self._is_last_step = False  # of its stage
+        self._is_announced = False
 
     def is_wanted(self) -> bool:
         return self._signal is not None
@@ -24,6 +25,18 @@ class Stop:
     @property
     def exit_code(self) -> int:
         return EXIT_CODES.get(signal.Signals(self._signal), 130) if self._signal is not None else 130
+
+    def listening(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
+        """Return `tell`, made to watch the events, too, and to announce once that a checkpoint is being awaited."""
+
+        def tell_and_watch(event: Event) -> None:
+            tell(event)
+            if self.is_wanted() and not self._is_announced:
+                self._is_announced = True
+                tell({"event": "note", "text": "saving a checkpoint to stop here; a second Ctrl-C stops at once"})
+            self.watch(event)
+
+        return tell_and_watch
 
     def watch(self, event: Event) -> None:
         """Between the first step of a stage and its last checkpoint a signal waits for the end of a step.
