@@ -1,4 +1,4 @@
-"""`dpm compare`: many runs in one table."""
+"""`dpm compare`: show many finished runs in one table."""
 
 import csv
 import sys

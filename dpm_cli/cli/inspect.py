@@ -1,4 +1,4 @@
-"""`dpm inspect`: the plan without training."""
+"""`dpm inspect`: show the plan without training."""
 
 import csv
 import io
@@ -24,9 +24,9 @@ def inspect(
     recipe: RecipeName,
     overrides: Overrides = None,
     sensitivity: Annotated[
-        bool, typer.Option("--sensitivity", help="Measure what each group is worth, on validation data.")
+        bool, typer.Option("--sensitivity", help="Measure how much accuracy each group is worth, on validation data.")
     ] = False,
-    share: Annotated[float, typer.Option(metavar="FRACTION", help="Of its units that each group alone loses.")] = 0.5,
+    share: Annotated[float, typer.Option(metavar="FRACTION", help="Share of its units that each group loses.")] = 0.5,
     images: Annotated[int, typer.Option(metavar="N", help="Validation images for --sensitivity.")] = 1000,
     csv_file: Annotated[
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the sensitivities there; implies --sensitivity.")

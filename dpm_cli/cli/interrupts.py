@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM: a run that trains saves a checkpoint and stops between two steps; the second stops at once."""
+"""Handle Ctrl-C and SIGTERM: the first makes a training run save a checkpoint and stop, the second stops it at once."""
 
 import contextlib
 import signal
@@ -27,7 +27,7 @@ class Stop:
         return EXIT_CODES.get(signal.Signals(self._signal), 130) if self._signal is not None else 130
 
     def listening(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
-        """Return `tell`, made to watch the events, too, and to announce once that a checkpoint is being awaited."""
+        """Return `tell`, extended to watch every event, and to say once that the run will stop at a checkpoint."""
 
         def tell_and_watch(event: Event) -> None:
             tell(event)
@@ -39,9 +39,9 @@ class Stop:
         return tell_and_watch
 
     def watch(self, event: Event) -> None:
-        """Between the first step of a stage and its last checkpoint a signal waits for the end of a step.
+        """Note whether a stage is between its first step and its last checkpoint, when a signal waits for a step's end.
 
-        Raises KeyboardInterrupt if one came too late for that, when everything is saved anyway.
+        Raises KeyboardInterrupt at the last checkpoint if a signal came after the last step: everything is saved.
         """
         match event:
             case {"event": "step", "step": step, "steps": steps}:
@@ -52,7 +52,7 @@ class Stop:
                     raise KeyboardInterrupt
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler. Raises KeyboardInterrupt when there is nothing to save first, or at the second signal."""
+        """Handle a signal. Raises KeyboardInterrupt if there is nothing to save first, or if it is the second one."""
         is_second, self._signal = self.is_wanted(), number
         if is_second or not self._is_training:
             raise KeyboardInterrupt
@@ -60,7 +60,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_between_steps() -> Iterator[Stop]:
-    """Catch SIGINT and SIGTERM within; afterwards they do what they did before."""
+    """Catch SIGINT and SIGTERM inside this context; restore the earlier handlers at its end."""
     stop = Stop()
     earlier = {number: signal.signal(number, stop.receive) for number in EXIT_CODES}
     try:

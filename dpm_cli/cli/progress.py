@@ -1,4 +1,4 @@
-"""What a run does, on stderr: bars on a terminal, otherwise one plain line per epoch, round and removal."""
+"""Show on stderr what a run does: bars on a terminal, otherwise one plain line per epoch, round and removal."""
 
 import contextlib
 import os
@@ -15,7 +15,7 @@ Tell = Callable[[Event], None]
 
 @contextlib.contextmanager
 def follow(*, quiet: bool, as_json: bool) -> Iterator[Tell]:
-    """A function to give every event of a run to."""
+    """Yield a function that shows the events it is called with."""
     with libraries_on_stderr():
         if quiet:
             yield lambda event: None
@@ -108,7 +108,7 @@ def _readings(event: Event) -> list[str]:
 
 @contextlib.contextmanager
 def show_bars() -> Iterator[Tell]:
-    """One bar per stage; rounds and removals scroll by above them."""
+    """Show one bar per stage; lines about rounds and removals scroll by above them."""
     from rich.console import Console
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""`dpm prune`: the main job."""
+"""`dpm prune`: prune a trained model to the target of a recipe."""
 
 import contextlib
 import sys
@@ -74,7 +74,7 @@ def prune(
                 report, broken = error.report, error
         if is_speaker:
             show(report, as_json=as_json)
-        if broken:  # everything was written, and is shown, as for any finished run
+        if broken:  # the run has written everything, and its report is shown as usual
             flush()
             if is_speaker:
                 print(f"error: {broken}", file=sys.stderr)
@@ -92,7 +92,7 @@ def show(report: Report, *, as_json: bool) -> None:
 
 @contextlib.contextmanager
 def _explaining_hard_stops(stop: Stop, output: Path) -> Iterator[None]:
-    """Turn an interrupt that did not wait for a checkpoint into an Interrupted that says how to go on."""
+    """Turn an interrupt that stopped the run at once into an Interrupted that says how to go on."""
     try:
         yield
     except (KeyboardInterrupt, RuntimeError) as error:

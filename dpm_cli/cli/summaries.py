@@ -1,4 +1,4 @@
-"""The results of train, evaluate, export and inspect, as text."""
+"""Print the results of train, evaluate, export, inspect and compare as text."""
 
 from collections.abc import Sequence
 
@@ -64,7 +64,7 @@ def print_evaluated(result: Evaluated) -> None:
 
 
 def _describe_latency(runtime: str, latency: Milliseconds, images: str) -> tuple[str, str]:
-    """Label and value. images: how many there are in a call."""
+    """Return a label and a value. images: what one call takes."""
     median, low, high = (numbers.milliseconds(value) for value in (latency.median, latency.low, latency.high))
     return f"latency, {RUNTIMES.get(runtime, runtime)}", f"{median}  (quartiles {low} to {high}; {images})"
 
@@ -76,7 +76,7 @@ def print_exported(exported: Sequence[ExportedFile]) -> None:
 
 
 def print_plan(plan: Inspected) -> None:
-    """What can be pruned, what cannot, and how far."""
+    """Print what can be pruned, how far, and what cannot."""
     console = make_console()
     console.print(f"{plan.arch or 'model'}: {len(plan.groups)} groups of tied layers", style="bold")
     console.print(_group_table(plan))
@@ -142,7 +142,7 @@ def print_compared(rows: Sequence[ComparedRun]) -> None:
 
 
 def _print_sensitivity(console: Console, measured: Sensitivity) -> None:
-    """The groups whose loss hurts least come first."""
+    """Print a row per group; those that are worth least come first."""
     console.print(
         f"accuracy {numbers.percent(measured.accuracy)}, loss {measured.loss:.4f} on {measured.images} "
         f"{measured.split} images; when one group alone loses {measured.share:g} of its units:",
