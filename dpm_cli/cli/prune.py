@@ -27,7 +27,6 @@ from dpm_cli.cli.outcome import flush, print_json
 from dpm_cli.cli.processes import speaking
 from dpm_cli.cli.progress import follow
 from dpm_cli.errors import AccuracyError, Interrupted
-from dpm_cli.report import Report
 
 
 def prune(
@@ -81,7 +80,7 @@ def prune(
             raise typer.Exit(broken.exit_code)
 
 
-def show(report: Report, *, as_json: bool) -> None:
+def show(report: "dpm_cli.Report", *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_dict())
     else:

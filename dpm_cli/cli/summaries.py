@@ -1,12 +1,14 @@
 """Print the results of train, evaluate, export, inspect and compare as text."""
 
+import csv
+import io
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from dpm_cli.cli import numbers
-from dpm_cli.cli.compare import ComparedRun
+from dpm_cli.cli.compared import ComparedRun
 from dpm_cli.cli.tables import (
     KINDS,
     LABEL,
@@ -24,6 +26,7 @@ from dpm_cli.report import ExportedFile, Milliseconds
 from dpm_cli.results import Evaluated, Inspected, PlannedTarget, Sensitivity, Trained
 
 NAME_WIDTH = 16
+CSV_COLUMNS = "group layers units removed macs_saved accuracy accuracy_change loss loss_change".split()
 
 
 def print_trained(result: Trained) -> None:
@@ -116,6 +119,32 @@ def _describe_target(target: PlannedTarget) -> str:
     asked = f"{target.asked:g}" if target.asked < 1 else numbers.cost(target.kind, target.asked)
     verdict = "can be met" if target.is_achievable else "cannot be met"
     return f"{target.kind} {asked}: at most {numbers.cost(target.kind, target.limit)}, {verdict}"
+
+
+def refuse(plan: Inspected) -> str:
+    """Say that the target cannot be met, what can, and which settings to change."""
+    kind = plan.target.kind
+    low, high = (numbers.cost(kind, costs[kind]) for costs in (plan.lowest, plan.dense))
+    reach = f"from {low} to just below {high} can" if plan.groups else "no unit can be removed, for the reasons above"
+    return (
+        f"target {kind} {plan.target.asked:g} cannot be met: {reach}; "
+        "change prune.target, prune.min_keep, prune.round_to or prune.keep"
+    )
+
+
+def sensitivities_as_csv(measured: Sensitivity) -> str:
+    """Write one line per group; changes are relative to the whole model. Layers are separated by spaces."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for group in measured.groups:
+        changes = {
+            "accuracy_change": group.accuracy - measured.accuracy,
+            "loss_change": group.loss - measured.loss,
+            "layers": " ".join(group.layers),
+        }
+        writer.writerow(group.to_dict() | changes)
+    return text.getvalue()
 
 
 def print_compared(rows: Sequence[ComparedRun]) -> None:
