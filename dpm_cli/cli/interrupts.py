@@ -5,7 +5,7 @@ import signal
 from collections.abc import Callable, Iterator
 from types import FrameType
 
-from dpm_cli.report import Event
+from dpm_cli.events import CheckpointWritten, Event, Note, StepTaken
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -33,7 +33,7 @@ class Stop:
             tell(event)
             if self.is_wanted() and not self._is_announced:
                 self._is_announced = True
-                tell({"event": "note", "text": "saving a checkpoint to stop here; a second Ctrl-C stops at once"})
+                tell(Note("saving a checkpoint to stop here; a second Ctrl-C stops at once"))
             self.watch(event)
 
         return tell_and_watch
@@ -44,9 +44,9 @@ class Stop:
         Raises KeyboardInterrupt at the last checkpoint if a signal came after the last step: everything is saved.
         """
         match event:
-            case {"event": "step", "step": step, "steps": steps}:
+            case StepTaken(step=step, steps=steps):
                 self._is_training, self._is_last_step = True, step >= steps
-            case {"event": "checkpoint"} if self._is_training and self._is_last_step:
+            case CheckpointWritten() if self._is_training and self._is_last_step:
                 self._is_training = False
                 if self.is_wanted():
                     raise KeyboardInterrupt
