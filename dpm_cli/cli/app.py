@@ -1,4 +1,4 @@
-"""The command `dpm`: one file per command, one place that turns errors into a line and an exit code."""
+"""The command `dpm`. Each command has its own file; this one turns errors into a line and an exit code."""
 
 import os
 import sys
@@ -11,7 +11,7 @@ import typer
 from dpm_cli.cli import compare, demo, evaluate, export, inspect, prune, recipes, train
 from dpm_cli.cli.outcome import fail, flush, make_output_safe, silence_closed_pipe
 
-# Plain help: rich would triple its time, and puts boxes into pipes.
+# Plain help: rich would triple the time it takes, and would draw boxes into pipes.
 app = typer.Typer(name="dpm", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
 
 for command in (
@@ -52,11 +52,11 @@ def describe(
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run `dpm` and return its exit code. Every error is one line on stderr, and with --json one document on stdout."""
+    """Run `dpm` and return its exit code. An error becomes one line on stderr, and with --json also a document."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     make_output_safe()
     if not os.environ.get("DPM_DEBUG"):
-        warnings.simplefilter("ignore")  # of libraries, about themselves
+        warnings.simplefilter("ignore")  # libraries warn about their own internals
     try:
         try:
             command = typer.main.get_command(app)
@@ -69,7 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return code
     except BrokenPipeError:
         return silence_closed_pipe()
-    except SystemExit as ended:  # rich's own answer to a closed pipe
+    except SystemExit as ended:  # rich exits by itself when a pipe is closed
         if isinstance(ended.__context__, BrokenPipeError):
             return silence_closed_pipe()
         raise

@@ -1,4 +1,4 @@
-"""`dpm demo`: the whole path on a small problem, without network or arguments."""
+"""`dpm demo`: train, prune and export a small net, without network or arguments."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from dpm_cli.cli.progress import follow
 from dpm_cli.cli.prune import show
 from dpm_cli.errors import OutputError
 
-MARKER = ".dpm-demo"  # says that the folder is a demo's own, and may be written again
+MARKER = ".dpm-demo"  # marks a folder that a demo made, so that the next one may overwrite it
 RECIPE = "digits"
 
 
@@ -24,7 +24,7 @@ def demo(
     claim(output)
     import torch
 
-    torch.set_num_threads(1)  # the net is so small that threads would mostly wait for each other
+    torch.set_num_threads(1)  # in so small a net, threads would mostly wait for each other
     settings = dpm_cli.load_recipe(RECIPE)
     dense = output / "dense.pt"
     with follow(quiet=quiet, as_json=as_json) as tell:
@@ -36,7 +36,7 @@ def demo(
 
 
 def claim(folder: Path) -> None:
-    """Make the folder, or take that of an earlier demo. Raises OutputError for anything else that is there."""
+    """Create the folder, or reuse that of an earlier demo. Raises OutputError if anything else is there."""
     marker = folder / MARKER
     try:
         if folder.exists() and not (folder.is_dir() and (marker.exists() or not any(folder.iterdir()))):

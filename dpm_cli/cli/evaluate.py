@@ -1,4 +1,4 @@
-"""`dpm evaluate`: accuracy, cost, size and latency of a file."""
+"""`dpm evaluate`: measure accuracy, cost, size and latency of a file."""
 
 from pathlib import Path
 from typing import Annotated
@@ -16,7 +16,7 @@ def evaluate(
     ],
     recipe: RecipeName,
     overrides: Overrides = None,
-    batch: Annotated[int, typer.Option(metavar="N", help="Measure latency at batch N, too.")] = 1,
+    batch: Annotated[int, typer.Option(metavar="N", help="Also measure latency of batches of N images.")] = 1,
     device: Device = "auto",
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,

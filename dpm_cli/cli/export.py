@@ -1,4 +1,4 @@
-"""`dpm export`: a slim.pt as files that deploy again, without the run that made it."""
+"""`dpm export`: write the files that deploy once more, from a slim.pt alone."""
 
 from dataclasses import asdict
 from enum import StrEnum
@@ -25,14 +25,15 @@ USUAL = (Format.torchscript, Format.onnx)
 def export(
     slim: Annotated[Path, typer.Argument(metavar="SLIM", help="The slim.pt of a run.")],
     format: Annotated[
-        list[Format] | None, typer.Option(help="Repeat for several.", show_default="torchscript and onnx")
+        list[Format] | None,
+        typer.Option(help="Repeat for several formats.", show_default="torchscript and onnx"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write into.")] = Path(),
     arch: Annotated[
         str | None,
-        typer.Option(metavar="ARCH", help="package.module:function of your own code, if the file was made from it."),
+        typer.Option(metavar="ARCH", help="package.module:function of your own code, if the model was built by it."),
     ] = None,
-    opset: Annotated[int, typer.Option(metavar="N", help="Of the ONNX files.")] = 18,
+    opset: Annotated[int, typer.Option(metavar="N", help="The opset of ONNX files.")] = 18,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
 ) -> None:

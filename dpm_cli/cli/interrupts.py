@@ -1,22 +1,23 @@
-"""Ctrl-C and SIGTERM: a run that trains saves a checkpoint and stops between two steps; the second stops at once."""
+"""Handle Ctrl-C and SIGTERM: the first makes a training run save a checkpoint and stop, the second stops it at once."""
 
 import contextlib
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
-from dpm_cli.report import Event
+from dpm_cli.events import CheckpointWritten, Event, Note, StepTaken
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
 
 class Stop:
-    """Whether the user wants the run to stop. Give every event of the run to `watch`."""
+    """Whether the user wants the run to stop. Hand `listening(...)` to the run as `on_event`."""
 
     def __init__(self) -> None:
         self._signal: int | None = None
         self._is_training = False
         self._is_last_step = False  # of its stage
+        self._is_announced = False
 
     def is_wanted(self) -> bool:
         return self._signal is not None
@@ -25,21 +26,33 @@ class Stop:
     def exit_code(self) -> int:
         return EXIT_CODES.get(signal.Signals(self._signal), 130) if self._signal is not None else 130
 
-    def watch(self, event: Event) -> None:
-        """Between the first step of a stage and its last checkpoint a signal waits for the end of a step.
+    def listening(self, tell: Callable[[Event], None]) -> Callable[[Event], None]:
+        """Return `tell`, extended to watch every event, and to say once that the run will stop at a checkpoint."""
 
-        Raises KeyboardInterrupt if one came too late for that, when everything is saved anyway.
+        def tell_and_watch(event: Event) -> None:
+            tell(event)
+            if self.is_wanted() and not self._is_announced:
+                self._is_announced = True
+                tell(Note("saving a checkpoint to stop here; a second Ctrl-C stops at once"))
+            self.watch(event)
+
+        return tell_and_watch
+
+    def watch(self, event: Event) -> None:
+        """Note whether a stage is between its first step and its last checkpoint, when a signal waits for a step's end.
+
+        Raises KeyboardInterrupt at the last checkpoint if a signal came after the last step: everything is saved.
         """
         match event:
-            case {"event": "step", "step": step, "steps": steps}:
+            case StepTaken(step=step, steps=steps):
                 self._is_training, self._is_last_step = True, step >= steps
-            case {"event": "checkpoint"} if self._is_training and self._is_last_step:
+            case CheckpointWritten() if self._is_training and self._is_last_step:
                 self._is_training = False
                 if self.is_wanted():
                     raise KeyboardInterrupt
 
     def receive(self, number: int, frame: FrameType | None) -> None:
-        """The signal handler. Raises KeyboardInterrupt when there is nothing to save first, or at the second signal."""
+        """Handle a signal. Raises KeyboardInterrupt if there is nothing to save first, or if it is the second one."""
         is_second, self._signal = self.is_wanted(), number
         if is_second or not self._is_training:
             raise KeyboardInterrupt
@@ -47,7 +60,7 @@ class Stop:
 
 @contextlib.contextmanager
 def stop_between_steps() -> Iterator[Stop]:
-    """Catch SIGINT and SIGTERM within; afterwards they do what they did before."""
+    """Catch SIGINT and SIGTERM inside this context; restore the earlier handlers at its end."""
     stop = Stop()
     earlier = {number: signal.signal(number, stop.receive) for number in EXIT_CODES}
     try:

@@ -1,21 +1,23 @@
-"""Numbers as people read them."""
+"""Write numbers and lists the way people read them."""
+
+from collections.abc import Sequence
 
 NOTHING = "–"
 MINUS = "\N{MINUS SIGN}"
 
 
 def count(number: float | None) -> str:
-    """125747584 -> "125.7 M". The suffixes are those a recipe takes."""
+    """Write 125747584 as "125.7 M". A recipe takes the same suffixes."""
     return NOTHING if number is None else _scaled(number, ("", "K", "M", "G", "T"))
 
 
 def cost(kind: str, number: float) -> str:
-    """MACs and parameters are rounded, units are few enough to be counted: 1120."""
+    """Round MACs and parameters; write units in full, because there are few of them: 1120."""
     return f"{number:.0f}" if kind == "channels" else count(number)
 
 
 def size(number: float | None) -> str:
-    """Bytes, in powers of ten: 3462114 -> "3.5 MB"."""
+    """Write bytes in powers of ten: 3462114 as "3.46 MB"."""
     return NOTHING if number is None else _scaled(number, ("B", "KB", "MB", "GB", "TB"))
 
 
@@ -24,19 +26,25 @@ def percent(value: float | None, digits: int = 2) -> str:
 
 
 def milliseconds(value: float | None) -> str:
-    """Three significant digits: 0.123 ms, 5.68 ms, 123 ms."""
+    """Write three significant digits: 0.123 ms, 5.68 ms, 123 ms."""
     if value is None:
         return NOTHING
     return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f} ms"
 
 
 def agreement(difference: float) -> str:
-    """Of outputs: "to 4e-07", or "exactly"."""
+    """Say how closely outputs agree: "to 4e-07", or "exactly"."""
     return f"to {difference:.0e}" if difference else "exactly"
 
 
+def listing(names: Sequence[str], shown: int = 3) -> str:
+    """Join the first names and count the rest: "a, b, c and 2 more"."""
+    more = len(names) - shown
+    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
+
+
 def duration(seconds: float) -> str:
-    """48 s, 12 min 30 s, 3 h 05 min."""
+    """Write a duration as 48 s, 12 min 30 s or 3 h 05 min."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole} s"
@@ -46,19 +54,19 @@ def duration(seconds: float) -> str:
 
 
 def cost_change(dense: float, slim: float) -> str:
-    """What is saved, and how many times it fits in: "−53.1 %  2.13×"."""
+    """Say what a cost lost in percent and by which factor it shrank: "−53.1 %  2.13×"."""
     if not dense or not slim:
         return NOTHING
     return f"{_signed(100 * (slim / dense - 1), 1)} %  {dense / slim:.2f}×"
 
 
 def points_change(dense: float | None, slim: float | None) -> str:
-    """Percentages differ by points: "−0.43 points"."""
+    """Write the difference of two percentages in points: "−0.43 points"."""
     return NOTHING if dense is None or slim is None else f"{_signed(slim - dense, 2)} points"
 
 
 def speed_change(dense: float, slim: float) -> str:
-    """Of two latencies: "1.55× faster", or "as fast" if that would read 1.00×."""
+    """Compare two latencies: "1.55× faster", or "as fast" if the factor would read 1.00×."""
     if not dense or not slim:
         return NOTHING
     ratio = dense / slim

@@ -1,4 +1,4 @@
-"""How a command ends: an error becomes one line per problem and an exit code; never a traceback."""
+"""Turn errors into one line per problem and an exit code, never a traceback."""
 
 import contextlib
 import errno
@@ -15,23 +15,23 @@ import typer
 
 from dpm_cli.errors import DpmError, RecipeError, ToldElsewhere
 
-# Older typer takes click's class, newer its own copy of it; both offer BadParameter, which derives from it.
+# Older typer uses click's UsageError, newer typer a copy of it; BadParameter derives from either.
 WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
 
 INTERRUPTED = 130
 LONGEST_LINE = 1200  # characters
-CLOSED_PIPE = 141  # as of any program that SIGPIPE ends
+CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
 
 
 def print_json(document: object) -> None:
-    """The one JSON document of a command."""
+    """Print the one JSON document of a command."""
     print(json.dumps(document, indent=2))
 
 
 @contextlib.contextmanager
 def libraries_on_stderr() -> Iterator[None]:
-    """What libraries print goes to stderr, so that stdout holds results alone."""
+    """Send to stderr what libraries print, so that stdout holds only results."""
     with contextlib.redirect_stdout(sys.stderr):
         yield
 
@@ -51,7 +51,7 @@ def fail(error: BaseException, *, as_json: bool) -> int:
 
 
 def explain(error: BaseException) -> tuple[list[str], int]:
-    """The lines for the user, and the exit code."""
+    """Return the lines for the user, and the exit code."""
     match error:
         case RecipeError():
             return [f"error: {_one_line(problem)}" for problem in error.problems], error.exit_code
@@ -71,13 +71,13 @@ def explain(error: BaseException) -> tuple[list[str], int]:
 
 
 def _usage(error: Any) -> str:
-    """What is wrong with the arguments, and where the right ones are listed."""
+    """Say what is wrong with the arguments, and where the right ones are listed."""
     command = error.ctx.command_path if error.ctx else "dpm"
     return f"{error.format_message().rstrip('.')}; see {command} --help"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
-    """Named by name: torch may not have been imported."""
+    """Compare names of classes, because torch may not have been imported."""
     is_torch = type(error).__name__ in ("OutOfMemoryError", "RuntimeError")
     return isinstance(error, MemoryError) or (
         is_torch and ("out of memory" in str(error) or "can't allocate memory" in str(error))
@@ -85,6 +85,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _report_bug(error: BaseException) -> str:
+    """Save the traceback to a file; return a line that names it."""
     text = "".join(traceback.format_exception(error))
     if os.environ.get("DPM_DEBUG"):
         sys.stderr.write(text)
@@ -100,26 +101,26 @@ def _report_bug(error: BaseException) -> str:
 
 
 def _one_line(text: object) -> str:
-    """Without line breaks, without characters that would steer a terminal, and without the middle of endless names."""
+    """Remove line breaks, characters that would steer a terminal, and the middle of very long texts."""
     line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 300]} ... {line[-300:]}"
 
 
 def make_output_safe() -> None:
-    """A stream that cannot show `→` or `×` shows `?`; it does not stop a run."""
+    """Let a stream that cannot show `→` or `×` show `?` instead of stopping a run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
 
 
 def flush() -> None:
-    """Raises BrokenPipeError here rather than at exit, where Python would complain."""
+    """Flush both streams, so that BrokenPipeError is raised here and not at exit, where Python would complain."""
     sys.stdout.flush()
     sys.stderr.flush()
 
 
 def silence_closed_pipe() -> int:
-    """The reader (`head`, a pager) has gone: say nothing more; return the exit code."""
+    """Print nothing more, because the reader (`head`, a pager) has gone; return the exit code."""
     with contextlib.suppress(OSError, ValueError):  # not every stream has a descriptor
         nothing = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):

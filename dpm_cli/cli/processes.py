@@ -1,4 +1,4 @@
-"""Several processes that a launcher such as torchrun started: one of them speaks to the user."""
+"""Let one of the processes that a launcher such as torchrun started speak to the user."""
 
 import contextlib
 import os
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 @contextlib.contextmanager
 def speaking(device: str) -> Iterator[bool]:
-    """Whether this process is the one. Errors within are told by the process that met the first one."""
+    """Yield whether this process speaks to the user. The process that meets the first error reports it."""
     if "WORLD_SIZE" not in os.environ:
-        yield True  # without waiting for torch to be imported
+        yield True  # without importing torch, which takes a second
         return
     if not os.environ.get("DPM_DEBUG"):
-        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # else every process warns of what is meant to be
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # otherwise every process prints harmless warnings
     from dpm_cli.engine.distributed import join
 
     with join(device) as world:

@@ -1,13 +1,15 @@
-"""`dpm prune`: the main job."""
+"""`dpm prune`: prune a trained model to the target of a recipe."""
 
+import contextlib
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import dpm_cli
-from dpm_cli.cli.interrupts import stop_between_steps
+from dpm_cli.cli.interrupts import Stop, stop_between_steps
 from dpm_cli.cli.options import (
     AsJson,
     Device,
@@ -25,7 +27,6 @@ from dpm_cli.cli.outcome import flush, print_json
 from dpm_cli.cli.processes import speaking
 from dpm_cli.cli.progress import follow
 from dpm_cli.errors import AccuracyError, Interrupted
-from dpm_cli.report import Event, Report
 
 
 def prune(
@@ -48,20 +49,14 @@ def prune(
     Ctrl-C saves a checkpoint and stops; the same command with --resume goes on. On several GPUs: torchrun
     --nproc-per-node=K -m dpm_cli prune ...
     """
+    broken: AccuracyError | None = None
     with speaking(device) as is_speaker:
         settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
-        broken: AccuracyError | None = None
-        with follow(quiet=quiet or not is_speaker, as_json=as_json) as tell, stop_between_steps() as stop:
-            announced = False
-
-            def watch(event: Event) -> None:
-                nonlocal announced
-                tell(event)
-                if stop.is_wanted() and not announced:
-                    announced = True
-                    tell({"event": "note", "text": "saving a checkpoint to stop here; a second Ctrl-C stops at once"})
-                stop.watch(event)
-
+        with (
+            follow(quiet=quiet or not is_speaker, as_json=as_json) as tell,
+            stop_between_steps() as stop,
+            _explaining_hard_stops(stop, output),
+        ):
             try:
                 report = dpm_cli.prune(
                     model,
@@ -71,28 +66,21 @@ def prune(
                     resume=resume,
                     overwrite=overwrite,
                     trust_pickle=trust_pickle,
-                    on_event=watch,
+                    on_event=stop.listening(tell),
                     should_stop=lambda: stop.is_wanted() and stop.exit_code,
                 )
             except AccuracyError as error:
                 report, broken = error.report, error
-            except KeyboardInterrupt:
-                raise _interrupted(output, stop.exit_code) from None
-            except RuntimeError as error:
-                # Ctrl-C on a terminal also reaches the processes that decode images.
-                if stop.is_wanted() and "DataLoader worker" in str(error):
-                    raise _interrupted(output, stop.exit_code) from None
-                raise
         if is_speaker:
             show(report, as_json=as_json)
-        if broken:  # everything was written, and is shown, as for any finished run
+        if broken:  # the run has written everything, and its report is shown as usual
             flush()
             if is_speaker:
                 print(f"error: {broken}", file=sys.stderr)
             raise typer.Exit(broken.exit_code)
 
 
-def show(report: Report, *, as_json: bool) -> None:
+def show(report: "dpm_cli.Report", *, as_json: bool) -> None:
     if as_json:
         print_json(report.to_dict())
     else:
@@ -101,7 +89,16 @@ def show(report: Report, *, as_json: bool) -> None:
         print_report(report)
 
 
-def _interrupted(output: Path, exit_code: int) -> Interrupted:
-    is_resumable = (output / "checkpoint.pt").exists()
-    way_out = "continue from its last checkpoint with --resume" if is_resumable else "nothing was saved yet"
-    return Interrupted(f"stopped at once; {way_out}", exit_code)
+@contextlib.contextmanager
+def _explaining_hard_stops(stop: Stop, output: Path) -> Iterator[None]:
+    """Turn an interrupt that stopped the run at once into an Interrupted that says how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # Ctrl-C on a terminal also reaches the processes that decode images.
+        is_dead_worker = stop.is_wanted() and "DataLoader worker" in str(error)
+        if isinstance(error, RuntimeError) and not is_dead_worker:
+            raise
+        is_resumable = (output / "checkpoint.pt").exists()
+        way_out = "continue from its last checkpoint with --resume" if is_resumable else "nothing was saved yet"
+        raise Interrupted(f"stopped at once; {way_out}", stop.exit_code) from None

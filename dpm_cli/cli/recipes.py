@@ -1,4 +1,4 @@
-"""`dpm recipes`: what is shipped, to copy and own."""
+"""`dpm recipes`: list or print the shipped recipes, to copy and change."""
 
 import difflib
 import sys
@@ -34,6 +34,6 @@ def recipes(
 
 
 def first_comment(path: Path) -> str:
-    """What a recipe says about itself in its first line."""
+    """Read what a recipe says about itself in its first line."""
     line, *_ = path.read_text(encoding="utf-8").splitlines() or [""]
     return line.removeprefix("#").strip()

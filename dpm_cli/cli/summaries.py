@@ -1,12 +1,14 @@
-"""The results of train, evaluate, export and inspect, as text."""
+"""Print the results of train, evaluate, export, inspect and compare as text."""
 
+import csv
+import io
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
 from dpm_cli.cli import numbers
-from dpm_cli.cli.compare import ComparedRun
+from dpm_cli.cli.compared import ComparedRun
 from dpm_cli.cli.tables import (
     KINDS,
     LABEL,
@@ -24,6 +26,7 @@ from dpm_cli.report import ExportedFile, Milliseconds
 from dpm_cli.results import Evaluated, Inspected, PlannedTarget, Sensitivity, Trained
 
 NAME_WIDTH = 16
+CSV_COLUMNS = "group layers units removed macs_saved accuracy accuracy_change loss loss_change".split()
 
 
 def print_trained(result: Trained) -> None:
@@ -64,7 +67,7 @@ def print_evaluated(result: Evaluated) -> None:
 
 
 def _describe_latency(runtime: str, latency: Milliseconds, images: str) -> tuple[str, str]:
-    """Label and value. images: how many there are in a call."""
+    """Return a label and a value. images: what one call takes."""
     median, low, high = (numbers.milliseconds(value) for value in (latency.median, latency.low, latency.high))
     return f"latency, {RUNTIMES.get(runtime, runtime)}", f"{median}  (quartiles {low} to {high}; {images})"
 
@@ -76,7 +79,7 @@ def print_exported(exported: Sequence[ExportedFile]) -> None:
 
 
 def print_plan(plan: Inspected) -> None:
-    """What can be pruned, what cannot, and how far."""
+    """Print what can be pruned, how far, and what cannot."""
     console = make_console()
     console.print(f"{plan.arch or 'model'}: {len(plan.groups)} groups of tied layers", style="bold")
     console.print(_group_table(plan))
@@ -118,6 +121,32 @@ def _describe_target(target: PlannedTarget) -> str:
     return f"{target.kind} {asked}: at most {numbers.cost(target.kind, target.limit)}, {verdict}"
 
 
+def refuse(plan: Inspected) -> str:
+    """Say that the target cannot be met, what can, and which settings to change."""
+    kind = plan.target.kind
+    low, high = (numbers.cost(kind, costs[kind]) for costs in (plan.lowest, plan.dense))
+    reach = f"from {low} to just below {high} can" if plan.groups else "no unit can be removed, for the reasons above"
+    return (
+        f"target {kind} {plan.target.asked:g} cannot be met: {reach}; "
+        "change prune.target, prune.min_keep, prune.round_to or prune.keep"
+    )
+
+
+def sensitivities_as_csv(measured: Sensitivity) -> str:
+    """Write one line per group; changes are relative to the whole model. Layers are separated by spaces."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, CSV_COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for group in measured.groups:
+        changes = {
+            "accuracy_change": group.accuracy - measured.accuracy,
+            "loss_change": group.loss - measured.loss,
+            "layers": " ".join(group.layers),
+        }
+        writer.writerow(group.to_dict() | changes)
+    return text.getvalue()
+
+
 def print_compared(rows: Sequence[ComparedRun]) -> None:
     """Print one line per run: what is left, what that cost in accuracy, and what it gained in speed."""
     table = make_table("run", "model", "MACs", "left", "params", "accuracy", "change", "faster", title=None)
@@ -142,7 +171,7 @@ def print_compared(rows: Sequence[ComparedRun]) -> None:
 
 
 def _print_sensitivity(console: Console, measured: Sensitivity) -> None:
-    """The groups whose loss hurts least come first."""
+    """Print a row per group; those that are worth least come first."""
     console.print(
         f"accuracy {numbers.percent(measured.accuracy)}, loss {measured.loss:.4f} on {measured.images} "
         f"{measured.split} images; when one group alone loses {measured.share:g} of its units:",

@@ -1,4 +1,4 @@
-"""The result of a run as a table, and what belongs below it."""
+"""Print the result of a run: a table, and details below it."""
 
 import os
 import sys
@@ -15,9 +15,9 @@ from dpm_cli.report import ExportedFile, KeptLayer, Report, SparsityReport, Widt
 
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "torchscript": "TorchScript"}
 KINDS = {"macs": "MACs", "params": "parameters", "channels": "units"}
-MOST_LAYERS = 60  # that are listed one by one
+MOST_LAYERS = 60  # longer lists of layers are cut
 LABEL = 10  # columns
-DISAPPOINTING = 0.5  # a gain in speed below so much of the gain in MACs deserves a word
+DISAPPOINTING = 0.5  # gains in speed below this share of the gain in MACs get a note
 
 
 def print_report(report: Report) -> None:
@@ -45,7 +45,7 @@ def title(report: Report) -> str:
 
 
 def rows(report: Report) -> list[tuple[str, str, str, str]]:
-    """Label, dense, slim, change."""
+    """Return rows of label, dense, slim and change."""
     dense, slim = report.dense, report.slim
     table = [
         ("MACs", numbers.count(dense.macs), numbers.count(slim.macs), numbers.cost_change(dense.macs, slim.macs)),
@@ -75,7 +75,7 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
 
 
 def details(report: Report, width: int) -> Iterable[tuple[str, Sequence[str]]]:
-    """Label and lines of everything below the table. width: columns for the lines."""
+    """Yield label and lines of each detail below the table. width: columns for the lines."""
     units = report.units
     if not report.sparsities:
         counts = f"{units.chosen} chosen, {units.released} released, {units.removed} removed"
@@ -95,8 +95,8 @@ def details(report: Report, width: int) -> Iterable[tuple[str, Sequence[str]]]:
 
 
 def _sparsity_table(sparsities: Sequence[SparsityReport]) -> Table:
-    """What the trained model loses by the cut alone, and what is won back."""
-    table = make_table("sparsity", "weights", "trained", "cut", "recovered", "BatchNorm anew", title=None)
+    """Show what the trained model loses by the cut alone, and what is won back."""
+    table = make_table("sparsity", "weights", "trained", "cut", "recovered", "recalibrated", title=None)
     for each in sparsities:
         accuracies = (each.dense, each.cut, each.recovered, each.recalibrated)
         table.add_row(
@@ -106,7 +106,7 @@ def _sparsity_table(sparsities: Sequence[SparsityReport]) -> Table:
 
 
 def describe_widths(widths: Sequence[Width], width: int) -> list[str]:
-    """Output channels before → after of every layer that changed."""
+    """List the output channels, before → after, of every layer that changed."""
     changed = [f"{each.layer} {each.before}→{each.after}" for each in widths if each.before != each.after]
     unchanged = len(widths) - len(changed)
     more = [f"{len(changed) - MOST_LAYERS} more in report.json"] if len(changed) > MOST_LAYERS else []
@@ -115,13 +115,12 @@ def describe_widths(widths: Sequence[Width], width: int) -> list[str]:
 
 
 def describe_kept(kept: Sequence[KeptLayer], width: int) -> list[str]:
-    """Layers whose outputs stayed whole: a line per layer or, when one reason covers several, per reason."""
+    """List the layers whose outputs stayed whole, gathered by reason."""
     lines: list[str] = []
     by_reason = sorted(kept, key=lambda each: each.reason)
     for reason, group in groupby(by_reason, key=lambda each: each.reason):
-        layers = [each.layer for each in group]
-        shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-        lines += wrap_words(f"{shown}: {reason}", width)
+        layers = numbers.listing([each.layer for each in group])
+        lines += wrap_words(f"{layers}: {reason}", width)
     return lines
 
 
@@ -132,7 +131,7 @@ def describe_export(made: ExportedFile) -> str:
 
 
 def disappointments(report: Report) -> list[str]:
-    """A sentence if the model did not become as fast as its MACs promise."""
+    """Return a sentence if the model did not become as fast as its MACs promise."""
     if not report.slim.macs or report.slim.macs == report.dense.macs:
         return []
     promised = report.dense.macs / report.slim.macs
@@ -156,21 +155,20 @@ def disappointments(report: Report) -> list[str]:
 
 
 def describe_odd_widths(widths: Mapping[str, int]) -> str:
-    """A sentence about layers (name -> width) whose widths are no multiples of 8."""
-    layers = [f"{layer} ({width})" for layer, width in widths.items()]
-    shown = ", ".join(layers[:3]) + (f" and {len(layers) - 3} more" if len(layers) > 3 else "")
-    return f"Not a multiple of 8 wide: {shown}."
+    """Name layers (name -> width) whose widths are not multiples of 8."""
+    layers = numbers.listing([f"{layer} ({width})" for layer, width in widths.items()])
+    return f"Not a multiple of 8 wide: {layers}."
 
 
 def make_console() -> Console:
-    """80 columns in a pipe, unless COLUMNS says otherwise."""
+    """Make a console that has 80 columns in a pipe, unless COLUMNS asks for more."""
     wanted = os.environ.get("COLUMNS", "")
     width = None if sys.stdout.isatty() else max(80, int(wanted) if wanted.isdecimal() else 0)
     return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def make_table(*columns: str, title: str | None) -> Table:
-    """The first column is text, the others are numbers; nothing is ever cut off."""
+    """Make an empty table: text in the first column, numbers in the others; nothing is ever cut off."""
     table = Table(box=box.SIMPLE_HEAD, title=title, title_justify="left", pad_edge=False, header_style="bold")
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", overflow="fold")
@@ -178,13 +176,13 @@ def make_table(*columns: str, title: str | None) -> Table:
 
 
 def print_detail(console: Console, label: str, lines: Sequence[str]) -> None:
-    """Label once, lines beside it. Long paths are not broken, so that they can be copied."""
+    """Print the label once with the lines beside it. Long paths are not broken, so that they can be copied."""
     for number, line in enumerate(lines):
         console.print(f"{'' if number else label:<{LABEL}}{line}", soft_wrap=True)
 
 
 def wrap(items: Sequence[str], width: int) -> list[str]:
-    """Items separated by commas in as few lines as fit; an item is never broken."""
+    """Separate items by commas, in as few lines as possible; an item is never broken."""
     lines: list[str] = []
     for number, item in enumerate(items):
         text = item + ("," if number < len(items) - 1 else "")

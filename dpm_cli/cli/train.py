@@ -1,4 +1,4 @@
-"""`dpm train`: the dense model of a recipe."""
+"""`dpm train`: train the dense model of a recipe."""
 
 from pathlib import Path
 from typing import Annotated
@@ -24,7 +24,8 @@ from dpm_cli.cli.progress import follow
 def train(
     recipe: RecipeName,
     model: Annotated[
-        Path | None, typer.Argument(metavar="[MODEL]", help="Weights to go on from; none: train from scratch.")
+        Path | None,
+        typer.Argument(metavar="[MODEL]", help="Weights to start from, instead of from scratch."),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The state dict to write.")] = Path(
         "model.pt"
@@ -39,7 +40,7 @@ def train(
 ) -> None:
     """Train the dense model of a recipe.
 
-    The recipe's `dense` section says how; without one, its `train` section.
+    The recipe's `dense` section says how, or its `train` section if there is no `dense`.
     """
     settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
     with follow(quiet=quiet, as_json=as_json) as tell:

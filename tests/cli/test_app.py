@@ -36,7 +36,17 @@ def run_python(code: str, *, check: bool = True) -> subprocess.CompletedProcess[
 
 @pytest.mark.parametrize("arguments", [["--help"], ["prune", "--help"], ["recipes"], ["--version"]])
 def test_help_and_recipes_do_not_import_what_is_slow(arguments: list[str]) -> None:
-    slow = ("torch", "onnx", "onnxruntime", "numpy", "scipy", "rich.table", "rich.progress")
+    slow = (
+        "torch",
+        "onnx",
+        "onnxruntime",
+        "numpy",
+        "scipy",
+        "rich.table",
+        "rich.progress",
+        "dpm_cli.report",
+        "dpm_cli.results",
+    )
     code = (
         "import sys; from dpm_cli.cli.app import main\n"
         f"assert main({arguments!r}) == 0\n"

@@ -9,6 +9,7 @@ import pytest
 
 import dpm_cli
 from dpm_cli.errors import AccuracyError
+from dpm_cli.events import Note
 from dpm_cli.report import ExportedFile, KeptLayer, Milliseconds, Report
 from dpm_cli.results import (
     BatchMilliseconds,
@@ -33,7 +34,7 @@ class Recorder:
     def __call__(self, *given: object, **options: Any) -> object:
         self.given, self.options = given, options
         if tell := options.get("on_event"):
-            tell({"event": "note", "text": "working"})
+            tell(Note("working"))
         print("a library's chatter")
         return self.result
 

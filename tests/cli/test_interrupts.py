@@ -3,6 +3,7 @@
 import json
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +12,11 @@ import pytest
 import dpm_cli
 from dpm_cli.cli.interrupts import Stop, stop_between_steps
 from dpm_cli.errors import Interrupted
-from dpm_cli.report import Event
+from dpm_cli.events import CheckpointWritten, StepTaken
 
-STEP: Event = {"event": "step", "stage": "train", "step": 1, "steps": 4, "epoch": 1, "epochs": 1}
-LAST_STEP: Event = STEP | {"step": 4}
-CHECKPOINT: Event = {"event": "checkpoint", "step": 4, "path": "out/checkpoint.pt"}
+STEP = StepTaken(stage="train", step=1, steps=4, epoch=1, epochs=1)
+LAST_STEP = replace(STEP, step=4)
+CHECKPOINT = CheckpointWritten(step=4, path="out/checkpoint.pt")
 
 
 def test_a_signal_before_training_stops_at_once() -> None:

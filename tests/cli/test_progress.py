@@ -1,6 +1,7 @@
 """Progress: one plain line per epoch, round and removal in a pipe; bars on a terminal; all of it on stderr."""
 
 import io
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -8,69 +9,91 @@ from rich.console import Console
 from rich.progress import Progress, TextColumn
 
 from dpm_cli.cli.progress import Bars, describe, follow
-from dpm_cli.report import Event
+from dpm_cli.events import (
+    CheckpointWritten,
+    Costs,
+    Done,
+    EpochEnded,
+    Event,
+    Exported,
+    Measuring,
+    Note,
+    Resumed,
+    RoundStarted,
+    StageBegan,
+    StagePlan,
+    Started,
+    StepTaken,
+    UnitsRemoved,
+    Wanted,
+    WeightsCut,
+    WentBack,
+)
 
-START: Event = {
-    "event": "start",
-    "arch": "resnet56",
-    "device": "cpu",
-    "precision": "bf16",
-    "stages": [{"name": "train", "epochs": 2, "steps": 8}],
-    "target": {"kind": "macs", "limit": 59_101_484, "dense": 125_747_840},
-    "dense": {"macs": 125_747_840, "params": 855_770, "channels": 1120},
-}
-EPOCH: Event = {
-    "event": "epoch",
-    "stage": "train",
-    "epoch": 3,
-    "epochs": 10,
-    "step": 12,
-    "loss": 0.4123,
-    "validation_accuracy": 91.22,
-    "lr": 0.0461,
-    "images_per_second": 512.4,
-    "waiting_for_data": 0.031,
-    "seconds": 1.0,
-}
-ROUND: Event = {
-    "event": "round",
-    "stage": "train",
-    "step": 0,
-    "round": 1,
-    "rounds": 4,
-    "chosen": 32,
-    "condemning": False,
-    "limit": 1,
-    "predicted_macs": 90_000_000,
-    "predicted_params": 600_000,
-}
-COMPACT: Event = {
-    "event": "compact",
-    "stage": "train",
-    "round": 1,
-    "step": 4,
-    "removed": 30,
-    "released": 2,
-    "macs": 91_000_000,
-    "params": 610_000,
-    "units": 1090,
-    "difference": 1e-7,
-}
-STEP: Event = {"event": "step", "stage": "train", "step": 4, "steps": 8, "epoch": 1, "epochs": 2}
-EVENTS: list[Event] = [
+START = Started(
+    arch="resnet56",
+    device="cpu",
+    precision="bf16",
+    stages=(StagePlan("train", epochs=2, steps=8),),
+    round_to=8,
+    target=Wanted("macs", limit=59_101_484, dense=125_747_840),
+    dense=Costs(macs=125_747_840, params=855_770, channels=1120),
+)
+EPOCH = EpochEnded(
+    stage="train",
+    epoch=3,
+    epochs=10,
+    step=12,
+    loss=0.4123,
+    validation_accuracy=91.22,
+    lr=0.0461,
+    images_per_second=512.4,
+    waiting_for_data=0.031,
+    seconds=1.0,
+)
+ROUND = RoundStarted(
+    stage="train",
+    step=0,
+    round=1,
+    rounds=4,
+    chosen=32,
+    condemning=False,
+    limit=1,
+    predicted_macs=90_000_000,
+    predicted_params=600_000,
+)
+REMOVED = UnitsRemoved(
+    stage="train",
+    round=1,
+    step=4,
+    removed=30,
+    released=2,
+    macs=91_000_000,
+    params=610_000,
+    units=1090,
+    difference=1e-7,
+)
+BACK = WentBack("train", 9, "round 2", validation_accuracy=88.0, floor=90.5, macs=91_000_000, params=610_000, units=9)
+CUT = WeightsCut(0.5, 0.498, 1_800_000, dense=93.5, cut=91.0, recovered=92.0, recalibrated=None, file="out/slim.pt")
+STEP = StepTaken(stage="train", step=4, steps=8, epoch=1, epochs=2)
+EVENTS = [
     START,
-    {"event": "resumed", "stage": "train", "step": 4, "path": "out/checkpoint.pt"},
-    {"event": "stage", "name": "train"},
+    Resumed(stage="train", step=4, path="out/checkpoint.pt"),
+    StageBegan("train"),
     ROUND,
     STEP,
-    COMPACT,
+    REMOVED,
     EPOCH,
-    {"event": "checkpoint", "step": 4, "path": "out/checkpoint.pt"},
-    {"event": "note", "text": "[odd] text"},
-    {"event": "export", "format": "onnx", "path": "out/model.onnx", "max_difference": 3e-7},
-    {"event": "measure", "what": "latency"},
-    {"event": "done"},
+    CheckpointWritten(step=4, path="out/checkpoint.pt"),
+    Note("[odd] text"),
+    Exported(format="onnx", path="out/model.onnx", max_difference=3e-7),
+    Measuring("latency"),
+    Done(),
 ]
+
+
+class OfALaterVersion(Event):
+    kind = "of a later version"
 
 
 @pytest.mark.parametrize(
@@ -78,11 +101,24 @@ EVENTS: list[Event] = [
     [
         (START, "resnet56  125.7 M MACs  855.8 K parameters  1120 units  target macs ≤ 59.1 M  cpu bf16"),
         (EPOCH, "train 3/10  loss 0.412  validation 91.2 %  lr 0.046  512 images/s  waiting for data 3 %"),
-        (EPOCH | {"validation_accuracy": None}, "train 3/10  loss 0.412  lr 0.046  512 images/s  waiting for data 3 %"),
+        (
+            replace(EPOCH, validation_accuracy=None),
+            "train 3/10  loss 0.412  lr 0.046  512 images/s  waiting for data 3 %",
+        ),
         (ROUND, "round 1/4  32 units start to decay  leads to 90.0 M MACs, 600.0 K parameters"),
-        (COMPACT, "round 1  30 units removed, 2 released  now 91.0 M MACs, 610.0 K parameters"),
+        (REMOVED, "round 1  30 units removed, 2 released  now 91.0 M MACs, 610.0 K parameters"),
         (STEP, None),
-        ({"event": "of a later version"}, None),
+        (OfALaterVersion(), None),
+        (
+            replace(START, arch=None, target=Wanted("sparsity", asked=(0.5, 0.9))),
+            "model  125.7 M MACs  855.8 K parameters  1120 units  target sparsity 0.5, 0.9  cpu bf16",
+        ),
+        (
+            BACK,
+            "round 2 broke the accuracy floor: validation 88.00 % is below 90.50 %  "
+            "back to 91.0 M MACs, 610.0 K parameters",
+        ),
+        (CUT, "cut to sparsity 0.498  1.80 MB  dense 93.50 %  cut 91.00 %  recovered 92.00 %"),
     ],
 )
 def test_an_event_is_one_line(event: Event, line: str | None) -> None:
@@ -90,13 +126,13 @@ def test_an_event_is_one_line(event: Event, line: str | None) -> None:
 
 
 def test_a_round_beyond_the_planned_ones_says_what_for() -> None:
-    line = describe(ROUND | {"round": 5})
+    line = describe(replace(ROUND, round=5))
     assert line is not None
     assert "to meet the target" in line
 
 
 def test_a_round_that_lasts_says_when_units_decay() -> None:
-    line = describe(ROUND | {"round": 1, "rounds": 1, "chosen": 0, "condemning": True})
+    line = describe(replace(ROUND, rounds=1, chosen=0, condemning=True))
     assert line == "round 1/1  units start to decay as soon as they are condemned"
 
 
