@@ -1,4 +1,4 @@
-"""Whether the working tree computes the same bits as another revision: for changes that should only move code.
+"""Check that the working tree computes the same bits as another revision, for changes that should only move code.
 
 python benchmarks/same_bits.py REV                        every case; exit code 1 if one differs
 python benchmarks/same_bits.py REV --only train otov2     some of them
@@ -114,9 +114,10 @@ class Tree:
     name: str
     starter: "subprocess.Popen[str]"
     results: Path
+    is_reference: bool
 
     def run(self, name: str, dense: Path) -> Path:
-        """The folder of a case, which is run unless it is there already."""
+        """Run a case unless its results are there, and return their folder. Stops if REV does not end as it should."""
         case, done, folder = CASES[name], self.results / name, self.results / f".{name}-{os.getpid()}"
         if done.exists():
             return done
@@ -132,6 +133,8 @@ class Tree:
                 codes.append(self._start(folder, command, kill=True))
                 command.append("--resume")
             codes.append(self._start(folder, command))
+            if self.is_reference and codes != [*([-signal.SIGKILL] if case.same_as else []), case.exit_code]:
+                raise SystemExit(f"{name} ends wrongly with {self.name}, exit codes {codes}: {last_error(folder)}")
             (folder / "exit_codes").write_text(json.dumps(codes))
             return folder.rename(done)
         finally:
@@ -154,8 +157,8 @@ class Tree:
 
 
 @contextmanager
-def start(name: str, path: Path, results: Path) -> Iterator[Tree]:
-    """A tree that is ready. Stops if its commands would run other code than its own, or use several threads."""
+def start(name: str, path: Path, results: Path, *, is_reference: bool) -> Iterator[Tree]:
+    """Start the process of a tree. Stops if its commands would run other code than its own, or use several threads."""
     environment = os.environ | {"PYTHONPATH": str(path), "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
     results.mkdir(parents=True, exist_ok=True)
     pipe, command = subprocess.PIPE, [sys.executable, "-c", STARTER]
@@ -164,7 +167,7 @@ def start(name: str, path: Path, results: Path) -> Iterator[Tree]:
         file, threads = json.loads(starter.stdout.readline() or '["nowhere", 1]')
         if not Path(file).resolve().is_relative_to(path.resolve()) or threads != 1:
             raise SystemExit(f"{name}: dpm_cli would come from {file}, not from {path}, with torch threads: {threads}")
-        yield Tree(name, starter, results)
+        yield Tree(name, starter, results, is_reference)
 
 
 def git(*arguments: str) -> str:
@@ -184,7 +187,7 @@ def check_out(revision: str, folder: Path) -> Iterator[None]:
 
 
 def copy_working_tree(folder: Path) -> None:
-    """All files that git does not ignore: edits while the cases run must not matter."""
+    """Copy all files that git does not ignore: edits while the cases run must not matter."""
     for name in git("ls-files", "-z", "--cached", "--others", "--exclude-standard").split("\0"):
         if name and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -192,7 +195,7 @@ def copy_working_tree(folder: Path) -> None:
 
 
 def flatten(value: Any, place: str) -> Iterator[tuple[str, Any]]:
-    """Every tensor, number and text within, by its place; of lists with other things than text also the length."""
+    """Yield every tensor, number and text within, with its place; for lists of more than text also their length."""
     if isinstance(value, list | tuple):
         if not all(isinstance(entry, str) for entry in value):
             yield f"{place}.length", len(value)
@@ -205,11 +208,15 @@ def flatten(value: Any, place: str) -> Iterator[tuple[str, Any]]:
             yield from flatten(entry, f"{place}.{key}")
 
 
+def last_error(folder: Path) -> str:
+    return (folder / "errors.txt").read_text().strip().rpartition("\n")[2]
+
+
 def read(folder: Path) -> dict[str, Any]:
-    """All that a case computed, by its place; what happened first comes first."""
+    """Collect all that a case computed, by its place; what happened first comes first."""
     codes = json.loads((folder / "exit_codes").read_text())
     values: dict[str, Any] = dict(zip(("exit code", "exit code.when killed"), reversed(codes)))
-    values["error"] = (folder / "errors.txt").read_text().strip().rpartition("\n")[2] if codes[-1] else ""
+    values["error"] = last_error(folder) if codes[-1] else ""
     log, report, counts = folder / "out" / "metrics.jsonl", folder / "out" / "report.json", Counter[str]()
     for line in log.read_text().splitlines() if log.exists() else ():
         event = json.loads(line)
@@ -224,14 +231,14 @@ def read(folder: Path) -> dict[str, Any]:
 
 
 def bits(value: Any) -> object:
-    """Equal for equal bits alone: NaN is NaN, and -0 is not 0."""
+    """Return what is equal for equal bits alone: NaN is NaN, and -0 is not 0."""
     if isinstance(value, torch.Tensor):
         return value.dtype, value.shape, value.contiguous().flatten().view(torch.uint8).numpy().tobytes()
     return repr(float(value)) if isinstance(value, int | float) else value
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], list[str]]:
-    """What differs, and what is merely worth a note."""
+    """Return what differs, and what is merely worth a note."""
     differences, notes, compared = list[str](), list[str](), Counter[str]()
     for place in [*old, *(place for place in new if place not in old)]:
         pair = [values[place] for values in (old, new) if place in values]
@@ -247,11 +254,8 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any]) -> tuple[list[str], 
 
 
 def check(name: str, old: Tree, new: Tree, dense: Path) -> tuple[list[str], list[str]]:
-    """Run a case with both trees. What differs, and what is worth a note. Stops if REV cannot run it."""
+    """Run a case with both trees and compare. Returns what differs, and what is worth a note."""
     case, was, now = CASES[name], read(old.run(name, dense)), read(new.run(name, dense))
-    if was["exit code"] != case.exit_code or (case.same_as and was["exit code.when killed"] != -signal.SIGKILL):
-        shutil.rmtree(old.results / name)
-        raise SystemExit(f"{name} ends wrongly with {old.name}: exit code {was['exit code']} {was['error']}")
     if was["exit code"] != now["exit code"]:
         return [f"exit code {was['exit code']} there, {now['exit code']} here: {now['error']}"], []
     differences, notes = compare(was, now)
@@ -289,8 +293,8 @@ def main() -> int:
         copy_working_tree(scratch / "new")
         with (
             check_out(commit, scratch / "old"),
-            start(commit[:10], scratch / "old", kept) as old,
-            start("here", scratch / "new", scratch / "results") as new,
+            start(commit[:10], scratch / "old", kept, is_reference=True) as old,
+            start("here", scratch / "new", scratch / "results", is_reference=False) as new,
         ):
             for name in arguments.only:
                 dense = old.run("train", Path()) / "out" / "model.pt"

@@ -28,6 +28,11 @@ OUTPUTS = (
 )
 
 
+def checkpoint_of(model: Path) -> Path:
+    """Where the checkpoint of a model in training lies: model.pt -> model.checkpoint.pt."""
+    return model.with_name(f"{model.stem}.checkpoint.pt")
+
+
 def previous_of(checkpoint: Path) -> Path:
     """Where the checkpoint before the newest one lies: checkpoint.pt -> checkpoint.previous.pt."""
     return checkpoint.with_name(f"{checkpoint.stem}.previous{checkpoint.suffix}")

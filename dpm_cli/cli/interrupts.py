@@ -3,9 +3,12 @@
 import contextlib
 import signal
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FrameType
 
+from dpm_cli.errors import Interrupted
 from dpm_cli.events import CheckpointWritten, Event, Note, StepTaken
+from dpm_cli.files import previous_of
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -68,3 +71,18 @@ def stop_between_steps() -> Iterator[Stop]:
     finally:
         for number, handler in earlier.items():
             signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def explaining_hard_stops(stop: Stop, checkpoint: Path) -> Iterator[None]:
+    """Turn an interrupt that stopped a run at once into an Interrupted that says how to go on."""
+    try:
+        yield
+    except (KeyboardInterrupt, RuntimeError) as error:
+        # Ctrl-C on a terminal also reaches the processes that decode images.
+        is_dead_worker = stop.is_wanted() and "DataLoader worker" in str(error)
+        if isinstance(error, RuntimeError) and not is_dead_worker:
+            raise
+        is_resumable = checkpoint.exists() or previous_of(checkpoint).exists()
+        way_out = "continue from its last checkpoint with --resume" if is_resumable else "nothing was saved yet"
+        raise Interrupted(f"stopped at once; {way_out}", stop.exit_code) from None

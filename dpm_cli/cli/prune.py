@@ -1,15 +1,13 @@
 """`dpm prune`: prune a trained model to the target of a recipe."""
 
-import contextlib
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 import dpm_cli
-from dpm_cli.cli.interrupts import Stop, stop_between_steps
+from dpm_cli.cli.interrupts import explaining_hard_stops, stop_between_steps
 from dpm_cli.cli.options import (
     AsJson,
     Device,
@@ -26,7 +24,8 @@ from dpm_cli.cli.options import (
 from dpm_cli.cli.outcome import flush, print_json
 from dpm_cli.cli.processes import speaking
 from dpm_cli.cli.progress import follow
-from dpm_cli.errors import AccuracyError, Interrupted
+from dpm_cli.errors import AccuracyError
+from dpm_cli.files import CHECKPOINT
 
 
 def prune(
@@ -55,7 +54,7 @@ def prune(
         with (
             follow(quiet=quiet or not is_speaker, as_json=as_json) as tell,
             stop_between_steps() as stop,
-            _explaining_hard_stops(stop, output),
+            explaining_hard_stops(stop, output / CHECKPOINT),
         ):
             try:
                 report = dpm_cli.prune(
@@ -87,18 +86,3 @@ def show(report: "dpm_cli.Report", *, as_json: bool) -> None:
         from dpm_cli.cli.tables import print_report
 
         print_report(report)
-
-
-@contextlib.contextmanager
-def _explaining_hard_stops(stop: Stop, output: Path) -> Iterator[None]:
-    """Turn an interrupt that stopped the run at once into an Interrupted that says how to go on."""
-    try:
-        yield
-    except (KeyboardInterrupt, RuntimeError) as error:
-        # Ctrl-C on a terminal also reaches the processes that decode images.
-        is_dead_worker = stop.is_wanted() and "DataLoader worker" in str(error)
-        if isinstance(error, RuntimeError) and not is_dead_worker:
-            raise
-        is_resumable = (output / "checkpoint.pt").exists()
-        way_out = "continue from its last checkpoint with --resume" if is_resumable else "nothing was saved yet"
-        raise Interrupted(f"stopped at once; {way_out}", stop.exit_code) from None

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import dpm_cli
+from dpm_cli.cli.interrupts import explaining_hard_stops, stop_between_steps
 from dpm_cli.cli.options import (
     AsJson,
     Device,
@@ -18,7 +19,9 @@ from dpm_cli.cli.options import (
     collect_overrides,
 )
 from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.processes import speaking
 from dpm_cli.cli.progress import follow
+from dpm_cli.files import checkpoint_of
 
 
 def train(
@@ -33,6 +36,7 @@ def train(
     overrides: Overrides = None,
     device: Device = "auto",
     seed: Seed = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished training of FILE.")] = False,
     overwrite: Overwrite = False,
     trust_pickle: TrustPickle = False,
     as_json: AsJson = False,
@@ -40,19 +44,31 @@ def train(
 ) -> None:
     """Train the dense model of a recipe.
 
-    The recipe's `dense` section says how, or its `train` section if there is no `dense`.
+    The recipe's `dense` section says how; without one, its `train` section.
+
+    Ctrl-C saves a checkpoint beside FILE and stops; the same command with --resume goes on. On several GPUs: torchrun
+    --nproc-per-node=K -m dpm_cli train ...
     """
-    settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
-    with follow(quiet=quiet, as_json=as_json) as tell:
-        result = dpm_cli.train(
-            settings,
-            output=output,
-            model=model,
-            device=device,
-            overwrite=overwrite,
-            trust_pickle=trust_pickle,
-            on_event=tell,
-        )
+    with speaking(device) as is_speaker:
+        settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
+        with (
+            follow(quiet=quiet or not is_speaker, as_json=as_json) as tell,
+            stop_between_steps() as stop,
+            explaining_hard_stops(stop, checkpoint_of(output)),
+        ):
+            result = dpm_cli.train(
+                settings,
+                output=output,
+                model=model,
+                device=device,
+                resume=resume,
+                overwrite=overwrite,
+                trust_pickle=trust_pickle,
+                on_event=stop.listening(tell),
+                should_stop=lambda: stop.is_wanted() and stop.exit_code,
+            )
+    if not is_speaker:
+        return
     if as_json:
         print_json(result.to_dict())
     else:

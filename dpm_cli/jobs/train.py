@@ -19,7 +19,7 @@ from dpm_cli.engine.precision import choose_layout, choose_precision
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import OutputError, RecipeError
 from dpm_cli.events import Event, Note
-from dpm_cli.files import LOCK, locked, previous_of, remove_leftovers, write_atomic
+from dpm_cli.files import LOCK, checkpoint_of, locked, previous_of, remove_leftovers, write_atomic
 from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, resolve_recipe
 from dpm_cli.measure import count_parameters, flushing_denormals
 from dpm_cli.models import build
@@ -66,11 +66,6 @@ def train(
             setup = Setup(recipe, splits, checkpoint_of(path), torch_device, precision, stop, world)
             setup.require_enough_images()
             return follow(_Training(setup, module, path).events(resume=resume), on_event)
-
-
-def checkpoint_of(path: Path) -> Path:
-    """Where the checkpoints of a model in training lie: model.pt -> model.checkpoint.pt."""
-    return path.with_name(f"{path.stem}.checkpoint.pt")
 
 
 class _Trainee:

@@ -16,7 +16,7 @@ from dpm_cli.errors import TargetError, UsageError
 from dpm_cli.events import Event, RoundStarted, UnitsRemoved
 from dpm_cli.graph import Groups
 from dpm_cli.graph.optimizer_state import shrink_optimizer_
-from dpm_cli.graph.trace import Example
+from dpm_cli.graph.program import Example
 from dpm_cli.method.pruners import BasePruner, make_base
 from dpm_cli.method.pruning import Pruning
 from dpm_cli.method.survey import survey

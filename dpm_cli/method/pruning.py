@@ -17,8 +17,9 @@ from dpm_cli.errors import RunError
 from dpm_cli.graph import Groups, Units, compact_
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.labels import Flags
-from dpm_cli.graph.trace import Example, run_example
+from dpm_cli.graph.program import Example, run_example
 from dpm_cli.layers.modes import in_mode
+from dpm_cli.layers.outputs import output_tensors, relative_difference
 from dpm_cli.method.budget import Kind, Scores, WidthLimits, choose_victims, cost_of
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners.base import BasePruner
@@ -243,7 +244,7 @@ class Pruning:
             return Removal(0, 0, 0.0, {}, {})
         before, parameters = _outputs(self.model, example), dict(self.model.named_parameters(remove_duplicate=False))
         kept = compact_(self.model, self.groups, ~dead)
-        difference = _relative_difference(before, _outputs(self.model, example))
+        difference = relative_difference(before, _outputs(self.model, example))
         if not difference <= COMPACT_TOLERANCE:
             raise RunError(
                 f"removing {int(dead.sum())} dead units changed the outputs by {difference:.1e} (allowed "
@@ -310,18 +311,4 @@ def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
     cudnn = torch.backends.cudnn
     exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 alone is off by 1e-3
     with in_mode(model, training=False), torch.no_grad(), exact:
-        return list(_tensors(run_example(model, example)))
-
-
-def _tensors(outputs: Any) -> list[Tensor]:
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    values = outputs.values() if isinstance(outputs, dict) else outputs
-    return [tensor for value in values for tensor in _tensors(value)] if values else []
-
-
-def _relative_difference(before: list[Tensor], after: list[Tensor]) -> float:
-    differences = [
-        float((a - b).abs().max() / a.abs().max().clamp_min(1e-6)) for a, b in zip(before, after, strict=True)
-    ]
-    return max(differences, default=0.0)
+        return output_tensors(run_example(model, example))

@@ -8,7 +8,7 @@ from torch import nn
 
 from dpm_cli.graph import Groups, find_groups
 from dpm_cli.graph.folding import Shifts, find_shifts, give_biases_
-from dpm_cli.graph.trace import Example
+from dpm_cli.graph.program import Example
 from dpm_cli.method.budget import WidthLimits, choose_round_to, find_width_limits, resolve_limit
 from dpm_cli.method.pruners import BasePruner
 from dpm_cli.method.pruning import Goal

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from dpm_cli.engine.loop import EndStage, StageLoop
 from dpm_cli.events import Event, RoundStarted, UnitsRemoved
-from dpm_cli.graph.trace import Example
+from dpm_cli.graph.program import Example
 from dpm_cli.method.pruning import Pruning, Removal
 from dpm_cli.recipe.stages import steps_before
 from dpm_cli.run.accuracy_floor import AccuracyFloor

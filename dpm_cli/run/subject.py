@@ -9,6 +9,7 @@ from torch import nn
 from dpm_cli.engine.loop import State
 from dpm_cli.engine.precision import choose_layout
 from dpm_cli.engine.setup import Setup
+from dpm_cli.errors import listing
 from dpm_cli.graph import Groups
 from dpm_cli.graph.folding import fold_means_
 from dpm_cli.graph.labels import Flags
@@ -82,5 +83,6 @@ class Subject:
         batches = islice(self.setup.epoch_batches(epoch), self.setup.recipe.compact.fold_batches)
         left = fold_means_(self.model, groups, alive, (images for images, _ in batches), self._shifts)
         if left:
-            shown = ", ".join(left[:3]) + (f" and {len(left) - 3} more" if len(left) > 3 else "")
-            self.notes.append(f"no means were folded into {shown}, whose weights are used by other code than their own")
+            self.notes.append(
+                f"no means were folded into {listing(left)}, whose weights are used by other code than their own"
+            )

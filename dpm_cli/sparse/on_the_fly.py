@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.graph import Groups, find_groups
-from dpm_cli.graph.trace import Example
+from dpm_cli.graph.program import Example
 from dpm_cli.recipe.sections import Prune, Training
 from dpm_cli.sparse.hypersphere import Per, normalise, put_on_sphere_, take_off_sphere_, trained_weight
 from dpm_cli.sparse.polarise import (
