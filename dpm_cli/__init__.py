@@ -3,6 +3,8 @@
     report = dpm_cli.prune("model.pt", "cifar10.yaml", output="out")
     module = dpm_cli.load("out/slim.pt")
 
+In a training loop of your own, `dpm_cli.Pruner` does the same (examples/plain_loop.py).
+
 Every public name is imported at its first use, so `import dpm_cli` is instant and does not import torch.
 """
 
@@ -15,13 +17,16 @@ if TYPE_CHECKING:
     from dpm_cli.jobs.export import export_slim
     from dpm_cli.jobs.inspect import inspect
     from dpm_cli.jobs.prune import prune
+    from dpm_cli.jobs.save import save
     from dpm_cli.jobs.train import train
+    from dpm_cli.method.pruner import Pruner
     from dpm_cli.models import load
     from dpm_cli.recipe import Recipe, load_recipe
     from dpm_cli.report import Report
 
 __all__ = [
     "DpmError",
+    "Pruner",
     "Recipe",
     "Report",
     "evaluate",
@@ -30,6 +35,7 @@ __all__ = [
     "load",
     "load_recipe",
     "prune",
+    "save",
     "train",
 ]
 
@@ -39,7 +45,9 @@ _HOMES = {
     "dpm_cli.jobs.export": ("export_slim",),
     "dpm_cli.jobs.inspect": ("inspect",),
     "dpm_cli.jobs.prune": ("prune",),
+    "dpm_cli.jobs.save": ("save",),
     "dpm_cli.jobs.train": ("train",),
+    "dpm_cli.method.pruner": ("Pruner",),
     "dpm_cli.models": ("load",),
     "dpm_cli.recipe": ("Recipe", "load_recipe"),
     "dpm_cli.report": ("Report",),

@@ -20,6 +20,9 @@ State = dict[str, Any]  # tensors, numbers and strings, for a checkpoint
 class Hooks:
     """What a stage does besides training: here nothing. `loop` is the loop that asks."""
 
+    def begin(self, loop: "StageLoop") -> None:
+        """Before the first step of a stage, or the first one since it was resumed."""
+
     def begin_step(self, loop: "StageLoop") -> Iterator[Event]:
         """Before a step. Ends the stage if it raises EndStage."""
         yield from ()
@@ -77,6 +80,7 @@ class StageLoop:
         stage, hooks = self.stage, self.hooks
         self.model.train()
         yield StageBegan(stage.name)
+        hooks.begin(self)
         batches = self.setup.stage_batches(stage.first_epoch, stage.training.epochs, self.step)
         try:
             for images, labels in self._waiting.timed(batches):

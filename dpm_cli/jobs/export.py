@@ -5,11 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from dpm_cli.errors import (
-    OutputError,
-    UsageError,
-)
+from dpm_cli.errors import OutputError, UsageError
 from dpm_cli.export import export_model
 from dpm_cli.files import require_writable
 from dpm_cli.models import load_slim
@@ -24,16 +22,21 @@ def export_slim(
     output: str | Path = ".",
     overwrite: bool = False,
     arch: str | None = None,
+    model: nn.Module | None = None,
     opset: int = 18,
 ) -> list[ExportedFile]:
-    """Export a slim.pt again, without the run that made it.
+    """Export a slim.pt, without the run that made it.
 
-    formats: torchscript, onnx, onnx-fp16, pt2. arch: needed for architectures of your own code. opset: of ONNX.
+        dpm_cli.export_slim("slim.pt", formats=["onnx"], output="deploy")
+
+    formats: torchscript, onnx, onnx-fp16, pt2. arch: needed for architectures of your own code; model: a freshly built
+    dense module, for a file that was saved without an architecture. opset: of ONNX. Every file is loaded again and
+    compared before it gets its name.
     """
     for format in formats:
         if format not in EXPORT_NAMES:
             raise UsageError(f"export format {format!r} is not known; known: {', '.join(EXPORT_NAMES)}")
-    loaded, folder = load_slim(Path(slim), arch), Path(output)
+    loaded, folder = load_slim(Path(slim), arch, model=model), Path(output)
     require_writable(folder)
     paths = {known: folder / name for known, name in EXPORT_NAMES.items() if known in formats}
     for path in paths.values():

@@ -3,7 +3,7 @@
 import copy
 import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class Pruner:
         self._rates: list[float] = []  # learning rates of the optimizer steps since the last `after_step`
         self._hook = register_optimizer_step_post_hook(_Watcher(self))
         chosen.enter(stages[0], model, 0)
-        _origins[model] = dense.to("meta")
+        _origins[model] = Origin(dense.to("meta"), _image_shape(example))
         self._begin_step()
 
     @property
@@ -239,12 +239,20 @@ class Pruner:
         )
 
 
-def find_origin(model: nn.Module) -> nn.Module | None:
-    """The dense module that a Pruner of this process was given, without data; None for any other model."""
+@dataclass(frozen=True)
+class Origin:
+    """What a model was before it was pruned."""
+
+    dense: nn.Module  # without data, on the meta device
+    shape: tuple[int, int, int] | None  # channels, height and width of one image, if it takes one batch of images
+
+
+def find_origin(model: nn.Module) -> Origin | None:
+    """What a model was that a Pruner of this process was given; None for any other model."""
     return _origins.get(model)
 
 
-_origins: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()
+_origins: "weakref.WeakKeyDictionary[nn.Module, Origin]" = weakref.WeakKeyDictionary()
 
 
 class _Watcher:
@@ -266,6 +274,14 @@ def _at_least_two(example: Example) -> Example:
         return example
     doubled: Example = tree_map_only(Tensor, lambda t: torch.cat([t, t]) if t.dim() else t, example)
     return doubled
+
+
+def _image_shape(example: Example) -> tuple[int, int, int] | None:
+    inputs = example if isinstance(example, tuple) else (example,)
+    if len(inputs) != 1 or not isinstance(inputs[0], Tensor) or inputs[0].dim() != 4:
+        return None
+    channels, height, width = inputs[0].shape[1:]
+    return channels, height, width
 
 
 def _to(example: Example, device: torch.device) -> Example:

@@ -21,7 +21,7 @@ from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware,
 from dpm_cli.models import save_slim
 from dpm_cli.recipe import dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
-from dpm_cli.run.outcome import Outcome
+from dpm_cli.run.outcome import Outcome, remark_on_data
 
 EXPORT_NAMES: dict[Format, str] = {
     "torchscript": "model.ts",
@@ -116,7 +116,10 @@ class Delivery:
         exports: Sequence[ExportedFile],
         seconds: Mapping[str, float],
     ) -> Report:
-        setup, recipe, notes = self.setup, self.setup.recipe, list(outcome.notes)
+        setup, recipe = self.setup, self.setup.recipe
+        notes = [*outcome.notes, *remark_on_data(setup.splits)]
+        if outcome.floor and outcome.floor.text:
+            notes.append(outcome.floor.text)
         if outcome.cuts:
             slim = replace(slim, bytes=outcome.cuts[0].report.bytes)
         measured = slim.macs, slim.params

@@ -35,7 +35,6 @@ def describe_outcome(
     """The outcome of a run that removed units."""
     recipe, pruning, groups = subject.setup.recipe, subject.pruning, subject.dense_groups
     target, goal, cost, alive = recipe.prune.target, pruning.goal, pruning.groups.cost, pruning.all_alive
-    remarks = [*_remark_on_pruning(recipe, pruning), *remark_on_data(subject.setup.splits)]
     return Outcome(
         method=name_method(recipe, pruning),
         target=TargetReport(target.kind, target.amount, goal.limit, pruning.dense_cost, pruning.cost()),
@@ -44,7 +43,7 @@ def describe_outcome(
         kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
         difference=subject.difference,
         validation_accuracy=validation_accuracy,
-        notes=[*notes, *remarks, *([floor.broken] if floor.broken else [])],
+        notes=[*notes, *_remark_on_pruning(recipe, pruning)],
         predicted=(cost.macs(alive), cost.parameters(alive)),
         floor=floor.report(),
     )
@@ -66,7 +65,7 @@ def _remark_on_pruning(recipe: Recipe, pruning: Pruning) -> Iterator[str]:
 
 
 def remark_on_data(splits: Splits) -> Iterator[str]:
-    """What a reader of the figures must know of the images."""
+    """What a reader of the figures must know of the images. Streamed ones are known when the figures are measured."""
     if not splits.labelled:
         yield "data.labels is false: no accuracy was measured"
     if len(splits.corrupt):

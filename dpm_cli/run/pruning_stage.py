@@ -20,6 +20,9 @@ class SparseLearning(CourseHooks):
         super().__init__(course)
         self._base = subject.pruning.base
 
+    def begin(self, loop: StageLoop) -> None:
+        self._base.meet(loop.learner.optimizer)
+
     def before_step_(self) -> None:
         self._base.before_step_()
 
@@ -40,6 +43,9 @@ class PruningStage(CourseHooks):
     @property
     def _pruning(self) -> Pruning:
         return self.subject.pruning
+
+    def begin(self, loop: StageLoop) -> None:
+        self._pruning.base.meet(loop.learner.optimizer)
 
     def begin_step(self, loop: StageLoop) -> Iterator[Event]:
         pruning = self._pruning

@@ -18,7 +18,7 @@ from dpm_cli.report import KeptLayer, Report, TargetReport, UnitCounts, Width
 from dpm_cli.run.course import Course, CourseHooks
 from dpm_cli.run.delivery import Delivery
 from dpm_cli.run.journal import Journal
-from dpm_cli.run.outcome import Outcome, remark_on_data
+from dpm_cli.run.outcome import Outcome
 from dpm_cli.run.resume import Origin
 from dpm_cli.run.story import plan_of
 from dpm_cli.sparse.cut import CutModel, cut_model
@@ -174,7 +174,7 @@ class SparseRun:
             kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
             difference=0.0,
             validation_accuracy=validation_accuracy,
-            notes=[*self.notes, REMARK, *remark_on_data(self.setup.splits)],
+            notes=[*self.notes, REMARK],
             cuts=cuts,
         )
 

@@ -1,0 +1,69 @@
+"""A model that your own loop has pruned, as a slim.pt that outlives the process."""
+
+import copy
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from dpm_cli.errors import UsageError
+from dpm_cli.layers.modes import in_mode
+from dpm_cli.method.pruner import find_origin
+from dpm_cli.models import save_slim
+
+
+def save(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    arch: str | None = None,
+    dense: nn.Module | None = None,
+    shape: tuple[int, int, int] | None = None,
+    mean: Sequence[float] | None = None,
+    std: Sequence[float] | None = None,
+) -> None:
+    """Write a pruned classifier as slim.pt; what was written is read back and compared before it gets its name.
+
+        dpm_cli.save(model, "slim.pt", arch="torchvision:resnet18")
+        module = dpm_cli.load("slim.pt")
+
+    arch: what builds the dense module, as `model.arch` in a recipe. Without it, `load` and `export_slim` will need a
+    freshly built dense module as `model`. dense, shape: such a module, and channels, height and width of one image;
+    needed for a model that no Pruner of this process was given. mean, std: of the pixels per channel, kept for those
+    who use the file; 0 and 1 by default.
+
+    Raises UsageError, UnsupportedModelError or RunError, each in one line.
+    """
+    origin = find_origin(model)
+    if origin is None and (shape is None or (dense is None and arch is None)):
+        raise UsageError(
+            "the model was not pruned by a Pruner of this process: give arch, or dense (a freshly built dense module), "
+            "and shape (channels, height and width of one image)"
+        )
+    if origin is not None:
+        shape, dense = shape or origin.shape, dense if dense is not None else origin.dense
+    if shape is None:
+        raise UsageError("the Pruner's example is not one batch of images (B, C, H, W): slim.pt holds classifiers only")
+    slim = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+    save_slim(
+        Path(path),
+        slim,
+        arch=arch,
+        classes=_count_classes(slim, shape),
+        shape=shape,
+        recipe="",
+        report={},
+        mean=mean if mean is not None else [0.0] * shape[0],
+        std=std if std is not None else [1.0] * shape[0],
+        dense=dense if arch is None else None,
+    )
+
+
+def _count_classes(model: nn.Module, shape: tuple[int, int, int]) -> int:
+    with in_mode(model, training=False), torch.no_grad():
+        outputs = model(torch.zeros(1, *shape))
+    if not isinstance(outputs, Tensor) or outputs.dim() != 2:
+        kind = list(outputs.shape) if isinstance(outputs, Tensor) else type(outputs).__name__
+        raise UsageError(f"the model returns {kind}, not one row of logits per image: slim.pt holds classifiers only")
+    return outputs.shape[1]
