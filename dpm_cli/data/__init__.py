@@ -1,4 +1,4 @@
-"""Datasets as tensors on the device, or streamed; batches that (seed, epoch, index) alone decide."""
+"""Load datasets as tensors on the device, or stream them. (seed, epoch, index) alone decide every batch."""
 
 from dpm_cli.data.augment import Augmentation
 from dpm_cli.data.load import load_data

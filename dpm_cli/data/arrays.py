@@ -1,4 +1,4 @@
-"""Small images as they come from a dataset's own files, before they are made to fit a model."""
+"""Hold small images as a dataset's own files give them, before they are made to fit a model."""
 
 from dataclasses import dataclass
 
@@ -18,12 +18,12 @@ class Arrays:
         return len(self.pixels)
 
     def select(self, index: Tensor) -> "Arrays":
-        """The images of `index` (M,), in that order."""
+        """Select the images of `index` (M,), in that order."""
         return Arrays(self.pixels[index], self.labels[index])
 
 
 def check_classes(name: str, arrays: Arrays, names: tuple[str, ...], classes: int) -> None:
-    """Raise DataError unless the dataset has so many classes and every label is one of them."""
+    """Raise DataError unless the dataset has that number of classes and every label is one of them."""
     if len(names) != classes:
         raise DataError(f"{name} has {len(names)} classes but model.classes is {classes}; set it to {len(names)}")
     wrong = ((arrays.labels < 0) | (arrays.labels >= classes)).nonzero()

@@ -1,4 +1,4 @@
-"""Random changes of training images: drawn for a whole epoch at once, applied to whole batches on the device.
+"""Change training images at random: draw for a whole epoch at once, apply to whole batches on the device.
 
 Every number is drawn on the CPU from (seed, epoch) and stored per image index. What happens to an image therefore
 depends on (seed, epoch, index) alone: not on the device, the batch size, the workers, or where an epoch was resumed.
@@ -22,15 +22,15 @@ ASPECT = (3 / 4, 4 / 3)  # of a resized crop, width over height
 class Augmentation:
     """How training images are changed. `resized_crop` takes the place of `crop`."""
 
-    crop: int = 0  # zero padding in pixels, then a random crop back to size; 0: none
-    flip: bool = False  # left and right, half of the images
-    cutout: int = 0  # side in pixels of a square of the mean colour (arXiv 1708.04552); 0: none
+    crop: int = 0  # zero padding in pixels, then a random crop back to size; 0 turns it off
+    flip: bool = False  # mirror half of the images, left to right
+    cutout: int = 0  # side in pixels of a square of the mean colour (arXiv 1708.04552); 0 turns it off
     resized_crop: bool = False  # a random area and aspect ratio, scaled to size
 
 
 @dataclass(frozen=True)
 class Draws:
-    """The random numbers of some images. None: that change is off."""
+    """The random numbers of some images; None where that change is off."""
 
     offset: Tensor | None  # (N, 2) int64, top and left of the crop in the padded image
     box: Tensor | None  # (N, 4) float32: area fraction, log aspect, vertical and horizontal place in [0, 1)
@@ -38,10 +38,11 @@ class Draws:
     hole: Tensor | None  # (N, 2) int64, row and column of the cutout's centre
 
     def of(self, index: Tensor) -> "Draws":
-        """The draws of the images in `index` (B,)."""
+        """Select the draws of the images in `index` (B,)."""
         return Draws(*(None if each is None else each[index] for each in self._fields()))
 
     def to(self, device: torch.device) -> "Draws":
+        """Copy the draws to a device."""
         return Draws(*(None if each is None else each.to(device) for each in self._fields()))
 
     def _fields(self) -> tuple[Tensor | None, ...]:
@@ -51,7 +52,7 @@ class Draws:
 def draw_epoch(
     count: int, augment: Augmentation, *, height: int, width: int, seed: int, epoch: int
 ) -> tuple[Tensor, Draws]:
-    """The order (N,) in which an epoch visits its images, and the draws of each image by index.
+    """Draw the order (N,) in which an epoch visits its images, and the random numbers of each image by index.
 
     Raises DataError for a padding or a cutout larger than the image.
     """
@@ -86,12 +87,12 @@ def crop(pixels: Tensor, offset: Tensor, padding: int) -> Tensor:
 
 
 def flip(pixels: Tensor, flipped: Tensor) -> Tensor:
-    """Mirror those of (B, C, H, W) that `flipped` (B,) names."""
+    """Mirror the images of (B, C, H, W) for which `flipped` (B,) is true."""
     return torch.where(flipped[:, None, None, None], pixels.flip(-1), pixels)
 
 
 def find_boxes(draws: Tensor, height: int, width: int) -> Tensor:
-    """Draws (B, 4) -> top, left, height and width (B, 4) in pixels of crops inside an image of that size.
+    """Turn draws (B, 4) into crops of an image of that size: top, left, height and width (B, 4) in pixels.
 
     A box longer than the image is shortened to it, where torchvision would draw again.
     """
@@ -124,13 +125,13 @@ def cut_out_(images: Tensor, hole: Tensor, side: int) -> Tensor:
 
 
 def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """Pixels (B, C, H, W) of 0 to 255 -> float32, minus `mean` and divided by `std` (C,) of pixels in [0, 1]."""
+    """Turn pixels (B, C, H, W) of 0 to 255 into float32, minus `mean`, divided by `std` (C,) of pixels in [0, 1]."""
     scale = 1 / (255 * std)
     return pixels.float().mul(scale[:, None, None]).sub_((mean / std)[:, None, None])
 
 
 def finish(pixels: Tensor, draws: Draws, augment: Augmentation, *, mean: Tensor, std: Tensor) -> Tensor:
-    """Augment and normalise a batch (B, C, H, W) uint8, given the draws of its images; a `box` must be None if done."""
+    """Augment and normalise a batch (B, C, H, W) uint8, given its draws; `box` is None if it is done."""
     if draws.box is not None:
         pixels = resized_crop(pixels, find_boxes(draws.box, *pixels.shape[-2:]))
     if draws.offset is not None:

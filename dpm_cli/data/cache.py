@@ -1,4 +1,4 @@
-"""Decoded images kept on disk, so that the second start of a run is instant."""
+"""Keep decoded images on disk, so that the second start of a run is instant."""
 
 import contextlib
 import os
@@ -11,13 +11,13 @@ from dpm_cli.data.decode import Pixels
 
 
 def cache_folder() -> Path:
-    """Where decoded images are kept: $DPM_CACHE, else ~/.cache/dpm/decoded."""
+    """Return the folder for decoded images: $DPM_CACHE, else ~/.cache/dpm/decoded."""
     place = os.environ.get("DPM_CACHE")
     return Path(place) if place else Path("~/.cache/dpm/decoded").expanduser()
 
 
 def find_cached(key: str, shape: tuple[int, ...]) -> Pixels | None:
-    """The array of `shape` cached under `key`, mapped; none where there is none, or it is damaged."""
+    """Map the array of `shape` that is cached under `key`; return None if it is absent or damaged."""
     path = cache_folder() / f"{key}.npy"
     with contextlib.suppress(OSError, ValueError, EOFError):
         cached: Pixels = np.load(path, mmap_mode="c", allow_pickle=False)  # "c": torch wants it writable
@@ -27,13 +27,13 @@ def find_cached(key: str, shape: tuple[int, ...]) -> Pixels | None:
 
 
 def cache(key: str, pixels: Pixels) -> None:
-    """Keep decoded images for the next time. It only saves time: where the disk is full, nothing is kept."""
+    """Keep decoded images for the next run. A full disk is no error: the cache only saves time."""
     with contextlib.suppress(OSError):
         _write(cache_folder() / f"{key}.npy", pixels)
 
 
 def _write(path: Path, pixels: Pixels) -> None:
-    """Write beside, then rename: a reader sees the whole file or none."""
+    """Write a temporary file and rename it, so that a reader sees the whole file or nothing."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
     try:

@@ -1,4 +1,4 @@
-"""Image files -> uint8 arrays, in worker processes where that pays."""
+"""Decode image files to uint8 arrays, in worker processes if that pays."""
 
 import os
 import signal
@@ -39,7 +39,7 @@ def open_image(path: str, channels: int) -> Image.Image:
 
 
 def decode(path: str, shape: Shape, box: Tensor | None = None) -> Pixels:
-    """An image file as (C, H, W): scaled by its short side and cropped at the centre, or the part that `box` draws.
+    """Decode an image file to (C, H, W): scale its short side and crop the centre, or cut out what `box` draws.
 
     `box` (4,) holds the draws of a resized crop; it is cut from the full size, so no detail is lost before.
     """
@@ -65,11 +65,12 @@ def decode_batches(
     corrupt: Corrupt,
     boxes: Tensor | None = None,
 ) -> Iterator[tuple[Pixels, list[int]]]:
-    """Yield the readable images of each batch of indexes, decoded in `workers` processes: one array (B, C, H, W), and
-    their indexes.
+    """Decode batches of indexes in `workers` processes.
+
+    Yields the readable images of each batch, (B, C, H, W), and their indexes.
 
     `boxes` (N, 4) are the draws of resized crops, one per path. Raises DataError naming a file that cannot be read, if
-    `corrupt` allows no more of them. A worker that dies is a RuntimeError of torch's, raised anywhere in this process.
+    `corrupt` has reached its limit. If a worker dies, torch raises a RuntimeError anywhere in this process.
     """
     loader: DataLoader[Any] = DataLoader(
         _Files(paths, shape, boxes),
@@ -88,9 +89,10 @@ def decode_batches(
 def decode_all(
     paths: Sequence[str], shape: Shape, *, workers: int, encoded_bytes: int, corrupt: Corrupt
 ) -> tuple[Pixels, list[int]]:
-    """All readable files as (N, C, H, W), and their indexes; the files have `encoded_bytes` together.
+    """Decode all readable files to (N, C, H, W), and return their indexes too.
 
-    Raises DataError naming a file that cannot be read, if `corrupt` allows no more of them.
+    encoded_bytes: of all files together. Raises DataError naming a file that cannot be read, if `corrupt` has reached
+    its limit.
     """
     pixels = np.empty((len(paths), *shape), dtype=np.uint8)
     chunks = [list(range(first, min(first + CHUNK, len(paths)))) for first in range(0, len(paths), CHUNK)]
@@ -103,13 +105,13 @@ def decode_all(
 
 
 def _leave_signals_to_the_run(worker: int) -> None:
-    """Ctrl-C reaches every process of a terminal, but the run still needs this one until its checkpoint is written."""
+    """Ignore Ctrl-C, which reaches all processes: the run needs its workers until its checkpoint is written."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 class _Files(Dataset[Pixels | DataError]):
-    """Image files by index. Errors are returned: raised in a worker, they would arrive wrapped in a traceback."""
+    """Image files by index. Errors are returned, because torch would wrap a raised one in a worker's traceback."""
 
     def __init__(self, paths: Sequence[str], shape: Shape, boxes: Tensor | None) -> None:
         self.paths, self.shape, self.boxes = paths, shape, boxes
@@ -122,12 +124,12 @@ class _Files(Dataset[Pixels | DataError]):
 
 
 def _count_cores() -> int:
-    """The cores that this process may use; more decoding processes than that gain nothing."""
+    """Count the cores that this process may use; more decoding processes gain nothing."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _stack(images: list[Pixels | DataError]) -> tuple[Pixels, dict[int, DataError]]:
-    """One array (B, C, H, W) of those that could be read, and the errors of the others by place.
+    """Stack the images that could be read, (B, C, H, W), and return the errors of the others by place.
 
     An array, not a tensor: tensors travel through /dev/shm, which is too small in many containers.
     """

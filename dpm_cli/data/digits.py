@@ -1,4 +1,4 @@
-"""The bundled digits: 1 797 real handwritten digits of 8x8 pixels (see DIGITS.md for source and licence)."""
+"""Read the bundled digits: 1 797 real handwritten digits of 8x8 pixels (see DIGITS.md for source and licence)."""
 
 import gzip
 from importlib import resources
@@ -9,11 +9,11 @@ import torch
 from dpm_cli.data.arrays import Arrays
 
 MEAN, STD = (0.3052,), (0.3760,)  # of the training pixels in [0, 1]
-TEST_PART = 5  # every fifth image of each class; fixed, whatever the seed
+TEST_PART = 5  # every fifth image of each class, for every seed
 
 
 def read_digits() -> tuple[Arrays, Arrays]:
-    """Training and test images (N, 1, 8, 8), 0 to 255."""
+    """Return training and test images (N, 1, 8, 8), 0 to 255."""
     packed = (resources.files("dpm_cli.data") / "digits.csv.gz").read_bytes()
     table = np.loadtxt(gzip.decompress(packed).decode().splitlines(), delimiter=",", dtype=np.int64)
     counts, labels = torch.from_numpy(table[:, :-1]), torch.from_numpy(table[:, -1].copy())

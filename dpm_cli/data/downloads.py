@@ -1,4 +1,4 @@
-"""CIFAR-10, CIFAR-100 and Fashion-MNIST through torchvision, which checks the md5 of what it downloads or unpickles."""
+"""Read CIFAR-10, CIFAR-100 and Fashion-MNIST through torchvision, which checks the md5 of what it unpickles."""
 
 import contextlib
 import io
@@ -17,7 +17,7 @@ from torchvision import datasets
 from dpm_cli.data.arrays import Arrays
 from dpm_cli.errors import DataError, flatten
 
-TIMEOUT_SECONDS = 20.0  # of a silent server; Python's own default is for ever
+TIMEOUT_SECONDS = 20.0  # until a silent server is given up; Python would wait for ever
 
 
 # what torchvision raises for absent, unreachable, truncated or foreign files
@@ -57,8 +57,9 @@ KNOWN = {
 
 
 def read_known(name: str, root: Path, *, download: bool) -> tuple[Arrays, Arrays, tuple[str, ...]]:
-    """Training and test images and the class names of a dataset in KNOWN, downloaded to `root` if absent and allowed.
+    """Return training images, test images and class names of a dataset in KNOWN.
 
+    If it is absent from `root`, download it there if that is allowed.
     Raises DataError naming the folder, the files expected there and the way out.
     """
     known = KNOWN[name]

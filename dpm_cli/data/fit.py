@@ -1,4 +1,7 @@
-"""Images and their statistics, made to fit a model's input."""
+"""Make images and their statistics fit a model's input.
+
+Results are bit for bit what earlier runs trained on; torchvision's resize rounds differently and has another grey.
+"""
 
 from collections.abc import Sequence
 
@@ -14,7 +17,7 @@ CHUNK = 4096  # images resized at once, to bound the memory for floats
 
 
 def fit_pixels(pixels: Tensor, shape: Shape) -> Tensor:
-    """Images (N, C, H, W) uint8 -> (N, *shape): grey or repeated channels, short side scaled, cropped at the centre."""
+    """Turn images (N, C, H, W) uint8 into (N, *shape): mix or repeat channels, scale the short side, crop."""
     channels, height, width = shape
     if tuple(pixels.shape[1:]) == shape:
         return pixels.contiguous()
@@ -22,7 +25,7 @@ def fit_pixels(pixels: Tensor, shape: Shape) -> Tensor:
 
 
 def fit_statistics(values: Sequence[float], channels: int) -> tuple[float, ...]:
-    """Per-channel statistics of one or three channels -> of `channels`: repeated, or weighted to grey."""
+    """Turn statistics of one or three channels into those of `channels`: repeat them, or weight them to grey."""
     if len(values) == channels:
         return tuple(values)
     if len(values) == 1:

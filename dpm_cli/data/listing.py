@@ -1,4 +1,4 @@
-"""An image folder -> its files and labels, in an order that is the same everywhere."""
+"""List the files and labels of an image folder in an order that is the same everywhere."""
 
 import hashlib
 import os
@@ -14,7 +14,7 @@ from dpm_cli.layers.images import Shape
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUT = "<class>/*.jpg"
-TEST_PART = 10  # without test images, one in so many of each class
+TEST_PART = 10  # without test images, every tenth of each class
 
 
 @dataclass(frozen=True)
@@ -50,18 +50,18 @@ class Listing:
         return sum(entry.size for entry in self.entries)
 
     def select(self, index: Tensor) -> "Listing":
-        """The files of `index` (M,), in that order."""
+        """Select the files of `index` (M,), in that order."""
         return Listing(self.folder, tuple(self.entries[i] for i in index.tolist()))
 
     def digest(self) -> str:
-        """The number of images, and a digest of names, sizes and labels: the same wherever the folder was copied to."""
+        """Describe the images by number and a digest of names, sizes and labels, which survives copying the folder."""
         text = hashlib.sha256()
         for entry in self.entries:
             text.update(repr((entry.name, entry.size, entry.label)).encode())
         return f"{len(self)} images, {text.hexdigest()[:16]}"
 
     def fingerprint(self, shape: Shape) -> str:
-        """Changes with any file's name, size or time, with the folder and with the decoded shape."""
+        """Return a key that changes with any file's name, size or time, with the folder and with the decoded shape."""
         text = hashlib.blake2b(repr((1, str(self.folder.resolve()), shape)).encode(), digest_size=16)
         for entry in self.entries:
             text.update(repr((entry.name, entry.size, entry.modified)).encode())
@@ -69,7 +69,7 @@ class Listing:
 
 
 def list_folder(root: Path, classes: int) -> tuple[Listing, Listing | None, tuple[str, ...]]:
-    """Training images, test images or None, and class names of `root`.
+    """Return training images, test images or None, and class names of `root`.
 
     Layouts: `root/train/<class>/*` with `root/test/<class>/*` (or `val`), or `root/<class>/*` alone.
     Raises DataError that names the folder and the layout, or the classes that do not fit.
@@ -101,7 +101,7 @@ def _list_layout(root: Path, classes: int) -> tuple[Listing, Listing | None, tup
 
 
 def list_unlabelled(root: Path) -> Listing:
-    """All images below `root/train` if there is such a folder, else below `root`; their labels mean nothing.
+    """List all images below `root/train` if there is such a folder, else below `root`; their labels mean nothing.
 
     Raises DataError if there are none.
     """
@@ -116,10 +116,10 @@ def list_unlabelled(root: Path) -> Listing:
 
 
 def hold_out_test(files: Listing) -> tuple[Listing, Listing]:
-    """Split off a tenth of each class as test images; the same ones for ever, whatever the seed.
+    """Split off a tenth of each class as test images, the same for every seed.
 
-    Else a model trained with one seed would meet its training images when tested with another. Names are hashed, so
-    new files move few of the old ones. Raises DataError for a class of one image.
+    Otherwise a model trained with one seed would meet its training images when tested with another. The names are
+    hashed, so that new files move few of the old ones. Raises DataError for a class of one image.
     """
     by_class: dict[int, list[int]] = {}
     for index, entry in enumerate(files.entries):
@@ -140,6 +140,7 @@ def _class_folders(folder: Path) -> tuple[str, ...]:
 
 
 def _list_split(folder: Path, names: Sequence[str]) -> Listing:
+    """List the images of all class folders. Raises DataError for a class without images."""
     entries: list[Entry] = []
     for label, name in enumerate(names):
         found = sorted(_walk(folder / name, name, label), key=lambda entry: entry.name)
@@ -150,7 +151,7 @@ def _list_split(folder: Path, names: Sequence[str]) -> Listing:
 
 
 def _walk(folder: Path, prefix: str, label: int) -> Iterator[Entry]:
-    """Image files below `folder`, without hidden ones such as macOS leaves behind."""
+    """Yield the image files below `folder`, without hidden ones such as macOS leaves behind."""
     with os.scandir(folder) as items:
         for item in items:
             name = f"{prefix}/{item.name}" if prefix else item.name

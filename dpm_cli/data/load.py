@@ -1,4 +1,4 @@
-"""A dataset by name -> its training, validation and test splits."""
+"""Load a dataset by name and split it for training, validation and test."""
 
 import math
 from dataclasses import dataclass
@@ -48,40 +48,29 @@ def load_data(
 ) -> Splits:
     """Load digits, cifar10, cifar100, fashion-mnist or an image folder, fitted to a model's input `shape`.
 
-    `validation` is the fraction of the training images held out by `seed` (0: an empty split); before that, `limit`
-    keeps so many of them. The test images never depend on the seed. Images are kept as uint8 on the device; a folder
-    larger than `memory_limit` bytes is streamed by `workers` processes instead. `mean` and `std` replace the dataset's
-    own. Of a folder, `max_corrupt` images that cannot be read are left out. `labels` false: they mean nothing, and a
-    folder needs no class folders; its test split is empty.
+    validation: the fraction of the training images held out by `seed`; 0 gives an empty split. The test images never
+    depend on the seed. limit: the number of training images to keep before that. mean, std: replace the dataset's own.
+    memory_limit: bytes; images are kept as uint8 on the device, but `workers` processes stream a folder that is larger.
+    max_corrupt: the number of unreadable images of a folder to leave out. labels: without them a folder needs no class
+    folders, and its test split is empty.
     Raises DataError for data that is absent, damaged, too large, or does not fit `shape` and `classes`.
+
+        splits = load_data(
+            "digits", root="data", shape=(1, 8, 8), classes=10, validation=0.1, seed=0, mean=None, std=None,
+            memory_limit=1 << 30, workers=0, download=False, limit=None, device="cpu",
+        )
     """
-    if name not in STATISTICS:
-        raise DataError(f"data.name is {name!r}; known: {', '.join(STATISTICS)}")
-    check_shape(name, shape)
-    check_statistics("data.mean", mean, shape[0])
-    check_statistics("data.std", std, shape[0])
-    own_mean, own_std = STATISTICS[name]
-    mean = fit_statistics(own_mean, shape[0]) if mean is None else mean
-    std = fit_statistics(own_std, shape[0]) if std is None else std
+    mean, std = _choose_statistics(name, shape, mean, std)
     source = _find(name, Path(root).expanduser(), classes, download, labels)
     chosen = source.train.select(choose(len(source.train), limit, seed))
-    decoded_bytes = (len(chosen) + len(source.test)) * math.prod(shape)
-    fits = decoded_bytes <= memory_limit
-    if not fits and name != "folder":
-        raise DataError(
-            f"{name} at {'x'.join(map(str, shape))} takes {decoded_bytes} bytes; data.memory_limit is {memory_limit}: "
-            "raise it, lower data.limit, or use an image folder, which can be streamed"
-        )
+    fits = _fits_memory(name, len(chosen) + len(source.test), shape, memory_limit)
     corrupt = Corrupt(max_corrupt)
     train, test = (
         _open(part, shape, torch.tensor(mean), torch.tensor(std), workers=workers, in_memory=fits, corrupt=corrupt)
         for part in (chosen, source.test)
     )
     train_index, validation_index = hold_out(len(train), validation, seed)
-    fingerprints = {
-        name: _digest(opened, part)
-        for name, opened, part in (("training images", train, chosen), ("test images", test, source.test))
-    }
+    fingerprints = {"training images": _digest(train, chosen), "test images": _digest(test, source.test)}
     device = torch.device(device)
     return Splits(
         train=train.select(train_index).to(device),
@@ -99,8 +88,35 @@ def load_data(
     )
 
 
+def _choose_statistics(
+    name: str, shape: Shape, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Take the user's mean and std, else the dataset's own. Raises DataError for what cannot be loaded or used."""
+    if name not in STATISTICS:
+        raise DataError(f"data.name is {name!r}; known: {', '.join(STATISTICS)}")
+    check_shape(name, shape)
+    check_statistics("data.mean", mean, shape[0])
+    check_statistics("data.std", std, shape[0])
+    own_mean, own_std = STATISTICS[name]
+    return (
+        fit_statistics(own_mean, shape[0]) if mean is None else mean,
+        fit_statistics(own_std, shape[0]) if std is None else std,
+    )
+
+
+def _fits_memory(name: str, count: int, shape: Shape, memory_limit: int) -> bool:
+    """Tell whether all images fit into `memory_limit` bytes. Raises DataError if not and they cannot be streamed."""
+    decoded_bytes = count * math.prod(shape)
+    if decoded_bytes > memory_limit and name != "folder":
+        raise DataError(
+            f"{name} at {'x'.join(map(str, shape))} takes {decoded_bytes} bytes; data.memory_limit is {memory_limit}: "
+            "raise it, lower data.limit, or use an image folder, which can be streamed"
+        )
+    return decoded_bytes <= memory_limit
+
+
 def hold_out(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
-    """Sorted indexes of the training and of the validation images; at least one of the latter if `fraction` > 0.
+    """Return sorted indexes of training and validation images; at least one of the latter if `fraction` > 0.
 
     Raises DataError if none is left to train on.
     """
@@ -112,7 +128,7 @@ def hold_out(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def choose(count: int, limit: int | None, seed: int) -> Tensor:
-    """Sorted indexes of at most `limit` of `count` images."""
+    """Choose at most `limit` of `count` images; return their sorted indexes."""
     if limit is None or limit >= count:
         return torch.arange(count)
     return torch.randperm(count, generator=generator("limit", seed))[:limit].sort().values
@@ -120,7 +136,7 @@ def choose(count: int, limit: int | None, seed: int) -> Tensor:
 
 @dataclass(frozen=True)
 class _Source:
-    """A dataset as it was found, before anything is held out, resized or decoded."""
+    """A dataset before anything is held out, resized or decoded."""
 
     train: Arrays | Listing
     test: Arrays | Listing
@@ -129,6 +145,7 @@ class _Source:
 
 
 def _find(name: str, root: Path, classes: int, download: bool, labels: bool) -> _Source:
+    """Find the dataset of a name. Raises DataError if it is absent or does not have these classes."""
     if name == "folder" and not labels:
         files = list_unlabelled(root)
         return _Source(files, files.select(torch.arange(0)), ())
@@ -148,7 +165,7 @@ def _find(name: str, root: Path, classes: int, download: bool, labels: bool) -> 
 
 
 def _digest(opened: Images | Streamed, part: Arrays | Listing) -> str:
-    """Of the pixels where they are at hand; reading streamed files would take as long as an epoch."""
+    """Digest the pixels if they are in memory; reading streamed files would take as long as an epoch."""
     if isinstance(opened, Images):
         return opened.digest()
     assert isinstance(part, Listing)
@@ -165,6 +182,7 @@ def _open(
     in_memory: bool,
     corrupt: Corrupt,
 ) -> Images | Streamed:
+    """Fit arrays, stream files, or decode them into memory, from the cache if they were decoded before."""
     if isinstance(part, Arrays):
         return Images(fit_pixels(part.pixels, shape), part.labels, mean, std)
     if not in_memory:

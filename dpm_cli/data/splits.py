@@ -1,4 +1,4 @@
-"""Splits of a dataset: images in memory, and the interface they share with streamed ones."""
+"""Hold the splits of a dataset: images in memory, and the interface they share with streamed ones."""
 
 import hashlib
 from collections.abc import Iterator, Mapping
@@ -34,22 +34,23 @@ class Split(Protocol):
     ) -> Iterator[Batch]:
         """Visit every image once, `batch` at a time; the last batch may be smaller unless `drop_last`.
 
-        With `augment=None` in order and unchanged, for evaluation; else shuffled and augmented as (seed, epoch, index)
-        alone decide. `start` skips that many batches without computing them and changes none of those that follow.
+        With `augment=None` images come in order and unchanged, for evaluation. Otherwise (seed, epoch, index) alone
+        decide the order and the augmentation. `start` skips that many batches without computing them and without
+        changing those that follow.
         Raises DataError, before the first batch, for an augmentation that is too large for the images.
         """
         ...
 
     def select(self, index: Tensor) -> "Split":
-        """The images of `index` (M,), a CPU tensor, in that order."""
+        """Select the images of `index` (M,), a CPU tensor, in that order."""
         ...
 
     def of_rank(self, rank: int, size: int) -> "Split":
-        """The same images, but of each batch only the slice of one of `size` processes; empty slices are left out."""
+        """Keep only the slice that one of `size` processes gets of each batch; leave empty slices out."""
         ...
 
     def to(self, device: torch.device) -> "Split":
-        """The same images, with their batches on `device`."""
+        """Let batches come on `device`."""
         ...
 
 
@@ -103,7 +104,7 @@ class Images:
         return replace(self, **tensors)
 
     def digest(self) -> str:
-        """The number of images, and a digest of their pixels and labels."""
+        """Describe the images by number and a digest of pixels and labels."""
         digest = hashlib.sha256(repr((self.pixels.shape, self.labels.tolist())).encode())
         for first in range(0, len(self), 4096):  # parts, so that no copy of all of them is made
             digest.update(self.pixels[first : first + 4096].cpu().contiguous().numpy().data)
@@ -122,14 +123,14 @@ class Splits:
     names: tuple[str, ...]  # of the classes, by label
     mean: tuple[float, ...]  # per channel, of pixels in [0, 1]
     std: tuple[float, ...]
-    labelled: bool = True  # else the labels mean nothing
-    test_held_out: bool = False  # the folder has no test images: a fixed tenth of the training images serves
-    corrupt: Corrupt = field(default_factory=Corrupt)  # images that were left out; streamed ones are found on the way
-    fingerprints: Mapping[str, str] = field(default_factory=dict)  # which images -> their number and a digest
+    labelled: bool = True  # false if the labels mean nothing
+    test_held_out: bool = False  # the folder has no test images, so a fixed tenth of the training images serves
+    corrupt: Corrupt = field(default_factory=Corrupt)  # images left out; streamed ones are found during training
+    fingerprints: Mapping[str, str] = field(default_factory=dict)  # by kind of images: their number and a digest
 
 
 def split_order(order: Tensor, batch: int, *, start: int, drop_last: bool, share: Share) -> list[Tensor]:
-    """Cut the visiting order (N,) into batches of indexes, from batch `start` on; of each, this share."""
+    """Cut the visiting order (N,) into batches of indexes, from batch `start` on, and take this share of each."""
     end = len(order) // batch * batch if drop_last else len(order)
     batches = (order[first : min(first + batch, end)] for first in range(start * batch, end, batch))
     rank, size = share

@@ -1,4 +1,4 @@
-"""A split that does not fit in memory: files decoded batch by batch in worker processes, augmented on the device."""
+"""Stream a split that does not fit in memory: decode in worker processes, augment on the device."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -16,14 +16,14 @@ from dpm_cli.layers.images import Shape
 
 @dataclass(frozen=True)
 class Streamed:
-    """One split on disk. Yields what `Images` would, but cuts resized crops from the files' full size."""
+    """One split on disk. It yields what `Images` would, but cuts resized crops from the files' full size."""
 
     paths: tuple[str, ...]  # N image files
     labels: Tensor  # (N,) int64, on the device that gets the batches
     shape: Shape
     mean: Tensor  # (C,) of pixels in [0, 1], on the device
     std: Tensor  # (C,)
-    workers: int  # decoding processes; 0: in this one
+    workers: int  # decoding processes; 0 decodes in this one
     corrupt: Corrupt = field(default_factory=Corrupt)
     share: Share = (0, 1)
 
@@ -42,7 +42,7 @@ class Streamed:
     ) -> Iterator[Batch]:
         """See `Split.batches`. Images that cannot be read are left out of their batch.
 
-        Raises DataError, while iterating, naming one that is too many.
+        Raises DataError while iterating, naming the image that exceeds the limit.
         """
         _, height, width = self.shape
         order, draws = torch.arange(len(self)), Draws(None, None, None, None)
@@ -65,7 +65,7 @@ class Streamed:
             yield finish(pixels, draws.of(part), augment, mean=self.mean, std=self.std), self.labels[part]
 
     def select(self, index: Tensor) -> "Streamed":
-        """The files of `index` (M,), a CPU tensor, in that order."""
+        """Select the files of `index` (M,), a CPU tensor, in that order."""
         paths = tuple(self.paths[i] for i in index.tolist())
         return replace(self, paths=paths, labels=self.labels[index.to(self.labels.device)])
 

@@ -1,4 +1,4 @@
-"""How long training waits for its data."""
+"""Measure how long training waits for its data."""
 
 import time
 from collections.abc import Iterator
@@ -7,13 +7,13 @@ from dpm_cli.data.splits import Batch
 
 
 class Waiting:
-    """Seconds that a loop spends until its next batch is there, decoded and augmented. The device is not waited for."""
+    """Counts the seconds that a loop waits for its next batch to be decoded and augmented, but not for the device."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
 
     def timed(self, batches: Iterator[Batch]) -> Iterator[Batch]:
-        """The same batches."""
+        """Pass batches on and count the seconds until each arrives."""
         while True:
             started = time.monotonic()
             batch = next(batches, None)
@@ -23,6 +23,6 @@ class Waiting:
             yield batch
 
     def take(self) -> float:
-        """The seconds since the last call, for instance of an epoch."""
+        """Return the seconds since the last call, for instance of an epoch."""
         seconds, self.seconds = self.seconds, 0.0
         return seconds

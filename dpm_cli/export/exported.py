@@ -1,4 +1,4 @@
-"""A deployed file, opened."""
+"""Run a deployed file that is open."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -18,11 +18,11 @@ class ExportedModel:
     format: str
     path: Path
     metadata: Mapping[str, str]
-    shape: Shape | None  # (C, H, W) of one image; none: a foreign file that does not say
+    shape: Shape | None  # (C, H, W) of one image; None if a foreign file does not say
     outputs: Callable[[Tensor], list[Tensor]]  # every output, in order
 
     def __call__(self, images: Tensor) -> Tensor:
-        """The first output, on the device of the images. Raises UsageError if they have the wrong shape."""
+        """Return the first output, on the device of the images. Raises UsageError if they have the wrong shape."""
         if images.ndim != 4 or (self.shape is not None and tuple(images.shape[1:]) != self.shape):
             wanted = ", ".join(map(str, ("batch", *(self.shape or ("channels", "height", "width")))))
             raise UsageError(f"{self.path} takes images of shape ({wanted}), not {tuple(images.shape)}")
@@ -33,7 +33,7 @@ class ExportedModel:
 
 
 def parse_extra(extra: str | bytes) -> tuple[dict[str, str], Shape | None]:
-    """The metadata and the shape of one image that lie beside the code in an archive; nothing in a foreign file."""
+    """Read the metadata and the image shape beside the code in an archive; a foreign file has neither."""
     if not extra:
         return {}, None
     content = json.loads(extra)

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Exporters warn, log and print about their own internals, and whole graphs when they fail. None of it gets out."""
+    """Silence exporters: they warn, log and print about their own internals, and dump whole graphs when they fail."""
     disabled = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:

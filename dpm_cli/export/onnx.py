@@ -1,4 +1,4 @@
-"""ONNX: one file with a dynamic batch, without paths or source lines of the machine that wrote it."""
+"""Write and read ONNX: one file with a dynamic batch, without paths or source lines of the writing machine."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -16,7 +16,7 @@ from dpm_cli.layers.outputs import output_tensors
 from dpm_cli.measure import keeping_denormals
 
 INPUT, OUTPUT = "image", "logits"
-LARGEST = 2**31 - 2**24  # bytes: what one protobuf message can hold, less some room for the graph
+LARGEST = 2**31 - 2**24  # bytes that one protobuf message can hold, less some room for the graph
 
 
 def serialise(
@@ -24,9 +24,8 @@ def serialise(
 ) -> bytes:
     """Convert a module (eval mode, on the CPU) with an example (B >= 2, C, H, W), and check the result.
 
-    half: in half precision between inputs and outputs of float32; this changes the module.
-
-    Raises RunError if the model cannot be converted, UsageError if it cannot in this opset.
+    half: convert to half precision between inputs and outputs of float32; this changes the module.
+    Raises RunError if the model cannot be converted, UsageError if this opset cannot express it.
     """
     import onnx
 
@@ -50,9 +49,9 @@ def serialise(
                 output_names=[OUTPUT, *(f"{OUTPUT}_{index}" for index in range(1, count))],
                 dynamic_shapes=({0: torch.export.Dim("batch")},),
             )
-            assert program is not None  # of dynamo=True
+            assert program is not None  # it is only None without dynamo
             proto = program.model_proto
-        except Exception as error:  # whatever the exporter stumbles over, the model itself has run before
+        except Exception as error:  # the model itself has run before, so this is the exporter's problem
             raise RunError(f"the model cannot be converted to ONNX: {one_line(error, root_cause=True)}") from error
     reached = next(entry.version for entry in proto.opset_import if entry.domain in ("", "ai.onnx"))
     if reached != opset:
@@ -69,7 +68,7 @@ def serialise(
 
 
 class _Half(nn.Module):
-    """A module in half precision behind inputs and outputs of float32."""
+    """Runs a module in half precision, with inputs and outputs of float32."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -86,14 +85,14 @@ def _float_if_half(tensor: Tensor) -> Tensor:
 def read(path: Path) -> ExportedModel:
     """Open an ONNX file in ONNX Runtime on the CPU, with as many threads as torch has.
 
-    Raises ModelFileError if it is no ONNX, or does not map a batch of images (B, C, H, W), B free, to something.
+    Raises ModelFileError if it is not ONNX, or does not take one batch of images (B, C, H, W) of any size B.
     """
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions
     options.intra_op_num_threads = torch.get_num_threads()
-    # Threads that spin after a call would slow down whatever is measured beside this session.
+    # Threads that spin after a call would slow down anything measured beside this session.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     options.add_session_config_entry("session.set_denormal_as_zero", "1")

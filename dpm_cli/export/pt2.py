@@ -1,4 +1,4 @@
-"""The archive of torch.export (.pt2): for Python without this package, torch.compile and AOTInductor."""
+"""Write and read archives of torch.export (.pt2), for Python without this package, torch.compile and AOTInductor."""
 
 import io
 import json
@@ -27,13 +27,13 @@ def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -
             dynamic = ({0: torch.export.Dim("batch")},)
             program = torch.export.export(module, (example,), dynamic_shapes=dynamic)
             torch.export.save(program, buffer, extra_files={EXTRA: extra})
-        except Exception as error:  # whatever the exporter stumbles over, the model itself has run before
+        except Exception as error:  # the model itself has run before, so this is the exporter's problem
             raise RunError(f"the model cannot be exported: {one_line(error, root_cause=True)}") from error
     return buffer.getvalue()
 
 
 def is_torch_export(path: Path) -> bool:
-    """Whether a zip file looks like an archive of torch.export."""
+    """Tell whether a zip file looks like an archive of torch.export."""
     with zipfile.ZipFile(path) as archive:
         return any(name.partition("/")[2] == "archive_format" for name in archive.namelist())
 

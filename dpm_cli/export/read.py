@@ -1,4 +1,4 @@
-"""Opens a deployed file by what it contains, whatever its name."""
+"""Open a deployed file, which its content identifies, not its name."""
 
 import zipfile
 from collections.abc import Callable
@@ -15,6 +15,9 @@ def open_exported(path: str | Path, *, trust_pickle: bool = False) -> ExportedMo
     TorchScript and ONNX neither run Python nor unpickle, but both are programs: they call the operators that they name,
     and TorchScript has some that read and write files. Open what you would run. An archive of torch.export may hold
     pickles, so it is refused without `trust_pickle`.
+
+        model = open_exported("out/model.onnx")
+        logits = model(torch.zeros(1, *model.shape))  # (1, classes)
     """
     path = Path(path)
     try:
@@ -41,7 +44,7 @@ def open_exported(path: str | Path, *, trust_pickle: bool = False) -> ExportedMo
 
 
 def is_program(path: str | Path) -> bool:
-    """Whether a file is a zip archive with a program in it, damaged or not: TorchScript or torch.export, no weights."""
+    """Tell whether a file is an archive of TorchScript or torch.export, damaged or not, rather than of weights."""
     path = Path(path)
     try:
         return torchscript.is_torchscript(path) or pt2.is_torch_export(path)
@@ -50,6 +53,7 @@ def is_program(path: str | Path) -> bool:
 
 
 def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+    """Ask a question about an archive. Raises ModelFileError if it is damaged."""
     try:
         return kind(path)
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:

@@ -1,4 +1,4 @@
-"""TorchScript. All of torch.jit, deprecated but still what many deploy, is used in this file alone."""
+"""Write and read TorchScript. Only this file uses torch.jit, which is deprecated but still widely deployed."""
 
 import io
 import json
@@ -28,13 +28,13 @@ def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -
             # strict=False lets dicts through; the tracer's own check is left to the comparison of the saved file.
             traced = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(traced, buffer, _extra_files={EXTRA: extra})
-        except Exception as error:  # whatever the tracer stumbles over, the model itself has run before
+        except Exception as error:  # the model itself has run before, so this is the tracer's problem
             raise RunError(f"the model cannot be traced: {one_line(error, root_cause=True)}") from error
     return buffer.getvalue()
 
 
 def is_torchscript(path: Path) -> bool:
-    """Whether a zip file looks like TorchScript; `torch.save` and `torch.export` write other entries."""
+    """Tell whether a zip file looks like TorchScript; `torch.save` and `torch.export` write other entries."""
     with zipfile.ZipFile(path) as archive:
         names = [name.partition("/")[2] for name in archive.namelist()]
     return "constants.pkl" in names and any(name.startswith("code/") for name in names)
@@ -62,12 +62,13 @@ def read(path: Path) -> ExportedModel:
 
 
 def _last_line(error: RuntimeError) -> str:
-    """TorchScript puts its own traceback first and the reason last."""
+    """Return the reason, which TorchScript puts last, behind its own traceback."""
     return str(error).strip().splitlines()[-1].strip()[:200]
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
+    """Silence warnings about the deprecation of torch.jit and about tracing."""
     with warnings.catch_warnings():
         for category in (DeprecationWarning, FutureWarning):
             warnings.filterwarnings("ignore", message=r".*torch\.jit", category=category)

@@ -1,4 +1,4 @@
-"""Does the file compute what the module computes?"""
+"""Check that a file computes what the module computes."""
 
 from collections.abc import Callable, Sequence
 
@@ -13,10 +13,9 @@ Answer = tuple[Tensor, list[Tensor]]  # images (B, C, H, W), and every output of
 
 
 def answers(module: nn.Module, image: Tensor) -> list[Answer]:
-    """What a module says to `image` (1, C, H, W) and its negative, and to normalised noise in several batch sizes.
+    """Run a module on `image` (1, C, H, W), on its negative, and on normalised noise in several batch sizes.
 
     The negative sends a model that branches on its values down the other branch, which tracing would have lost.
-
     Raises RunError if the module does not run on them, or if its outputs are not finite.
     """
     generator = torch.Generator().manual_seed(0)
@@ -25,9 +24,9 @@ def answers(module: nn.Module, image: Tensor) -> list[Answer]:
 
 
 def largest_difference(expected: Sequence[Answer], outputs: Callable[[Tensor], list[Tensor]]) -> float:
-    """Largest |a - b| / max(1, max|a|) over all images and outputs; a: expected, b: what `outputs` gives.
+    """Return the largest |a - b| / max(1, max|a|) over all images and outputs; a is expected, b comes from `outputs`.
 
-    Raises RunError if the two do not even agree in number and shape.
+    Raises RunError if they do not even agree in number and shape.
     """
     largest = 0.0
     for images, wanted in expected:
@@ -41,6 +40,7 @@ def largest_difference(expected: Sequence[Answer], outputs: Callable[[Tensor], l
 
 
 def _answer(module: nn.Module, images: Tensor) -> list[Tensor]:
+    """Run the module. Raises RunError unless all outputs are finite tensors."""
     try:
         with torch.no_grad():
             outputs = [output.clone() for output in output_tensors(module(images))]

@@ -1,4 +1,4 @@
-"""Writes a file that deploys: under a temporary name, loaded again, compared with the module, then renamed."""
+"""Write a file that deploys: under a temporary name first, which is loaded again, compared, and only then renamed."""
 
 import copy
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ TOLERANCE: dict[Format, float] = {"torchscript": 1e-4, "onnx": 1e-4, "onnx-fp16"
 
 @dataclass(frozen=True)
 class Exported:
-    """A file that was written, and how far it is from the module: |a - b| / max(1, max|a|), the largest seen."""
+    """A file that was written, and the largest difference from the module: |a - b| / max(1, max|a|)."""
 
     format: Format
     path: Path
@@ -39,11 +39,14 @@ def export_model(
     tolerance: float | None = None,
     opset: int = 18,
 ) -> Exported:
-    """Export a copy of a module, in eval mode and float32 on the CPU; the module itself is left as it is.
+    """Export a copy of a module, in eval mode and float32 on the CPU; the module itself stays unchanged.
 
-    `example` is one image (1, C, H, W); the file takes any batch. `opset` matters to ONNX only. In "onnx-fp16" weights
-    and arithmetic are half precision, images and outputs float32. tolerance: none means the format's own.
+    example: one image (1, C, H, W); the file takes any batch. opset: for ONNX only. tolerance: the largest difference
+    allowed; each format has its own default. In "onnx-fp16" weights and arithmetic are half precision, images and
+    outputs float32.
     Raises RunError, and leaves nothing behind, if the model cannot be exported or the file computes something else.
+
+        export_model(model, torch.zeros(1, 3, 32, 32), format="onnx", path="model.onnx", metadata={})
     """
     if example.ndim != 4:
         raise UsageError(f"the example has the shape {tuple(example.shape)}; needed is (1, channels, height, width)")
@@ -76,8 +79,8 @@ def export_model(
 
 
 def portable_copy(module: nn.Module) -> nn.Module:
-    """A copy in eval mode, on the CPU, in float32, contiguous, without gradients; shared parameters stay shared."""
-    kept: dict[int, object] = {}  # what deepcopy is to use in place of copies, so that no GPU memory is spent on them
+    """Copy a module to the CPU: float32, contiguous, in eval mode, without gradients. Shared parameters stay shared."""
+    kept: dict[int, object] = {}  # deepcopy takes these instead of copying, which saves GPU memory
     for parameter in module.parameters():
         kept[id(parameter)] = nn.Parameter(_portable(parameter), requires_grad=False)
     for buffer in module.buffers():

@@ -1,4 +1,4 @@
-"""Architectures by name, model files of any origin, and the slim file."""
+"""Build architectures by name, load model files of any origin, and keep slim files."""
 
 from dpm_cli.models.load import Loaded, load_model
 from dpm_cli.models.slim import Slim, load, load_slim, save_slim

@@ -1,4 +1,4 @@
-"""The small net of `dpm demo`: 8×8 handwritten digits, trained in seconds, with far more channels than it needs."""
+"""Define the small net of `dpm demo`. It learns 8×8 digits in seconds and has far more channels than it needs."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn

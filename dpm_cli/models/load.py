@@ -1,4 +1,4 @@
-"""A model file and the recipe's architecture -> a module that is ready to be pruned."""
+"""Load a model file into the recipe's architecture: a module that is ready to be pruned."""
 
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,13 +20,13 @@ from dpm_cli.models.zoo import auxiliary_heads, build
 
 @dataclass(frozen=True)
 class Loaded:
-    """A module in eval mode on the CPU, and what is known of its past."""
+    """A module in eval mode on the CPU, and what its file says about its past."""
 
     module: nn.Module
     edits: Edits = field(default_factory=dict)  # empty for a dense module
     recipe: str | None = None  # of the run that made it, as YAML
     report: dict[str, Any] | None = None
-    ignored: tuple[str, ...] = ()  # weights in the file that only serve training: auxiliary heads
+    ignored: tuple[str, ...] = ()  # weights in the file that only training needs: auxiliary heads
 
 
 def load_model(path: str | Path, *, arch: str, classes: int, shape: Shape, trust_pickle: bool = False) -> Loaded:
@@ -40,7 +40,9 @@ def load_model(path: str | Path, *, arch: str, classes: int, shape: Shape, trust
     if is_slim(content):
         return _load_earlier(parse_content(content, path), path, arch, classes, shape)
     weights = find_weights(content, path)
-    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced; the caller's dice stay as they are
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # the initial weights are replaced; the caller's random state must not change
         module = build(arch, classes=classes, shape=shape)
     if isinstance(weights, nn.Module):
         return _adopt(weights, module, path, arch, shape, classes)
@@ -53,6 +55,7 @@ def load_model(path: str | Path, *, arch: str, classes: int, shape: Shape, trust
 
 
 def _load_earlier(content: Content, path: Path, arch: str, classes: int, shape: Shape) -> Loaded:
+    """Rebuild an earlier slim model. Raises ModelFileError if it does not fit the recipe."""
     if (content.classes, content.shape) != (classes, tuple(shape)):
         raise ModelFileError(
             f"{path} has {content.classes} classes and input {list(content.shape)}; "
@@ -63,7 +66,7 @@ def _load_earlier(content: Content, path: Path, arch: str, classes: int, shape: 
 
 
 def _adopt(pickled: nn.Module, module: nn.Module, path: Path, arch: str, shape: Shape, classes: int) -> Loaded:
-    """The pickled module, dense or pruned by any tool, as a module of `arch` that computes the same."""
+    """Turn a pickled module, dense or pruned by any tool, into a module of `arch` that computes the same."""
     try:
         pickled = pickled.float().eval()
         edits = find_edits(pickled, module)
@@ -82,7 +85,7 @@ def _adopt(pickled: nn.Module, module: nn.Module, path: Path, arch: str, shape: 
 
 
 def _require_usable(module: nn.Module, path: Path, arch: str, shape: Shape, classes: int) -> None:
-    """Finite weights, and one image goes through. Leaves the module in eval mode."""
+    """Check for finite weights and run one image. Leaves the module in eval mode."""
     require_finite(module, path)
     module.eval()
     if failure := find_failure(module, shape, classes):

@@ -1,4 +1,4 @@
-"""Does a module run on an image, and do two modules compute the same?"""
+"""Check that a module runs on an image, and that two modules compute the same."""
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +10,7 @@ from dpm_cli.layers.outputs import relative_difference
 
 
 def run_once(module: nn.Module, images: Tensor) -> Tensor:
-    """Outputs in eval mode without gradients. Every layer keeps the mode it was in. Raises what the module raises."""
+    """Run a module in eval mode without gradients; every layer keeps its mode. Raises what the module raises."""
     with in_mode(module, training=False), torch.no_grad():
         outputs = module(images)
     if not isinstance(outputs, Tensor):
@@ -19,7 +19,7 @@ def run_once(module: nn.Module, images: Tensor) -> Tensor:
 
 
 def sample_images(module: nn.Module, shape: Shape, count: int = 2) -> Tensor:
-    """Random images (count, C, H, W), the same at every call, of the module's own device and dtype."""
+    """Make random images (count, C, H, W) on the module's device and in its dtype; the same at every call."""
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(count, *shape, generator=generator)
     weight = next((parameter for parameter in module.parameters() if parameter.is_floating_point()), images)
@@ -27,7 +27,7 @@ def sample_images(module: nn.Module, shape: Shape, count: int = 2) -> Tensor:
 
 
 def find_failure(module: nn.Module, shape: Shape, classes: int) -> str | None:
-    """Why a module does not give one logit per class for one image, in one line."""
+    """Say in one line why a module does not give one logit per class for one image; None if it does."""
     try:
         outputs = run_once(module, sample_images(module, shape, count=1))
     except Exception as error:  # any operator may refuse the size of the image or of a weight

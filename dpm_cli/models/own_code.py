@@ -1,4 +1,4 @@
-"""`package.module:function` -> module: code of the user's own environment, imported and called."""
+"""Build a module with the user's own code: import `package.module:function` and call it."""
 
 import contextlib
 import importlib
@@ -42,7 +42,7 @@ def build_from_own_code(arch: str, *, classes: int) -> nn.Module:
 
 @contextlib.contextmanager
 def current_folder_importable() -> Iterator[None]:
-    """The current folder is searched first, as with `python -m`; a console script leaves it out."""
+    """Temporarily search the current folder first, as `python -m` does and a console script does not."""
     folder = os.getcwd()
     sys.path.insert(0, folder)
     try:
@@ -53,6 +53,7 @@ def current_folder_importable() -> Iterator[None]:
 
 
 def _find(arch: str, module_name: str, function_name: str) -> Any:
+    """Import the function. Raises RecipeError if that fails or it is a part of Python itself."""
     _require_foreign(arch, module_name)
     try:
         importlib.invalidate_caches()  # a file written a moment ago is found
@@ -70,6 +71,7 @@ def _find(arch: str, module_name: str, function_name: str) -> Any:
 
 
 def _require_foreign(arch: str, module_name: str) -> None:
+    """Raise RecipeError for a module of Python's own library."""
     package = module_name.partition(".")[0]
     if package in sys.stdlib_module_names:
         raise RecipeError(

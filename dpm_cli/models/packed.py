@@ -1,6 +1,6 @@
-"""A weight of which few entries matter, in few bytes: a bit per entry, the kept values, and what replaces the others.
+"""Store a weight of which few entries matter in few bytes: a bit per entry, the kept values, and fillings.
 
-The entries that were cut hold one number per filter (zero, or a mean), or two, told apart by one more bit each.
+The other entries hold one number per filter (zero, or a mean), or one of two, chosen by one more bit each.
 """
 
 import io
@@ -16,7 +16,10 @@ Packed = dict[str, Tensor]  # shape, mask, values, fillings, and choices where t
 
 
 def pack(weight: Tensor, mask: Tensor) -> Packed:
-    """mask: True for the kept entries. Raises ValueError if a filter's other entries hold more than two numbers."""
+    """Pack a weight. mask: True for the kept entries.
+
+    Raises ValueError if a filter's other entries hold more than two numbers.
+    """
     weight = weight.detach().cpu().contiguous()
     rows, cut = weight.flatten(1), ~mask.cpu().contiguous().flatten(1)  # (filters, entries)
     infinity = torch.tensor(float("inf"), dtype=rows.dtype)
@@ -38,13 +41,16 @@ def pack(weight: Tensor, mask: Tensor) -> Packed:
 
 
 def unpack(packed: Mapping[str, Any]) -> Tensor:
-    """What `pack` was given, bit for bit. Raises ValueError or RuntimeError for what it cannot have written."""
+    """Return the weight that `pack` was given, bit for bit.
+
+    Raises ValueError or RuntimeError for what `pack` cannot have written.
+    """
     expected = {"shape", "mask", "values", "fillings"} | (packed.keys() & {"choices"})
     if packed.keys() != expected or not all(isinstance(value, Tensor) for value in packed.values()):
         raise ValueError("a packed weight has other parts")
     shape: list[int] = packed["shape"].tolist()
     count = prod(shape)
-    if len(shape) < 2 or min(shape) < 1 or 8 * packed["mask"].numel() < count:  # no more memory than the file's size
+    if len(shape) < 2 or min(shape) < 1 or 8 * packed["mask"].numel() < count:  # memory stays below the file's size
         raise ValueError(f"a packed weight of shape {shape}")
     keeps = _from_bits(packed["mask"], count).view(shape[0], -1)
     fillings = packed["fillings"].view(shape[0], -1)
@@ -57,7 +63,7 @@ def unpack(packed: Mapping[str, Any]) -> Tensor:
 
 
 def count_packed_bytes(module: nn.Module, masks: Mapping[str, Tensor]) -> int:
-    """Size of the saved state dict with these parameters packed."""
+    """Measure the saved state dict with these parameters packed."""
     state: dict[str, Any] = dict(module.state_dict())
     state |= {name: pack(state[name], mask) for name, mask in masks.items()}
     buffer = io.BytesIO()

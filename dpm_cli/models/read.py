@@ -1,4 +1,4 @@
-"""Model file -> the plain object inside it. Nothing from the file is executed unless the user trusts it."""
+"""Read the plain object inside a model file. Nothing in the file is executed unless the user trusts it."""
 
 import pickletools
 import warnings
@@ -17,7 +17,7 @@ ALLOWED_IN_LEGACY = ("collections.OrderedDict", "torch._utils.", "torch.nn.param
 
 
 def read_model_file(path: Path, *, trust_pickle: bool = False) -> Any:
-    """What the file holds: usually a dict of tensors, on the CPU. The tensors may be views of the file.
+    """Read what the file holds: usually a dict of tensors, on the CPU. The tensors may be views of the file.
 
     With `trust_pickle` the pickle inside may run any code. Raises ModelFileError.
     """
@@ -43,7 +43,7 @@ def read_model_file(path: Path, *, trust_pickle: bool = False) -> Any:
 
 
 def _require_sound_archive(path: Path) -> None:
-    """torch.save stores without compression, so what is declared cannot be larger than the file; and CRCs must hold."""
+    """Refuse compressed archives and wrong CRCs: without compression, nothing declared is larger than the file."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
@@ -80,7 +80,7 @@ def _unpickle(path: Path) -> Any:
 
 
 def _find_classes(path: Path, kind: Kind) -> list[str]:
-    """The classes and functions a pickle names beyond tensors, found without running it."""
+    """Find the classes and functions that a pickle names beyond tensors, without running it."""
     try:
         if kind == "torch":
             return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
@@ -90,7 +90,7 @@ def _find_classes(path: Path, kind: Kind) -> list[str]:
 
 
 def _legacy_globals(path: Path) -> set[str]:
-    """Globals of the fourth pickle in the file, behind a magic number, a version and facts about the system."""
+    """Collect the globals of the fourth pickle in the file; a magic number, a version and system facts precede it."""
     names: set[str] = set()
     strings: list[str] = []
     with path.open("rb") as file:

@@ -1,6 +1,6 @@
-"""What kind of file is this? Looks at the first bytes and at zip directories; unpickles nothing.
+"""Recognise the kind of a file by its first bytes or its zip directory, without unpickling anything.
 
-Every foreign file is refused in one line that says what it is and the way out.
+Every foreign file is refused in one line that says what it is and what to do.
 """
 
 import codecs
@@ -14,7 +14,7 @@ from dpm_cli.errors import ModelFileError
 Kind = Literal["torch", "torch-legacy", "safetensors"]
 
 SAFE_WAY = "save the weights where the model was made, torch.save(model.state_dict(), 'weights.pt'), and pass that file"
-HEAD = 4096  # bytes looked at
+HEAD = 4096  # bytes to look at
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: a pickled number comes first
 
 SIGNATURES: tuple[tuple[int, bytes, str], ...] = (  # offset, bytes, what it is
@@ -41,7 +41,7 @@ SIGNATURES: tuple[tuple[int, bytes, str], ...] = (  # offset, bytes, what it is
 
 
 def recognise(path: Path) -> Kind:
-    """The kind of a file that may hold weights. Raises ModelFileError that says what any other file is."""
+    """Return the kind of a file that may hold weights. Raises ModelFileError that says what any other file is."""
     head, size = _read_head(path)
     if head.startswith(b"version https://git-lfs"):
         raise ModelFileError(f"{path} is a git-lfs pointer, not the model itself: run `git lfs pull`")
@@ -55,7 +55,7 @@ def recognise(path: Path) -> Kind:
 
 
 def _read_head(path: Path) -> tuple[bytes, int]:
-    """The first bytes and the size of a regular, non-empty file."""
+    """Read the first bytes and the size of a regular, non-empty file."""
     try:
         if path.is_dir():
             inside = path / "slim.pt"
@@ -76,6 +76,7 @@ def _read_head(path: Path) -> tuple[bytes, int]:
 
 
 def _recognise_zip(path: Path) -> Literal["torch"]:
+    """Accept archives that torch.save wrote. Raises ModelFileError for all others."""
     try:
         with zipfile.ZipFile(path) as archive:
             entries = archive.namelist()
@@ -93,11 +94,12 @@ def _recognise_zip(path: Path) -> Literal["torch"]:
 
 
 def _is_safetensors(head: bytes, size: int) -> bool:
-    """Eight bytes of header length, then JSON."""
+    """Tell whether the file starts with eight bytes of header length, then JSON."""
     return len(head) > 8 and head[8:9] == b"{" and 8 + int(struct.unpack("<Q", head[:8])[0]) <= size
 
 
 def _describe(head: bytes, path: Path) -> str:
+    """Say what kind of foreign file this is."""
     for offset, signature, what in SIGNATURES:
         if head[offset : offset + len(signature)] == signature:
             return what
@@ -112,7 +114,7 @@ def _describe(head: bytes, path: Path) -> str:
 
 
 def _is_onnx(head: bytes) -> bool:
-    """A ModelProto: field 1 (ir_version) is a small number, then a name (2), version (3, 4), graph (7) or opset (8)."""
+    """Tell whether this is a ModelProto: field 1 (ir_version) is small, then comes field 2, 3, 4, 7 or 8."""
     return len(head) > 2 and head[0] == 0x08 and 0 < head[1] < 64 and head[2] in (0x12, 0x1A, 0x22, 0x3A, 0x42)
 
 

@@ -1,4 +1,6 @@
-"""ResNets for CIFAR (He et al. 2016, §4.2) with option-B shortcuts: 6n + 2 layers, three stages of n basic blocks.
+"""Define ResNets for CIFAR (He et al. 2016, §4.2) with option-B shortcuts.
+
+They have 6n + 2 layers in three stages of n basic blocks.
 
 Names follow the layout most published CIFAR weights use: conv1, bn1, layer1.0.conv1 …, layer2.0.shortcut.0 …, linear.
 """
@@ -60,7 +62,7 @@ def _stage(inputs: int, outputs: int, *, stride: int, blocks: int) -> nn.Sequent
 
 
 def init_convolutions_(module: nn.Module) -> None:
-    """He initialization of every convolution, as ReLU networks need (He et al. 2015)."""
+    """Initialize every convolution as ReLU networks need (He et al. 2015)."""
     for layer in module.modules():
         if isinstance(layer, nn.Conv2d):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")

@@ -1,4 +1,4 @@
-"""slim.pt: a pruned model that outlives its run. A plain dict that `torch.load(weights_only=True)` reads:
+"""Keep a pruned model in a slim.pt, which outlives its run: a plain dict that `torch.load(weights_only=True)` reads.
 
 format, version       "dpm-slim", 1 (2 with packed weights)
 arch, classes, shape  what to build: the dense module; arch is None for a module that was given as an object
@@ -36,7 +36,7 @@ TOLERANCE = 1e-4  # relative, between a module and itself rebuilt: other kernels
 
 @dataclass(frozen=True)
 class Slim:
-    """What a slim.pt holds; `module` is in eval mode on the CPU."""
+    """The content of a slim.pt; `module` is in eval mode on the CPU."""
 
     module: nn.Module
     arch: str | None
@@ -63,13 +63,18 @@ def save_slim(
     dense: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a slim module, whole or not at all; what was written is read back and compared before it gets its name.
+    """Write a slim module, whole or not at all: the file is read back and compared before it gets its name.
 
-    `dense` is an unpruned module of the same architecture (its weights do not matter; it may be on the meta device);
-    needed where `arch` is None. Gradients and hooks are not saved. `masks`: parameter -> which entries were kept; the
-    others must hold one number per filter, or two.
+    dense: an unpruned module of the same architecture, needed if `arch` is None; its weights do not matter, and it may
+    be on the meta device. masks: which entries of a parameter were kept; the others must hold one or two numbers per
+    filter. Gradients and hooks are not saved.
     Raises UnsupportedModelError if the module is not that architecture with fewer channels, RunError if the file
     cannot be written or does not give the same module again.
+
+        save_slim(
+            Path("slim.pt"), model, arch="resnet56", classes=10, shape=(3, 32, 32), recipe="", report={},
+            mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
+        )
     """
     if dense is None:
         if arch is None:
@@ -108,15 +113,18 @@ def save_slim(
 def load_slim(path: Path, arch: str | None = None, *, model: nn.Module | None = None) -> Slim:
     """Read a slim.pt and rebuild its module, bit for bit.
 
-    A file may name `package.module:function`, which would import whatever a stranger wrote into it: such a name is
-    only used if it is given as `arch`, too. `model` is a freshly built dense module for a file that was saved from an
-    object; it is copied. Raises ModelFileError.
+    A file may name `package.module:function`, which would import what a stranger wrote into it, so such a name is only
+    used if `arch` gives it too. model: a freshly built dense module for a file that was saved from an object; it is
+    copied. Raises ModelFileError.
+
+        slim = load_slim(Path("out/slim.pt"))
+        slim.module, slim.report, slim.recipe
     """
     return rebuild(parse_content(read_model_file(path), path), path, arch, model=model)
 
 
 def rebuild(content: Content, path: Path, arch: str | None = None, *, model: nn.Module | None = None) -> Slim:
-    """`load_slim` of a file that was read before."""
+    """Rebuild the module of a file that has been read and checked. Arguments as for `load_slim`."""
     dense = copy.deepcopy(model) if model is not None else _build_dense(content, arch, path)
     try:
         _fill_(dense, content)
@@ -142,12 +150,18 @@ def rebuild(content: Content, path: Path, arch: str | None = None, *, model: nn.
 
 
 def load(path: str | Path, arch: str | None = None, *, model: nn.Module | None = None) -> nn.Module:
-    """The module of a slim.pt, in eval mode on the CPU. `arch` and `model` as for `load_slim`."""
+    """Load the module of a slim.pt, in eval mode on the CPU. `arch` and `model` as for `load_slim`.
+
+    model = dpm_cli.load("out/slim.pt")
+    logits = model(images)  # (B, classes)
+    """
     return load_slim(Path(path), arch, model=model).module
 
 
 def _build(arch: str, classes: int, shape: Shape) -> nn.Module:
-    with torch.random.fork_rng(devices=[]):  # its random weights are thrown away; the caller's dice stay as they are
+    with torch.random.fork_rng(
+        devices=[]
+    ):  # its random weights are thrown away; the caller's random state must not change
         return build(arch, classes=classes, shape=shape)
 
 
@@ -172,12 +186,12 @@ def _fill_(dense: nn.Module, content: Content) -> None:
 
 
 def _collect_tensors(module: nn.Module, dense: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Compact CPU copies: parameters and persistent buffers; and the other buffers that were changed."""
+    """Copy to the CPU: parameters and persistent buffers; and apart from them, other buffers that have changed."""
     persistent = module.state_dict(keep_vars=True).keys() | dict(module.named_parameters(remove_duplicate=False)).keys()
     built = dict(dense.named_buffers(remove_duplicate=False))
     state_dict: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
-    compact: dict[int, Tensor] = {}  # id -> copy: shared parameters stand in the file once
+    compact: dict[int, Tensor] = {}  # id -> copy: shared parameters are in the file once
     for name, tensor in named_tensors(module):
         if id(tensor) not in compact:
             # a clone, because saving a view would save all of the tensor it looks into
@@ -190,6 +204,7 @@ def _collect_tensors(module: nn.Module, dense: nn.Module) -> tuple[dict[str, Ten
 
 
 def _require_same(rebuilt: nn.Module, module: nn.Module, content: Content, path: Path) -> None:
+    """Raise RunError unless both have the same bits and compute the same."""
     saved = dict(named_tensors(module))
     for name, tensor in named_tensors(rebuilt):
         if not _is_equal(tensor, saved[name]):
@@ -205,7 +220,7 @@ def _require_same(rebuilt: nn.Module, module: nn.Module, content: Content, path:
 
 
 def _is_equal(left: Tensor, right: Tensor) -> bool:
-    """Bit for bit; NaN equals NaN. A tensor on the meta device equals nothing."""
+    """Compare bit for bit, so NaN equals NaN. A tensor on the meta device equals nothing."""
     if left.is_meta or right.is_meta or left.shape != right.shape or left.dtype != right.dtype:
         return False
     left, right = left.detach().cpu().contiguous(), right.detach().cpu().contiguous()

@@ -1,4 +1,4 @@
-"""The dict inside a slim.pt, checked: it may come from anyone."""
+"""Check the dict inside a slim.pt, which may come from anyone."""
 
 import json
 import math
@@ -23,7 +23,7 @@ MAX_TEXT = 1 << 24  # characters of recipe and report
 
 @dataclass(frozen=True)
 class Content:
-    """What stands in a slim.pt, before its module is rebuilt."""
+    """The checked content of a slim.pt, before its module is rebuilt."""
 
     arch: str | None
     classes: int
@@ -39,7 +39,7 @@ class Content:
 
 
 def is_slim(content: object) -> bool:
-    """Whether what a file holds was written by `save_slim` of any version."""
+    """Tell whether any version of `save_slim` wrote this."""
     return isinstance(content, dict) and content.get("format") == FORMAT
 
 
@@ -94,7 +94,7 @@ def _parse_shape(value: object, path: Path) -> Shape:
 
 
 def _parse_edits(value: object, path: Path) -> Edits:
-    """Names and values are checked against the architecture later, by `apply_edits_`."""
+    """Check types only: `apply_edits_` checks names and values against the architecture later."""
     if not isinstance(value, dict):
         raise _damaged(path, "edits")
     for name, sizes in value.items():
@@ -120,13 +120,16 @@ def _parse_packed(value: object, path: Path) -> dict[str, Tensor]:
     for name, packed in value.items():
         try:
             tensors[name] = unpack(require_tensors(packed, path))
-        except (ValueError, RuntimeError, TypeError):  # whatever torch and numpy say about wrong sizes and types
+        except (ValueError, RuntimeError, TypeError):  # of torch and numpy, about wrong sizes and types
             raise _damaged(path, "packed") from None
     return require_tensors(tensors, path)
 
 
 def _require_as_many_classes(state_dict: dict[str, Tensor], classes: int, path: Path) -> None:
-    """The classifier is never pruned: a small file cannot ask for the memory of a million classes."""
+    """Require a tensor with one row per class, so that a small file cannot ask for the memory of a million classes.
+
+    The classifier is never pruned, so it has them.
+    """
     if not any(tensor.dim() and tensor.shape[0] == classes for tensor in state_dict.values()):
         raise _damaged(path, "classes")
 

@@ -1,6 +1,6 @@
-"""What a slim module differs in from a dense one of the same architecture, and how to make that difference again.
+"""Find how a slim module differs from a dense one of the same architecture, and make that difference again.
 
-A layer's widths stand twice: in the shapes of its tensors and in plain integer attributes (in_channels, groups,
+A layer's widths exist twice: in the shapes of its tensors and in plain integer attributes (in_channels, groups,
 num_features, normalized_shape, num_heads …). The shapes come with the saved tensors; the attributes are the `Edits`.
 So no layer type needs to be known, and a module that was pruned twice is like one that was pruned once.
 
@@ -20,9 +20,9 @@ Edits = dict[str, dict[str, Size]]  # module name -> attribute -> value in the s
 
 
 def find_edits(slim: nn.Module, dense: nn.Module) -> Edits:
-    """The integer attributes that are smaller in `slim`. `dense` may be on the meta device.
+    """Find the integer attributes that are smaller in `slim`. `dense` may be on the meta device.
 
-    An attribute that grew is a counter or a cache, not a width, and is left as it is built.
+    An attribute that grew is a counter or a cache, not a width, and is left alone.
     Raises UnsupportedModelError if `slim` is not `dense` with fewer channels.
     """
     problem = _find_difference(slim, dense)
@@ -58,20 +58,20 @@ def apply_edits_(module: nn.Module, edits: Edits, tensors: Mapping[str, Tensor])
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter and buffer under each of its names."""
+    """Yield every parameter and buffer under each of its names."""
     yield from module.named_parameters(remove_duplicate=False)
     yield from module.named_buffers(remove_duplicate=False)
 
 
 def _has_place_for_bias(module: nn.Module, name: str) -> bool:
-    """Whether a tensor of this name would be the bias of a layer that was built without one."""
+    """Tell whether a tensor of this name would be the bias of a layer that was built without one."""
     owner, _, leaf = name.rpartition(".")
     layer = dict(module.named_modules()).get(owner)
     return leaf == "bias" and isinstance(layer, nn.Linear | nn.modules.conv._ConvNd) and layer.bias is None
 
 
 def _add_biases_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Of zeros and of the layer's own width, so that what replaces them is checked like any other tensor."""
+    """Add biases of zeros, of the layer's own width, so that their replacements are checked like any other tensor."""
     for name in tensors:
         if _has_place_for_bias(module, name):
             layer = module.get_submodule(name.rpartition(".")[0])
@@ -81,6 +81,7 @@ def _add_biases_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _resize_(layer: nn.Module, name: str, sizes: Mapping[str, Size]) -> None:
+    """Set attributes of one layer. Raises ModelFileError unless they exist and become smaller."""
     built = _sizes(layer)
     for attribute, size in sizes.items():
         if attribute not in built or not _is_smaller(size, built[attribute]):
@@ -90,6 +91,7 @@ def _resize_(layer: nn.Module, name: str, sizes: Mapping[str, Size]) -> None:
 
 
 def _replace_tensors_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Put copies of the tensors in place. Raises ModelFileError if one is absent, unknown or too large."""
     built = dict(named_tensors(module))
     persistent = module.state_dict(keep_vars=True).keys() & built.keys()
     if absent := (persistent - tensors.keys()) or (tensors.keys() - built.keys()):
@@ -111,7 +113,7 @@ def _replace_tensors_(module: nn.Module, tensors: Mapping[str, Tensor]) -> None:
 
 
 def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
-    """Why `slim` cannot be `dense` with fewer channels, in one line."""
+    """Say in one line why `slim` cannot be `dense` with fewer channels; None if it can."""
     slim_layers, dense_layers = dict(slim.named_modules()), dict(dense.named_modules())
     if other := slim_layers.keys() ^ dense_layers.keys():
         return f"{listing(sorted(other), shown=5)} exists in only one of the model and its architecture"
@@ -132,7 +134,7 @@ def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
 
 
 def _sizes(layer: nn.Module) -> dict[str, Size]:
-    """The attributes of a layer that are integers or sequences of integers (booleans are not)."""
+    """Collect the attributes of a layer that are integers or sequences of integers (booleans are not)."""
     sizes: dict[str, Size] = {}
     for name, value in vars(layer).items():
         if type(value) is int:
@@ -149,7 +151,7 @@ def _is_smaller(size: Size, built: Size) -> bool:
 
 
 def _fits(tensor: Tensor, built: Tensor) -> bool:
-    """Whether a tensor may be what is left of `built`: as many axes, none longer, the same kind of number."""
+    """Tell whether a tensor can be a part of `built`: as many axes, no longer ones, the same kind of number."""
     return (
         tensor.dim() == built.dim()
         and all(new <= old for new, old in zip(tensor.shape, built.shape))
@@ -158,6 +160,7 @@ def _fits(tensor: Tensor, built: Tensor) -> bool:
 
 
 def _shared_names(tensors: Mapping[str, Tensor]) -> set[frozenset[str]]:
+    """Collect sets of names that share one tensor."""
     names: dict[int, set[str]] = {}
     for name, tensor in tensors.items():
         names.setdefault(id(tensor), set()).add(name)

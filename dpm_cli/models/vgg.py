@@ -1,6 +1,7 @@
-"""VGG with batch normalization (Simonyan & Zisserman 2015) for CIFAR: five pooled stages and one linear classifier.
+"""Define VGG with batch normalization (Simonyan & Zisserman 2015) for CIFAR.
 
-Convolutions keep their bias, as in the layout most published CIFAR weights use: features.0 …, classifier.
+It has five pooled stages and one linear classifier. Convolutions keep their bias, as in the layout that most published
+CIFAR weights use: features.0 …, classifier.
 """
 
 import torch.nn.functional as F

@@ -1,4 +1,4 @@
-"""What a model file holds -> tensors by name -> a dense module of the recipe's architecture."""
+"""Find the tensors in a model file's content and load them into a dense module of the recipe's architecture."""
 
 import re
 from collections.abc import Collection
@@ -12,11 +12,11 @@ from dpm_cli.errors import ModelFileError, listing
 
 KEYS = ("state_dict", "model_state_dict", "model", "net")  # where training scripts keep the state dict in a checkpoint
 WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
-SHOWN = 5  # keys listed per kind of mismatch
+SHOWN = 5  # keys to list per kind of mismatch
 
 
 def find_weights(content: Any, path: Path) -> Any:
-    """The state dict (or, unpickled, the module) inside a file's content. Raises ModelFileError if there is none."""
+    """Find the state dict (or the unpickled module) in a file's content. Raises ModelFileError if there is none."""
     if isinstance(content, nn.Module):
         return content
     if not isinstance(content, dict):
@@ -28,13 +28,13 @@ def find_weights(content: Any, path: Path) -> Any:
 
 
 def require_tensors(content: Any, path: Path) -> dict[str, Tensor]:
-    """A plain dict of plain tensors. Raises ModelFileError that names the first thing that is none."""
+    """Require a plain dict of plain tensors. Raises ModelFileError that names the first other thing."""
     tensors: dict[str, Tensor] = {}
     for name, value in content.items():
         if not isinstance(name, str) or not isinstance(value, Tensor):
             raise ModelFileError(
                 f"{path} holds no state dict: {str(name)[:80]!r} is a {type(value).__name__}, not a tensor; "
-                f"it may stand at the top or under {', '.join(KEYS)}"
+                f"it may be at the top or under {', '.join(KEYS)}"
             )
         if problem := _find_problem(value):
             raise ModelFileError(f"{path}: {name[:80]} is {problem}; save plain dense tensors")
@@ -67,7 +67,7 @@ def load_weights_(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, 
 
 
 def require_finite(module: nn.Module, path: Path) -> None:
-    """Raises ModelFileError that names the first tensor with a NaN or an infinity."""
+    """Raise ModelFileError that names the first tensor with a NaN or an infinity."""
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             broken = int((~torch.isfinite(tensor)).sum())
@@ -75,6 +75,7 @@ def require_finite(module: nn.Module, path: Path) -> None:
 
 
 def _find_problem(tensor: Tensor) -> str | None:
+    """Say what a tensor is if it cannot be loaded; None if it can."""
     if tensor.layout != torch.strided or tensor.is_quantized or tensor.is_complex():
         return "a quantized tensor" if tensor.is_quantized else f"a {tensor.dtype} tensor of layout {tensor.layout}"
     if tensor.device.type != "cpu":
@@ -86,7 +87,7 @@ def _find_problem(tensor: Tensor) -> str | None:
 
 
 def _strip_wrappers(tensors: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Without the prefixes that stand before every name, unless the module's own names begin so."""
+    """Remove prefixes that all names have, unless the module's own names have them too."""
     wrapper = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)), None)
     if wrapper is None or all(name.startswith(wrapper) for name in expected):
         return tensors

@@ -1,4 +1,4 @@
-"""Architecture name -> freshly initialised module.
+"""Build a freshly initialised module from an architecture's name.
 
     resnet20 … resnet110, vgg16_bn, vgg19_bn, digits    built in
     torchvision:NAME                                    torchvision's classifiers
@@ -31,10 +31,13 @@ AUXILIARY_HEADS = {"googlenet": ("aux1.", "aux2."), "inception_v3": ("AuxLogits.
 
 
 def build(arch: str, *, classes: int, shape: Shape) -> nn.Module:
-    """The dense module of an architecture, randomly initialised, in training mode, on the CPU.
+    """Build the dense module of an architecture, randomly initialised, in training mode, on the CPU.
 
     `package.module:function` imports and calls that function: never pass a name that came from a file.
     Raises RecipeError that names the nearest known architectures.
+
+        build("resnet56", classes=10, shape=(3, 32, 32))
+        build("torchvision:resnet50", classes=1000, shape=(3, 224, 224))
     """
     source, colon, name = arch.partition(":")
     if not colon:
@@ -47,13 +50,13 @@ def build(arch: str, *, classes: int, shape: Shape) -> nn.Module:
 
 
 def is_own_code(arch: str) -> bool:
-    """Whether building this architecture imports code that neither dpm nor one of its dependencies ships."""
+    """Tell whether building this architecture imports code that neither dpm nor one of its dependencies ships."""
     source, colon, _ = arch.partition(":")
     return bool(colon) and source not in ("torchvision", "timm")
 
 
 def auxiliary_heads(arch: str) -> tuple[str, ...]:
-    """Prefixes of weights that published files hold and `build` leaves out: heads that only serve training."""
+    """Return prefixes of weights that published files hold and `build` leaves out: heads that only training needs."""
     source, _, name = arch.partition(":")
     return AUXILIARY_HEADS.get(name, ()) if source == "torchvision" else ()
 
@@ -110,13 +113,14 @@ def _construct(arch: str, make: Callable[[], object]) -> nn.Module:
 
 
 def _side(arch: str, shape: Shape) -> int:
+    """Return the side of a square image. Raises RecipeError for any other."""
     if shape[1] != shape[2]:
         raise RecipeError(f"{arch} takes square images; model.input is {list(shape)}")
     return shape[1]
 
 
 def _nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
-    """`did you mean 'a', 'b'?` or, without anything near, the known names."""
+    """Say `did you mean 'a', 'b'?` or, if no name is near, list the known names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
     if near:

@@ -24,7 +24,7 @@ class Squeezed(nn.Module):
 
 
 class HardCoded(nn.Module):
-    """Two of its widths stand in the code as numbers."""
+    """Its code holds two of its widths as numbers."""
 
     def __init__(self):
         super().__init__()
@@ -89,7 +89,7 @@ def test_rehearsing_leaves_the_model_alone():
 
 
 class Res2(nn.Module):
-    """The width of each part stands in an attribute; parts of unequal width stand in a list."""
+    """An attribute holds the width of each part; a list holds the widths of unequal parts."""
 
     def __init__(self):
         super().__init__()
