@@ -1,4 +1,8 @@
-"""The dict inside a slim.pt, checked: it may come from anyone."""
+"""The dict inside a slim.pt, checked: it may come from anyone.
+
+By hand, which stops at the first wrong value. Pydantic collects them all: a million of them in a file of a few megabytes
+take it 18 s and 2 GB.
+"""
 
 import json
 import math
