@@ -1,12 +1,10 @@
 """Files that are whole or not there, and the folder of a run."""
 
 import contextlib
-import errno
 import os
 import re
 import secrets
 import socket
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -63,6 +61,15 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
         _flush_to_disk(path.parent, os.O_RDONLY)
 
 
+def write_text_atomic(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all, as `write_atomic` does."""
+
+    def write(temporary: Path) -> None:
+        temporary.write_text(text, encoding="utf-8")
+
+    write_atomic(path, write)
+
+
 def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     """Create the folder of a run, or check that a run may write into it.
 
@@ -109,84 +116,38 @@ def require_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Keep other runs out of a folder, which must exist. Raises OutputError if one is in it.
+    """Keep other runs out of a folder, which is made if it is not there. Raises OutputError if one is in it.
 
-    The system holds the lock for this process and drops it however the process ends, so that a killed run never blocks
-    the next one; the file itself says nothing but who it is. Worker processes do not inherit it.
+    The system drops the lock however the process ends, so that a killed run never blocks the next one; the file itself
+    says nothing but who it is. filelock closes it in forked children: a decoding process that outlives a killed run
+    does not keep the lock.
     """
-    path = (folder / name).resolve()
-    if path in _held:  # the system does not keep a process out of what it holds itself
-        raise _in_use(folder, "this process")
+    from filelock import FileLock, Timeout  # half the time of `dpm --help`, which imports this file
+
+    path = folder / name
+    lock = FileLock(path, timeout=0, fallback_to_soft=False)  # a soft lock would outlive a killed run
     try:
-        descriptor = _lock(path)
+        lock.acquire()
+    except Timeout:
+        raise OutputError(
+            f"{folder} is in use by {_read_holder(path)}: wait until that run is over, or choose another --output"
+        ) from None
     except OSError as error:
         raise OutputError(f"output folder {str(folder)!r} cannot be locked: {error.strerror or error}") from None
-    if descriptor is None:
-        raise _in_use(folder, _read_holder(path))
-    _held.add(path)
     try:
-        os.truncate(descriptor, 0)
-        os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        with contextlib.suppress(OSError):  # Windows lets nobody write into a locked file
+            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
-        _held.discard(path)
         with contextlib.suppress(OSError):  # the folder may have been removed meanwhile
             path.unlink()
-        os.close(descriptor)
-
-
-_held: set[Path] = set()
-
-
-def _lock(path: Path) -> int | None:
-    """A descriptor of the locked file, or none if another process holds it."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        try:
-            is_free = _take(descriptor)
-            with contextlib.suppress(FileNotFoundError):
-                if is_free and os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                    return descriptor
-        except BaseException:
-            os.close(descriptor)
-            raise
-        os.close(descriptor)
-        if not is_free:
-            return None
-        # The file was removed by its last holder between the two lines above: lock the new one.
-
-
-if sys.platform == "win32":
-    import msvcrt
-
-    def _take(descriptor: int) -> bool:
-        try:
-            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-        except OSError:
-            return False
-        return True
-else:
-    import fcntl
-
-    def _take(descriptor: int) -> bool:
-        # lockf, not flock: a decoding process that outlives a killed run would keep the latter's lock.
-        try:
-            fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            if error.errno in (errno.EACCES, errno.EAGAIN):
-                return False
-            raise
-        return True
+        lock.release()
 
 
 def _read_holder(path: Path) -> str:
     with contextlib.suppress(OSError):
         return path.read_text(encoding="utf-8", errors="replace")[:100] or "another process"
     return "another process"
-
-
-def _in_use(folder: Path, holder: str) -> OutputError:
-    return OutputError(f"{folder} is in use by {holder}: wait until that run is over, or choose another --output")
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:

@@ -1,5 +1,6 @@
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpm_cli.errors import OutputError, RunError
-from dpm_cli.files import LOCK, locked, prepare_output, write_atomic
+from dpm_cli.files import LOCK, locked, prepare_output, write_atomic, write_text_atomic
 
 
 def disk_full(path: Path) -> None:
@@ -27,6 +28,16 @@ def test_written_file_replaces_the_old_one_and_leaves_nothing_beside(tmp_path: P
     path.write_text("old")
     write_atomic(path, lambda temporary: temporary.write_text("new") and None)
     assert path.read_text() == "new"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_text_is_written_whole_as_utf_8_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "recipe.yaml"
+    write_text_atomic(path, "3 × 3")
+    assert path.read_bytes() == "3 × 3".encode()
+    with pytest.raises(UnicodeEncodeError):
+        write_text_atomic(path, "half \udce9")
+    assert path.read_bytes() == "3 × 3".encode()
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -137,7 +148,8 @@ def test_folder_in_use_is_refused_and_says_by_whom(tmp_path: Path) -> None:
         pass
     assert "\n" not in str(caught.value)
     process.communicate(timeout=20)
-    with locked(tmp_path), pytest.raises(OutputError, match="in use by this process"), locked(tmp_path / "."):
+    ours = f"in use by process {os.getpid()} on"
+    with locked(tmp_path), pytest.raises(OutputError, match=ours), locked(tmp_path / "."):
         pass
     assert list(tmp_path.iterdir()) == []
 
@@ -156,22 +168,31 @@ def test_lock_of_a_killed_process_does_not_block(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_decoding_process_does_not_inherit_the_lock(tmp_path: Path) -> None:
     code = """
-        import os, sys, time
+        import os, signal, sys, time
         from pathlib import Path
         from dpm_cli.files import locked
+        works, told = os.pipe()
         with locked(Path(sys.argv[1])):
             if os.fork():
-                os._exit(0)  # as if killed
-            sys.stdout.close()
-            time.sleep(3)
+                os.read(works, 1)
+                os.kill(os.getpid(), signal.SIGKILL)
+            os.write(told, b"x")
+            time.sleep(5)
             os._exit(0)
     """
     command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path)]
-    subprocess.run(command, check=True, timeout=20, stdout=subprocess.DEVNULL)
+    assert subprocess.run(command, check=False, timeout=20).returncode == -signal.SIGKILL
     with locked(tmp_path):
         pass
 
 
-def test_folder_that_vanished_is_not_locked(tmp_path: Path) -> None:
-    with pytest.raises(OutputError, match="cannot be locked: No such file"), locked(tmp_path / "absent"):
+def test_what_is_no_folder_is_not_locked(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(OutputError, match="cannot be locked: "), locked(tmp_path / "file"):
         pass
+
+
+def test_folder_that_is_gone_at_the_end_is_no_error(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with locked(tmp_path / "out"):
+        shutil.rmtree(tmp_path / "out")

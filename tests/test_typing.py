@@ -1,0 +1,73 @@
+"""The public names, seen by the type checker of a user."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import dpm_cli
+
+# Not shared with the project's own runs, whose other options would make both start from nothing each time.
+CACHE = Path(__file__).resolve().parents[1] / ".mypy_cache" / "script"
+
+# One use of every public name, with arguments of every documented type. A new name gets a line here.
+SCRIPT = """
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+import dpm_cli
+from dpm_cli import DpmError, Recipe, Report
+
+recipe: Recipe = dpm_cli.load_recipe("cifar10", ["prune.target.macs=0.5"])
+network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
+values: dict[str, Any] = {"prune": {"target": {"macs": 0.5}}}
+
+try:
+    trained: dict[str, Any] = dpm_cli.train(recipe, output=Path("model.pt"), model="first.pt", device="cpu")
+    report: Report = dpm_cli.prune(network, values, output="out", resume=True, should_stop=lambda: 0)
+    report = dpm_cli.prune(Path("model.pt"), "cifar10", on_event=print)
+except DpmError as error:
+    code: int = error.exit_code
+plan: dict[str, Any] = dpm_cli.inspect("model.pt", Path("recipe.yaml"), sensitivity=0.5)
+slim: nn.Module = dpm_cli.load("out/slim.pt")
+slim = dpm_cli.load(Path("out/slim.pt"), model=network)
+measured: dict[str, Any] = dpm_cli.evaluate("out/slim.pt", recipe, latency=False)
+largest: float = max(made.max_difference for made in dpm_cli.export_slim("out/slim.pt", formats=["onnx"]))
+
+reread: Report = Report.from_json(report.to_json())
+faster: float = reread.dense.latency["torch"].median / reread.slim.latency["torch"].median
+is_met: bool = reread.target.is_met
+layers: list[str] = [width.layer for width in reread.widths]
+target: float = recipe.prune.target.amount
+"""
+
+
+def check_types(script: str, folder: Path) -> str:
+    """What `mypy --strict` says about a script that lies somewhere else."""
+    path = folder / "script.py"
+    path.write_text(script, encoding="utf-8")
+    command = [sys.executable, "-m", "mypy", "--strict", "--config-file=", f"--cache-dir={CACHE}"]
+    ended = subprocess.run(
+        [*command, "--hide-error-context", "--no-pretty", str(path)],
+        cwd=folder, timeout=300, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert ended.returncode in (0, 1), ended.stderr
+    return ended.stdout
+
+
+def test_script_uses_every_public_name() -> None:
+    assert [name for name in dpm_cli.__all__ if name not in SCRIPT] == []
+
+
+@pytest.mark.slow  # 20 s without a cache: most of it for torch
+def test_script_of_a_user_is_typed(tmp_path: Path) -> None:
+    assert "Success: no issues found" in check_types(SCRIPT, tmp_path)
+
+
+@pytest.mark.slow
+def test_wrong_arguments_are_found_by_the_type_checker(tmp_path: Path) -> None:
+    said = check_types("import dpm_cli\n\ndpm_cli.prune(3, 'cifar10')\ndpm_cli.load('slim.pt').no()\n", tmp_path)
+    assert 'Argument 1 to "prune" has incompatible type "int"' in said
