@@ -28,6 +28,7 @@ from dpm_cli.cli.outcome import explain
 from dpm_cli.data import load_data
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.errors import DataError, DpmError, Interrupted, OutputError, RecipeError, RunError, TargetError
+from dpm_cli.files import CHECKPOINT
 from dpm_cli.measure import measure_in_turns
 from dpm_cli.models import build, load
 from dpm_cli.report import Report
@@ -96,7 +97,7 @@ def fill_disk_at(stack, name, size, *, number=1):
     count = itertools.count(1)
 
     def watch(event):
-        if event["event"] == name and next(count) == number:
+        if event.kind == name and next(count) == number:
             stack.enter_context(no_more_than(size))
 
     return watch
@@ -110,7 +111,7 @@ def test_disk_full_while_a_checkpoint_is_written(model, whole, tmp_path):
         dpm_cli.prune(model, recipe(), output=tmp_path, on_event=fill_disk_at(stack, "checkpoint", 50_000))
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)
-    assert load_checkpoint(tmp_path).state["step"] == 2
+    assert load_checkpoint(tmp_path / CHECKPOINT).state["step"] == 2
     dpm_cli.prune(model, recipe(), output=tmp_path, resume=True)
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
 
@@ -162,7 +163,7 @@ def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch
     assert_tidy(tmp_path)
     assert not (tmp_path / "report.json").exists()
     told = []
-    dpm_cli.prune(model, recipe(), output=tmp_path, resume=True, on_event=lambda event: told.append(event["event"]))
+    dpm_cli.prune(model, recipe(), output=tmp_path, resume=True, on_event=lambda event: told.append(event.kind))
     assert "step" not in told  # no training is lost
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
 
@@ -202,12 +203,12 @@ def test_overwriting_run_is_not_mixed_with_the_earlier_one(model, tmp_path):
         dpm_cli.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
     with pytest.raises(KeyboardInterrupt):
         dpm_cli.prune(model, recipe(), output=tmp_path, overwrite=True, on_event=interrupt_at("stage"))
-    assert load_checkpoint(tmp_path) is None
+    assert load_checkpoint(tmp_path / CHECKPOINT) is None
 
 
 def interrupt_at(name):
     def watch(event):
-        if event["event"] == name:
+        if event.kind == name:
             raise KeyboardInterrupt
 
     return watch
@@ -233,7 +234,7 @@ def test_folder_that_becomes_unwritable(model, whole, tmp_path, name):
         seen = []
 
         def watch(event):
-            if event["event"] == name and not seen:
+            if event.kind == name and not seen:
                 seen.append(name)
                 out.chmod(0o500)
                 stack.callback(out.chmod, 0o700)
@@ -253,7 +254,7 @@ def test_folder_that_vanishes(model, tmp_path, name):
     out = tmp_path / "out"
 
     def watch(event):
-        if event["event"] == name:
+        if event.kind == name:
             shutil.rmtree(out, ignore_errors=True)
 
     with pytest.raises(RunError, match="cannot be written: No such file or directory") as error:
@@ -296,7 +297,7 @@ def test_corrupt_images_are_named_counted_and_left_out_up_to_a_limit(model, phot
     assert note.startswith("2 images are unreadable and left out: ")
     assert "train/3/4.png" in note
     assert "test/5/1.png" in note
-    assert any(event["event"] == "note" and "unreadable" in event["text"] for event in told)
+    assert any(event.kind == "note" and "unreadable" in event.text for event in told)
     result = dpm_cli.evaluate(tmp_path / "out" / "slim.pt", settings, latency=False)
     assert result.images == 19
 
@@ -349,7 +350,7 @@ KILL_WORKERS = """
     torch.set_num_threads(1)
 
     def watch(event):
-        if event["event"] == "step" and event["step"] >= 3:
+        if event.kind == "step" and event.step >= 3:
             for worker in multiprocessing.active_children():
                 os.kill(worker.pid, signal.SIGKILL)
 
@@ -382,14 +383,14 @@ def test_ctrl_c_does_not_reach_the_decoding_processes(model, photos, tmp_path):
     settings, stopping = folder_recipe(photos, memory_limit=1, workers=1), []
 
     def watch(event):
-        if event["event"] == "step" and event["step"] == 3:
+        if event.kind == "step" and event.step == 3:
             for worker in multiprocessing.active_children():  # a terminal signals them all
                 os.kill(worker.pid, signal.SIGINT)
             stopping.append(True)
 
     with pytest.raises(Interrupted):
         dpm_cli.prune(model, settings, output=tmp_path / "out", on_event=watch, should_stop=lambda: bool(stopping))
-    assert load_checkpoint(tmp_path / "out").state["step"] == 3
+    assert load_checkpoint(tmp_path / "out" / CHECKPOINT).state["step"] == 3
 
 
 # ---------------------------------------------------------------------------------------------- numbers, memory, time
@@ -421,7 +422,7 @@ def test_gradient_that_is_not_finite(model, tmp_path, number):
         dpm_cli.prune(Spoiled(), recipe(checkpoint={"every": 1}), output=tmp_path)
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)
-    assert all(tensor.isfinite().all() for tensor in load_checkpoint(tmp_path).state["model"].values())
+    assert all(tensor.isfinite().all() for tensor in load_checkpoint(tmp_path / CHECKPOINT).state["parts"]["trainee"]["model"].values())
 
 
 class Greedy(nn.Module):

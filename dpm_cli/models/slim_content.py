@@ -1,6 +1,6 @@
 """The dict inside a slim.pt, checked: it may come from anyone.
 
-By hand, which stops at the first wrong value. Pydantic collects them all: a million of them in a file of a few megabytes
+By hand, which stops at the first wrong value. Pydantic collects them all: a million of them in a small file
 take it 18 s and 2 GB.
 """
 
@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from dpm_cli.errors import ModelFileError
+from dpm_cli.layers.images import Shape
 from dpm_cli.models.packed import unpack
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
-from dpm_cli.models.zoo import Shape, is_own_code
 from dpm_cli.recipe.sections import MAX_NUMBERS
 
 FORMAT = "dpm-slim"

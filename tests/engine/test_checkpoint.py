@@ -8,7 +8,6 @@ import torch
 
 from dpm_cli.engine.checkpoint import (
     MAGIC,
-    PREVIOUS,
     capture_rng,
     load_checkpoint,
     remove_checkpoints,
@@ -16,7 +15,7 @@ from dpm_cli.engine.checkpoint import (
     save_checkpoint,
 )
 from dpm_cli.errors import RunError
-from dpm_cli.files import CHECKPOINT
+from dpm_cli.files import CHECKPOINT, PREVIOUS
 
 
 def make_state(step):
@@ -24,14 +23,14 @@ def make_state(step):
 
 
 def save_two(folder):
-    save_checkpoint(folder, make_state(1))
-    save_checkpoint(folder, make_state(2))
+    for step in (1, 2):
+        save_checkpoint(folder / CHECKPOINT, make_state(step))
 
 
 def test_state_comes_back_as_it_was(tmp_path):
     state = make_state(3)
-    save_checkpoint(tmp_path, state)
-    loaded = load_checkpoint(tmp_path)
+    save_checkpoint(tmp_path / CHECKPOINT, state)
+    loaded = load_checkpoint(tmp_path / CHECKPOINT)
     assert loaded.state["step"] == 3
     assert torch.equal(loaded.state["weights"]["a"], state["weights"]["a"])
     assert loaded.state["names"] == state["names"]
@@ -40,13 +39,13 @@ def test_state_comes_back_as_it_was(tmp_path):
 
 def test_the_last_two_are_kept_and_nothing_else(tmp_path):
     for step in range(4):
-        save_checkpoint(tmp_path, make_state(step))
+        save_checkpoint(tmp_path / CHECKPOINT, make_state(step))
     assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, CHECKPOINT]
-    assert load_checkpoint(tmp_path).state["step"] == 3
+    assert load_checkpoint(tmp_path / CHECKPOINT).state["step"] == 3
     (tmp_path / CHECKPOINT).unlink()  # as if killed between the two renames
-    assert load_checkpoint(tmp_path).state["step"] == 2
-    remove_checkpoints(tmp_path)
-    assert load_checkpoint(tmp_path) is None
+    assert load_checkpoint(tmp_path / CHECKPOINT).state["step"] == 2
+    remove_checkpoints(tmp_path / CHECKPOINT)
+    assert load_checkpoint(tmp_path / CHECKPOINT) is None
 
 
 @pytest.mark.parametrize("part", [0.0, 0.001, 0.02, 0.3, 0.6, 0.99])
@@ -55,7 +54,7 @@ def test_a_flipped_bit_falls_back(tmp_path, part):
     data = bytearray((tmp_path / CHECKPOINT).read_bytes())
     data[int(part * len(data))] ^= 4
     (tmp_path / CHECKPOINT).write_bytes(data)
-    loaded = load_checkpoint(tmp_path)
+    loaded = load_checkpoint(tmp_path / CHECKPOINT)
     assert loaded.state["step"] == 1
     assert loaded.damaged == (tmp_path / CHECKPOINT,)
 
@@ -65,7 +64,7 @@ def test_a_truncated_file_falls_back(tmp_path, kept):
     save_two(tmp_path)
     path = tmp_path / CHECKPOINT
     os.truncate(path, int(kept * path.stat().st_size))
-    assert load_checkpoint(tmp_path).state["step"] == 1
+    assert load_checkpoint(tmp_path / CHECKPOINT).state["step"] == 1
 
 
 def test_two_damaged_files_are_one_line(tmp_path):
@@ -73,16 +72,16 @@ def test_two_damaged_files_are_one_line(tmp_path):
     for name in (CHECKPOINT, PREVIOUS):
         (tmp_path / name).write_bytes(b"garbage")
     with pytest.raises(RunError, match=r"checkpoint\.pt and .*checkpoint\.previous\.pt cannot be read") as caught:
-        load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path / CHECKPOINT)
     assert "\n" not in str(caught.value)
 
 
 def test_a_damaged_file_never_replaces_the_intact_one_before_it(tmp_path):
     save_two(tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(b"garbage")
-    save_checkpoint(tmp_path, make_state(3))
+    save_checkpoint(tmp_path / CHECKPOINT, make_state(3))
     (tmp_path / CHECKPOINT).write_bytes(b"garbage again")
-    assert load_checkpoint(tmp_path).state["step"] == 1
+    assert load_checkpoint(tmp_path / CHECKPOINT).state["step"] == 1
 
 
 def test_a_failed_write_leaves_both_older_files(tmp_path, monkeypatch):
@@ -94,12 +93,12 @@ def test_a_failed_write_leaves_both_older_files(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(RunError):
-        save_checkpoint(tmp_path, make_state(3))
+        save_checkpoint(tmp_path / CHECKPOINT, make_state(3))
     monkeypatch.undo()
     assert sorted(path.name for path in tmp_path.iterdir()) == [PREVIOUS, CHECKPOINT]
-    assert load_checkpoint(tmp_path).state["step"] == 2
+    assert load_checkpoint(tmp_path / CHECKPOINT).state["step"] == 2
     (tmp_path / CHECKPOINT).unlink()
-    assert load_checkpoint(tmp_path).state["step"] == 1
+    assert load_checkpoint(tmp_path / CHECKPOINT).state["step"] == 1
 
 
 class Bomb:
@@ -129,13 +128,13 @@ def test_a_hostile_file_with_a_right_checksum_is_damaged_and_not_run(tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / CHECKPOINT).write_bytes(with_a_right_checksum(data))
     with pytest.raises(RunError, match="cannot be read"):
-        load_checkpoint(tmp_path)
+        load_checkpoint(tmp_path / CHECKPOINT)
     assert not (tmp_path / "exploded").exists()
 
 
 def test_random_numbers_continue_where_they_were(tmp_path):
-    save_checkpoint(tmp_path, {"rng": capture_rng()})
+    save_checkpoint(tmp_path / CHECKPOINT, {"rng": capture_rng()})
     expected = torch.rand(5)
     torch.manual_seed(99)
-    restore_rng(load_checkpoint(tmp_path).state["rng"])
+    restore_rng(load_checkpoint(tmp_path / CHECKPOINT).state["rng"])
     assert torch.equal(torch.rand(5), expected)

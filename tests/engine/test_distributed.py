@@ -3,6 +3,7 @@
 import inspect
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,6 +12,7 @@ from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.distributed import ALONE
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision
+from dpm_cli.recipe import Training
 
 
 class Net(nn.Module):
@@ -24,7 +26,7 @@ class Net(nn.Module):
 
 
 def remove_channel_(model):
-    """The last one of the first convolution, by hand."""
+    """The last one of the first convolution, by hand. Returns what is kept of every parameter."""
     conv, norm, reader = model.body[0], model.body[1], model.body[3]
     reader.weight = nn.Parameter(reader.weight.detach()[:, :5].clone())
     for layer in (conv, norm):
@@ -32,22 +34,19 @@ def remove_channel_(model):
             setattr(layer, name, nn.Parameter(getattr(layer, name).detach()[:5].clone()))
     for name in ("running_mean", "running_var"):
         setattr(norm, name, getattr(norm, name)[:5].clone())
-
-
-def cut(sizes, name, value):
-    return value[tuple(sizes[name])]
+    rows = ("body.0.weight", "body.0.bias", "body.1.weight", "body.1.bias")
+    return {**{name: {0: np.arange(5)} for name in rows}, "body.3.weight": {1: np.arange(5)}}
 
 
 def train_with(world, *, steps=4, batch=7):
     """A few steps with all that couples images: BatchNorm, mix-up, clipping, a removed channel; then what came out."""
     torch.manual_seed(0)
     model = Net().train()
-    settings = {"momentum": 0.9, "nesterov": False, "milestones": (), "step_size": 1, "gamma": 1.0, "warmup_epochs": 0}
-    learner = Learner(
-        model, precision=Precision("fp32", "cpu"), steps=steps, steps_per_epoch=steps, optimizer="sgd", lr=0.1,
-        schedule="constant", weight_decay=1e-3, label_smoothing=0.1, mixup=0.4, clip_grad=0.5, distill=0.0,
-        temperature=4.0, seed=0, world=world, **settings,
-    )  # fmt: skip
+    training = Training(
+        epochs=1, lr=0.1, schedule="constant", weight_decay=1e-3, label_smoothing=0.1, mixup=0.4, clip_grad=0.5
+    )
+    precision = Precision("fp32", "cpu")
+    learner = Learner(model, training, precision=precision, steps_per_epoch=steps, seed=0, world=world)
     images, labels = torch.randn(steps + 2, batch, 2, 6, 6), torch.randint(3, (steps + 2, batch))
     mine = slice(batch * world.rank // world.size, batch * (world.rank + 1) // world.size)
     losses, gradients = [], []
@@ -57,31 +56,28 @@ def train_with(world, *, steps=4, batch=7):
 
     for step in range(steps):
         if step == 2:  # as compaction does it: other parameters in the same model
-            learner.remember()
-            remove_channel_(model)
-            sizes = {name: [slice(length) for length in tensor.shape] for name, tensor in model.named_parameters()}
-            learner.shrink_(partial(cut, sizes))
+            before = dict(model.named_parameters())
+            learner.shrink_(before, remove_channel_(model))
         loss = learner.step_(images[step, mine], labels[step, mine], step=step, count=batch, before=[watch])
         losses.append(loss.item())
     trained = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     batches = ((images[steps + k, mine], labels[steps + k, mine]) for k in range(2))
-    recalibrate_batchnorm_(model, batches, count=2, precision=Precision("fp32", "cpu"), world=world)
+    recalibrate_batchnorm_(model, batches, count=2, precision=precision, world=world)
     return {"losses": losses, "gradients": gradients, "trained": trained, "settled": model.state_dict()}
 
 
 SCRIPT = f"""
-import sys, torch
-from functools import partial
+import sys, numpy as np, torch
 from torch import nn
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.distributed import join
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import Precision
+from dpm_cli.recipe import Training
 
 torch.set_num_threads(1)
 {inspect.getsource(Net)}
 {inspect.getsource(remove_channel_)}
-{inspect.getsource(cut)}
 {inspect.getsource(train_with)}
 with join("cpu") as world:
     torch.save(train_with(world), f"{{sys.argv[1]}}/{{world.rank}}.pt")

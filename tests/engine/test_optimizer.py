@@ -6,11 +6,14 @@ from torch import nn
 
 from dpm_cli.engine.optimizer import make_optimizer, optimizer_state, restore_optimizer_state_
 from dpm_cli.errors import RunError
+from dpm_cli.recipe import Training
 
 SETTINGS = [
-    {"name": "sgd", "lr": 0.1, "nesterov": True, "weight_decay": 1e-3},
-    {"name": "adamw", "lr": 0.01, "weight_decay": 0.1},
+    Training(optimizer="sgd", lr=0.1, nesterov=True, weight_decay=1e-3),
+    Training(optimizer="adamw", lr=0.01, weight_decay=0.1),
 ]
+PLAIN = Training(lr=0.1, weight_decay=0)
+ADAMW = Training(optimizer="adamw", lr=0.1, weight_decay=0)
 
 
 def make_model():
@@ -38,14 +41,14 @@ def through_a_file(state):
 @pytest.mark.parametrize("setting", SETTINGS, ids=["sgd", "adamw"])
 def test_restored_state_continues_bit_for_bit(setting):
     straight = make_model()
-    optimizer = make_optimizer(straight, **setting)
+    optimizer = make_optimizer(straight, setting)
     train(straight, optimizer, range(3))
     weights, state = through_a_file((straight.state_dict(), optimizer_state(optimizer, straight)))
     train(straight, optimizer, range(3, 6))
 
     resumed = make_model()
     resumed.load_state_dict(weights)
-    optimizer = make_optimizer(resumed, **setting)
+    optimizer = make_optimizer(resumed, setting)
     restore_optimizer_state_(optimizer, resumed, state)
     train(resumed, optimizer, range(3, 6))
     for name, tensor in straight.state_dict().items():
@@ -54,7 +57,7 @@ def test_restored_state_continues_bit_for_bit(setting):
 
 def test_restored_tensors_are_copies_in_the_layout_of_the_weight():
     model = make_model()
-    optimizer = make_optimizer(model, name="sgd", lr=0.1)
+    optimizer = make_optimizer(model, PLAIN)
     saved = torch.randn(8, 3, 3, 3)
     restore_optimizer_state_(optimizer, model, {"0.weight": {"momentum_buffer": saved}})
     restored = optimizer_state(optimizer, model)["0.weight"]["momentum_buffer"]
@@ -64,7 +67,7 @@ def test_restored_tensors_are_copies_in_the_layout_of_the_weight():
 
 def test_state_survives_the_removal_of_channels():
     model = nn.Linear(3, 4)
-    optimizer = make_optimizer(model, name="adamw", lr=0.1)
+    optimizer = make_optimizer(model, ADAMW)
     model(torch.randn(5, 3)).sum().backward()
     optimizer.step()
     kept = torch.tensor([0, 2])
@@ -73,7 +76,7 @@ def test_state_survives_the_removal_of_channels():
         for name, values in optimizer_state(optimizer, model).items()
     }
     slim = nn.Linear(3, 2)
-    slim_optimizer = make_optimizer(slim, name="adamw", lr=0.1)
+    slim_optimizer = make_optimizer(slim, ADAMW)
     restore_optimizer_state_(slim_optimizer, slim, state)
     assert torch.equal(slim_optimizer.state[slim.weight]["exp_avg"], optimizer.state[model.weight]["exp_avg"][kept])
     assert slim_optimizer.state[slim.bias]["step"] == 1
@@ -83,13 +86,13 @@ def test_state_survives_the_removal_of_channels():
 def test_state_of_another_model_is_refused(state):
     model = nn.Linear(3, 4)
     with pytest.raises(RunError, match="optimizer state"):
-        restore_optimizer_state_(make_optimizer(model, name="sgd", lr=0.1), model, state)
+        restore_optimizer_state_(make_optimizer(model, PLAIN), model, state)
 
 
 def test_only_what_requires_gradients_is_optimized_in_order():
     model = make_model()
     model[0].weight.requires_grad_(False)
-    optimizer = make_optimizer(model, name="sgd", lr=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(model, Training(lr=0.1, weight_decay=0.5))
     (group,) = optimizer.param_groups
     expected = [parameter for name, parameter in model.named_parameters() if name != "0.weight"]
     assert [id(parameter) for parameter in group["params"]] == [id(parameter) for parameter in expected]
@@ -100,7 +103,7 @@ def test_only_what_requires_gradients_is_optimized_in_order():
 def test_a_gradient_in_another_layout_steps_the_right_elements():
     conv = nn.Conv2d(4, 8, 3, bias=False).to(memory_format=torch.channels_last)
     start, gradient = conv.weight.detach().clone(), torch.randn(8, 4, 3, 3)
-    optimizer = make_optimizer(conv, name="sgd", lr=0.5, momentum=0.9)
+    optimizer = make_optimizer(conv, Training(lr=0.5, momentum=0.9, weight_decay=0))
     for _ in range(2):
         conv.weight.grad = gradient.clone()
         optimizer.step()

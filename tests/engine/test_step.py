@@ -7,6 +7,7 @@ from torch import nn
 from dpm_cli.engine.optimizer import make_optimizer
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.engine.step import LossMeter, all_finite, train_step
+from dpm_cli.recipe import Training
 from dpm_cli.tasks.classification import classification_loss
 
 CPU = torch.device("cpu")
@@ -19,13 +20,17 @@ def make_model():
     return nn.Linear(3, 2)
 
 
+def make_sgd(model, *, lr, momentum=0.9):
+    return make_optimizer(model, Training(lr=lr, momentum=momentum, weight_decay=0))
+
+
 def step(model, optimizer, *, objective=classification_loss, precision=FP32, **settings):
     return train_step(model, optimizer, IMAGES, LABELS, objective=objective, precision=precision, **settings)
 
 
 def test_one_step_is_plain_gradient_descent():
     model, reference = make_model(), make_model()
-    loss = step(model, make_optimizer(model, name="sgd", lr=0.1, momentum=0))
+    loss = step(model, make_sgd(model, lr=0.1, momentum=0))
     expected = nn.functional.cross_entropy(reference(IMAGES), LABELS)
     expected.backward()
     torch.testing.assert_close(loss, expected.detach())
@@ -43,7 +48,7 @@ def test_hooks_run_in_order_on_the_raw_gradient_and_the_stepped_weight():
 
     step(
         model,
-        make_optimizer(model, name="sgd", lr=1.0, momentum=0),
+        make_sgd(model, lr=1.0, momentum=0),
         before_step=[
             lambda: seen.append(model.weight.grad.clone()),
             penalise,
@@ -61,14 +66,14 @@ def test_clipping_bounds_the_norm_with_penalties():
     def penalise():
         model.weight.grad += 100
 
-    step(model, make_optimizer(model, name="sgd", lr=1.0, momentum=0), clip_grad=0.5, before_step=[penalise])
+    step(model, make_sgd(model, lr=1.0, momentum=0), clip_grad=0.5, before_step=[penalise])
     moved = torch.cat([(a - b).flatten() for a, b in zip(start, model.parameters())])
     assert moved.norm().item() == pytest.approx(0.5, rel=1e-4)
 
 
 def test_gradients_do_not_pile_up_over_steps():
     model = make_model()
-    optimizer = make_optimizer(model, name="sgd", lr=1e-30, momentum=0)
+    optimizer = make_sgd(model, lr=1e-30, momentum=0)
     norms = []
     for _ in range(2):
         step(model, optimizer, before_step=[lambda: norms.append(model.weight.grad.norm().item())])
@@ -77,8 +82,8 @@ def test_gradients_do_not_pile_up_over_steps():
 
 def test_bf16_step_keeps_weights_and_gradients_in_fp32_and_near_fp32():
     model, reference = make_model(), make_model()
-    step(model, make_optimizer(model, name="sgd", lr=0.1), precision=choose_precision("bf16", CPU))
-    step(reference, make_optimizer(reference, name="sgd", lr=0.1))
+    step(model, make_sgd(model, lr=0.1), precision=choose_precision("bf16", CPU))
+    step(reference, make_sgd(reference, lr=0.1))
     assert model.weight.dtype == model.weight.grad.dtype == torch.float32
     torch.testing.assert_close(model.weight, reference.weight, atol=2e-3, rtol=0)
 
@@ -87,7 +92,7 @@ def test_scaled_gradients_are_unscaled_before_hooks_and_a_skipped_step_skips_wha
     precision = dataclasses.replace(FP32, scaler=torch.amp.GradScaler("cpu", init_scale=1024.0))
     model, plain, seen, ran = make_model(), make_model(), [], []
     settings = {"precision": precision, "after_step": [lambda: ran.append(True)]}
-    optimizer = make_optimizer(model, name="sgd", lr=0.1)
+    optimizer = make_sgd(model, lr=0.1)
     step(model, optimizer, before_step=[lambda: seen.append(model.weight.grad.clone())], **settings)
     nn.functional.cross_entropy(plain(IMAGES), LABELS).backward()
     torch.testing.assert_close(seen[0], plain.weight.grad)
@@ -129,7 +134,7 @@ def test_all_finite_sees_one_bad_element_and_ignores_integers():
 def test_a_step_on_cuda_does_not_wait_for_the_device():
     device = torch.device("cuda:0")
     model = make_model().to(device)
-    optimizer, meter = make_optimizer(model, name="sgd", lr=0.1), LossMeter(device)
+    optimizer, meter = make_sgd(model, lr=0.1), LossMeter(device)
     precision = choose_precision("auto", device)
     images, labels = IMAGES.to(device), LABELS.to(device)
     for number in range(3):

@@ -1,4 +1,5 @@
 import copy
+import itertools
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from digits_recipe import recipe
+from killed import start_killed
 from PIL import Image
 from torch import nn
 
@@ -29,7 +31,6 @@ from dpm_cli.errors import (
 )
 from dpm_cli.export import open_exported
 from dpm_cli.measure import count_parameters, measure_in_turns, measure_latency
-from dpm_cli.recipe.stages import plan_stages
 from dpm_cli.models import build, load, load_slim
 from dpm_cli.recipe import load_recipe, parse_recipe
 from dpm_cli.recipe.sections import Prune
@@ -107,7 +108,7 @@ FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "m
 
 def test_events_are_told_in_order(dense_file, tmp_path):
     told = []
-    dpm_cli.prune(dense_file, recipe(), output=tmp_path, on_event=lambda event: told.append(event["event"]))
+    dpm_cli.prune(dense_file, recipe(), output=tmp_path, on_event=lambda event: told.append(event.kind))
     assert told[0] == "start"
     assert told[-1] == "done"
     assert told.count("step") == 6
@@ -253,7 +254,8 @@ def test_finished_run_resumed_returns_its_report(finished, dense_file):
 
 
 def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
-    monkeypatch.setattr("dpm_cli.run.story.Run._validate", lambda run: 90.0 if run.floor is None else 0.0)
+    accuracies = itertools.chain([90.0], itertools.repeat(0.0))  # the dense model is measured first
+    monkeypatch.setattr("dpm_cli.engine.setup.Setup.validate", lambda setup, model: next(accuracies))
     settings, said = recipe(prune={"max_drop": 1}), []
     for attempt in range(2):
         with pytest.raises(AccuracyError, match="round 1 broke the accuracy floor") as broken:
@@ -284,7 +286,7 @@ def test_unfinished_run_is_resumed_or_replaced_but_never_by_accident(dense_file,
         dpm_cli.prune(dense_file, recipe(), output=folder)
     events = []
     dpm_cli.prune(dense_file, recipe(), output=folder, resume=True, on_event=events.append)
-    assert [event["step"] for event in events if event["event"] == "resumed"] == [3]
+    assert [event.step for event in events if event.kind == "resumed"] == [3]
     assert_same_bits(load(folder / "slim.pt").state_dict(), load(whole / "slim.pt").state_dict())
 
 
@@ -296,7 +298,7 @@ def test_run_killed_between_the_two_renames_of_a_checkpoint_is_unfinished(dense_
     (tmp_path / "report.json").write_text("{}")  # of a run before, which --overwrite began to replace
     events = []
     dpm_cli.prune(dense_file, recipe(), output=tmp_path, resume=True, on_event=events.append)
-    assert [event["step"] for event in events if event["event"] == "resumed"] == [2]
+    assert [event.step for event in events if event.kind == "resumed"] == [2]
     assert not list(tmp_path.glob("checkpoint*"))
 
 
@@ -324,7 +326,7 @@ def test_a_second_run_into_the_same_folder_is_refused_and_harms_nothing(finished
     refusals = []
 
     def disturb(event):
-        if event["event"] == "step" and not refusals:
+        if event.kind == "step" and not refusals:
             with pytest.raises(OutputError, match=r"in use by process .*: wait until that run is over") as refusal:
                 dpm_cli.prune(dense_file, recipe(), output=tmp_path, **settings)
             refusals.append(refusal)
@@ -341,49 +343,13 @@ def test_target_that_cannot_be_met_leaves_no_trace_and_takes_no_time(dense_file,
     assert not any(tmp_path.iterdir())
 
 
-KILLED_RUN = """
-    import itertools, json, os, signal, sys, torch
-    torch.set_num_threads(1)
-    import dpm_cli
-    from dpm_cli import files
-    from dpm_cli.engine import checkpoint
-
-    model, folder, settings, moment, number = sys.argv[1:]
-    count = itertools.count(1)
-
-    def die_in_time():
-        if next(count) == int(number):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def before(moment_of_this, function):
-        def called(*given):
-            if moment == moment_of_this:
-                die_in_time()
-            return function(*given)
-        return called
-
-    class Half:  # of what is written to a checkpoint
-        def __init__(self, file):
-            self.hashing = checkpoint_file(file)
-            self.sha256, self.flush = self.hashing.sha256, self.hashing.flush
-
-        def write(self, data):
-            if moment == "half" and len(data) > 100 and next(count) == int(number):
-                self.hashing.write(data[: len(data) // 2])
-                self.flush()
-                os.kill(os.getpid(), signal.SIGKILL)
-            return self.hashing.write(data)
-
-    checkpoint_file, checkpoint._HashingFile = checkpoint._HashingFile, Half
-    os.replace, os.fsync = before("rename", os.replace), before("flush", os.fsync)
-    tell = before("event", lambda event: None)
-    dpm_cli.prune(model, json.loads(settings), output=folder, resume=True, on_event=tell)
-"""
-
-
-def start_killed_run(dense_file, folder, settings, moment="never", number=0):
-    command = [sys.executable, "-c", textwrap.dedent(KILLED_RUN), dense_file, folder, json.dumps(settings)]
-    return subprocess.run([*command, moment, str(number)], timeout=300, check=False).returncode
+def planned_epochs(dense_file, folder, settings):
+    """(stage, epoch) of a run, as it says at its start."""
+    events = []
+    with pytest.raises(Interrupted):
+        dpm_cli.prune(dense_file, settings, output=folder, on_event=events.append, should_stop=lambda: True)
+    (started,) = [event for event in events if event.kind == "start"]
+    return [(stage.name, epoch) for stage in started.stages for epoch in range(1, stage.epochs + 1)]
 
 
 @pytest.mark.slow
@@ -400,7 +366,7 @@ def test_run_killed_at_twenty_random_moments_ends_with_the_same_bits(dense_file,
     } | own  # fmt: skip
     settings = recipe(**changes | {"prune": {"rounds": 3, "base": base} | own.get("prune", {})})
     whole, folder = tmp_path / "whole", tmp_path / "killed"
-    assert start_killed_run(dense_file, whole, settings) == 0
+    assert start_killed("prune", dense_file, settings, output=whole) == 0
     dice = np.random.default_rng(0)
     moments = [*["event"] * 8, *["half"] * 4, *["rename"] * 4, *["flush"] * 4]
     dice.shuffle(moments)
@@ -408,15 +374,15 @@ def test_run_killed_at_twenty_random_moments_ends_with_the_same_bits(dense_file,
     kills = []
     for moment in moments:
         number = int(dice.integers(2, most[moment]))
-        kills.append((moment, number, start_killed_run(dense_file, folder, settings, moment, number)))
+        code = start_killed("prune", dense_file, settings, output=folder, moment=moment, number=number)
+        kills.append((moment, number, code))
     assert [code for *_, code in kills] == [-signal.SIGKILL] * 20, kills
-    assert start_killed_run(dense_file, folder, settings) == 0
+    assert start_killed("prune", dense_file, settings, output=folder) == 0
     assert_same_bits(load(folder / "slim.pt").state_dict(), load(whole / "slim.pt").state_dict())
     assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint"))]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     epochs = [(line["stage"], line["epoch"]) for line in lines if line["event"] == "epoch"]
-    stages = plan_stages(parse_recipe(settings))
-    assert epochs == [(stage.name, epoch) for stage in stages for epoch in range(1, stage.training.epochs + 1)]
+    assert epochs == planned_epochs(dense_file, tmp_path / "planned", settings)
 
 
 @pytest.mark.slow
@@ -427,50 +393,17 @@ def test_run_killed_while_it_writes_its_results_ends_with_the_same_bits(finished
     while True:  # later and later: checkpoint, TorchScript, slim.pt, recipe, report
         number += 1
         shutil.rmtree(folder, ignore_errors=True)
-        code = start_killed_run(dense_file, folder, settings, moment, number)
+        code = start_killed("prune", dense_file, settings, output=folder, moment=moment, number=number)
         if code == 0:
             break
         assert code == -signal.SIGKILL
-        assert start_killed_run(dense_file, folder, settings) == 0
+        assert start_killed("prune", dense_file, settings, output=folder) == 0
         assert not [path.name for path in folder.iterdir() if path.name.startswith((".", "checkpoint"))]
         assert_same_bits(load(folder / "slim.pt").state_dict(), load(finished[0] / "slim.pt").state_dict())
     assert number > 5
 
 
-# ------------------------------------------------------------------------------------- train, evaluate, export, plan
-
-
-def test_training_writes_a_model_that_can_be_pruned(tmp_path):
-    path, told = tmp_path / "model.pt", []
-    result = dpm_cli.train(recipe(dense={"epochs": 2}), output=path, on_event=told.append)
-    assert result.path == str(path)
-    assert result.bytes == path.stat().st_size
-    assert [event["epoch"] for event in told if event["event"] == "epoch"] == [1, 2]
-    evaluated = dpm_cli.evaluate(path, recipe())
-    assert evaluated.kind == "dense"
-    assert evaluated.accuracy == result.accuracy
-    assert evaluated.loss == pytest.approx(result.loss, rel=1e-5)
-    with pytest.raises(OutputError, match="exists"):
-        dpm_cli.train(recipe(), output=path)
-    before = path.read_bytes()
-    dpm_cli.train(recipe(train={"epochs": 1}), output=path, model=path, overwrite=True)
-    assert path.read_bytes() != before
-    with pytest.raises(OutputError, match="not a folder"):
-        dpm_cli.train(recipe(), output=tmp_path / "absent" / "model.pt")
-
-
-def test_training_twice_gives_the_same_bits(tmp_path):
-    for name in "ab":
-        torch.manual_seed(ord(name))
-        dpm_cli.train(recipe(train={"epochs": 1, "mixup": 0.2}), output=tmp_path / f"{name}.pt")
-    assert_same_bits(*(torch.load(tmp_path / f"{name}.pt", weights_only=True) for name in "ab"))
-
-
-def test_diverging_training_writes_nothing(tmp_path):
-    settings = recipe(train={"epochs": 30, "lr": 100, "momentum": 0.99, "weight_decay": 50})
-    with pytest.raises(RunError, match=r"not finite (at step|in epoch) \d+: lower train.lr"):
-        dpm_cli.train(settings, output=tmp_path / "model.pt")
-    assert not any(tmp_path.iterdir())
+# -------------------------------------------------------------------------------------------- evaluate, export, plan
 
 
 def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished):

@@ -12,7 +12,7 @@ from torch import nn
 from dpm_cli.errors import TargetError
 from dpm_cli.graph import compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
-from dpm_cli.method.budget import choose_round_to, choose_victims, cost_of, find_width_limits, find_limit, resolve_limit
+from dpm_cli.method.budget import choose_round_to, choose_victims, cost_of, find_limit, find_width_limits, resolve_limit
 
 KINDS = ["macs", "params", "channels"]
 
@@ -131,7 +131,7 @@ def test_groups_are_as_these_tests_assume():
         (1, 1.0, [8, 6, 4, 4], [1, 1, 1, 1]),
     ],
 )
-def test_floors(round_to, min_keep, units, step):
+def test_width_limits(round_to, min_keep, units, step):
     widths = find_width_limits(GROUPS, round_to=round_to, min_keep=min_keep)
     assert widths.least.tolist() == units
     assert widths.step.tolist() == step

@@ -11,6 +11,7 @@ from torch import nn
 from dpm_cli.graph import Units, find_groups
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.rectify import Rectifier
+from dpm_cli.recipe.sections import Rectify
 
 
 class Net(nn.Module):
@@ -83,13 +84,17 @@ def only(*units):
     return victims
 
 
+def rectifier_with(**settings):
+    rule = Rectify().model_copy(update=settings)  # unchecked: no recipe can ask for infinity
+    return Rectifier(torch.from_numpy(GROUPS.group_of_unit), len(GROUPS), rule)
+
+
 def never():
-    return Rectifier(torch.from_numpy(GROUPS.group_of_unit), len(GROUPS), rate=float("inf"), length=float("inf"))
+    return rectifier_with(rate=float("inf"), length=float("inf"))
 
 
 def at_once(**changes):
-    settings = {"rate": -float("inf"), "length": -float("inf"), "start": 0.0} | changes
-    return Rectifier(torch.from_numpy(GROUPS.group_of_unit), len(GROUPS), **settings)
+    return rectifier_with(**{"rate": -float("inf"), "length": -float("inf"), "start": 0.0} | changes)
 
 
 def test_the_net_has_the_groups_that_these_tests_assume():

@@ -10,12 +10,12 @@ from torch import nn
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.errors import RecipeError, RunError
-from dpm_cli.graph import find_groups, take
+from dpm_cli.graph import find_groups
 from dpm_cli.method.budget import cost_of, find_width_limits, resolve_limit
 from dpm_cli.method.pruners import DepGraph
-from dpm_cli.method.pruning import Pruning
-from dpm_cli.method.rectify import Rectifier
-from dpm_cli.method.rounds import plan_rounds
+from dpm_cli.method.pruning import Choice, Goal, Pruning, Removal
+from dpm_cli.method.rounds import Rounds, plan_rounds
+from dpm_cli.recipe.sections import Decay, Prune, Rectify, Training
 
 
 class Net(nn.Module):
@@ -43,32 +43,26 @@ FP32 = choose_precision("fp32", torch.device("cpu"))
 
 
 def make(*, steps=4, starts=(0, 4, 8), amount=0.5, kind="macs", rectify=None, round_to=1, optimizer="sgd"):
-    """A model in training, its learner and its pruning. rectify: settings of a Rectifier."""
+    """A model in training, its learner and its pruning. rectify: settings of a Rectify, unchecked."""
     model = copy.deepcopy(NET)
     model.to(memory_format=torch.channels_last)
     widths = find_width_limits(GROUPS, round_to=round_to, min_keep=0.1)
+    rule = Rectify().model_copy(update=rectify) if rectify else None
     pruning = Pruning(
         model,
         GROUPS,
-        DepGraph(normalizer="mean", strength=0.0),
-        kind=kind,
-        limit=resolve_limit(GROUPS, widths, kind=kind, amount=amount),
-        widths=widths,
-        starts=starts,
-        end=starts[-1] + steps,
-        decay_steps=steps,
-        make_rectifier=partial(Rectifier, **rectify) if rectify else None,
+        DepGraph(Prune(target={kind: amount}, normalizer="mean", sparse_strength=0.0), Training(), seed=0),
+        Goal(kind, resolve_limit(GROUPS, widths, kind=kind, amount=amount), widths),
+        Rounds(starts, end=starts[-1] + steps),
+        Decay(steps=steps, rectify=None).model_copy(update={"rectify": rule}),
     )
     model.train()
     return model, make_learner(model, optimizer), pruning
 
 
 def make_learner(model, optimizer="sgd"):
-    return Learner(
-        model, precision=FP32, steps=100, steps_per_epoch=10, optimizer=optimizer, lr=0.05, momentum=0.9,
-        nesterov=False, schedule="cosine", milestones=(), step_size=1, gamma=1.0, warmup_epochs=0, weight_decay=1e-3,
-        label_smoothing=0, mixup=0, clip_grad=None, distill=0, temperature=1, seed=0,
-    )  # fmt: skip
+    training = Training(epochs=10, optimizer=optimizer, lr=0.05, momentum=0.9, schedule="cosine", weight_decay=1e-3)
+    return Learner(model, training, precision=FP32, steps_per_epoch=10, seed=0)
 
 
 def drive(learner, pruning, step):
@@ -86,9 +80,8 @@ def drive(learner, pruning, step):
 
 
 def finish(learner, pruning):
-    learner.remember()
     removal = pruning.finish_round(IMAGES)
-    learner.shrink_(lambda name, value: take(value, removal.kept.get(name, {})))
+    learner.shrink_(removal.before, removal.kept)
     return removal
 
 
@@ -102,14 +95,19 @@ RELEASE_ALL = {"rate": -float("inf"), "length": -float("inf"), "start": 0.0, "li
 # ------------------------------------------------------------------------------------------------------------- plans
 
 
+def plan(steps, *, rounds=4, decay_steps=10, start=0.0, end=0.5, rectify=False):
+    prune = Prune(target={"macs": 0.5}, rounds=rounds, start=start, end=end)
+    return plan_rounds(steps, prune, Decay(steps=decay_steps, rectify=rectify))
+
+
 def test_rounds_are_spread_evenly_between_start_and_end():
-    assert plan_rounds(100, rounds=4, decay_steps=10, start=0.2, end=0.6, rectify=False).starts == (20, 30, 40, 50)
-    assert plan_rounds(100, rounds=2, decay_steps=10, start=0.0, end=0.5, rectify=True).starts == (0, 25)
-    assert plan_rounds(10, rounds=10, decay_steps=1, start=0.0, end=1.0, rectify=False).starts == tuple(range(10))
+    assert plan(100, rounds=4, start=0.2, end=0.6).starts == (20, 30, 40, 50)
+    assert plan(100, rounds=2, rectify=True).starts == (0, 25)
+    assert plan(10, rounds=10, decay_steps=1, end=1.0).starts == tuple(range(10))
 
 
 def test_without_training_there_is_one_round():
-    assert plan_rounds(0, rounds=4, decay_steps=10, start=0.2, end=0.6, rectify=True).starts == (0,)
+    assert plan(0, start=0.2, end=0.6, rectify=True).starts == (0,)
 
 
 @pytest.mark.parametrize(
@@ -123,13 +121,12 @@ def test_without_training_there_is_one_round():
     ],
 )
 def test_rounds_that_do_not_fit_are_refused(changes, message):
-    plan = {"steps": 100, "rounds": 4, "decay_steps": 10, "start": 0.0, "end": 0.5, "rectify": False} | changes
     with pytest.raises(RecipeError, match=message):
-        plan_rounds(plan.pop("steps"), **plan)
+        plan(**{"steps": 100} | changes)
 
 
 def test_a_plan_that_just_fits_ends_at_the_last_step():
-    starts = plan_rounds(50, rounds=4, decay_steps=10, start=0.0, end=0.8, rectify=True).starts
+    starts = plan(50, end=0.8, rectify=True).starts
     _, learner, pruning = make(steps=10, starts=starts, rectify=RELEASE_ALL)
     run(learner, pruning, 50)
     assert pruning.is_done
@@ -142,12 +139,12 @@ def test_a_plan_that_just_fits_ends_at_the_last_step():
 @pytest.mark.parametrize("steps", [1, 4])
 def test_each_round_takes_its_share_and_the_last_meets_the_target(kind, steps):
     _, learner, pruning = make(kind=kind, steps=steps)
-    dense, limit, costs = pruning.cost(), pruning.limit, []
+    dense, limit, costs = pruning.cost(), pruning.goal.limit, []
     for step in range(12):
         for happened in drive(learner, pruning, step):
-            if isinstance(happened, dict):
-                share = dense - (dense - limit) * happened["round"] // 3
-                assert happened["limit"] == share
+            if isinstance(happened, Choice):
+                share = dense - (dense - limit) * happened.round // 3
+                assert happened.limit == share
             else:
                 costs.append(pruning.cost())
                 assert costs[-1] <= share
@@ -163,8 +160,8 @@ def test_each_round_takes_its_share_and_the_last_meets_the_target(kind, steps):
 def test_predicted_cost_of_a_round_is_what_is_left_after_it():
     model, learner, pruning = make()
     (started, _) = run(learner, pruning, 4)
-    assert started["predicted_macs"] == pruning.groups.cost.macs(pruning.all_alive)
-    assert started["predicted_params"] == sum(parameter.numel() for parameter in model.parameters())
+    assert started.predicted_macs == pruning.groups.cost.macs(pruning.all_alive)
+    assert started.predicted_params == sum(parameter.numel() for parameter in model.parameters())
 
 
 def test_rounds_last_exactly_the_decay_steps():
@@ -179,22 +176,22 @@ def test_rounds_last_exactly_the_decay_steps():
 def test_everything_released_still_ends_with_the_target_met():
     _, learner, pruning = make(rectify=RELEASE_ALL)
     happened = run(learner, pruning, 20)
-    rounds = [one for one in happened if isinstance(one, dict)]
-    removals = [one for one in happened if not isinstance(one, dict)]
-    assert [removal.released for removal in removals[:3]] == [one["chosen"] for one in rounds[:3]]
+    rounds = [one for one in happened if isinstance(one, Choice)]
+    removals = [one for one in happened if isinstance(one, Removal)]
+    assert [removal.released for removal in removals[:3]] == [one.chosen for one in rounds[:3]]
     assert [removal.removed for removal in removals[:3]] == [0, 0, 0]
     assert len(rounds) == 4
-    assert rounds[3]["limit"] == pruning.limit
+    assert rounds[3].limit == pruning.goal.limit
     assert removals[3].released == 0
-    assert removals[3].removed == rounds[3]["chosen"]
+    assert removals[3].removed == rounds[3].chosen
     assert pruning.is_done
-    assert pruning.released == sum(one["chosen"] for one in rounds[:3])
+    assert pruning.released == sum(one.chosen for one in rounds[:3])
 
 
 def test_topping_up_takes_released_units_when_no_others_suffice():
     _, learner, pruning = make(starts=(0,), kind="channels", amount=4.0, rectify=RELEASE_ALL)
     happened = run(learner, pruning, 8)
-    assert [one["chosen"] for one in happened if isinstance(one, dict)] == [16, 16]
+    assert [one.chosen for one in happened if isinstance(one, Choice)] == [16, 16]
     assert pruning.is_done
 
 
@@ -205,7 +202,7 @@ def test_topping_up_spares_released_units_while_others_suffice():
     released = pruning.decay.released.numpy().copy()
     assert released.sum() == pruning.chosen > 0
     happened = run(learner, pruning, 19, first=1)
-    assert sum(one["chosen"] for one in happened if isinstance(one, dict)) > 0
+    assert sum(one.chosen for one in happened if isinstance(one, Choice)) > 0
     assert pruning.is_done
     assert pruning.survivors[released].all()
 
@@ -216,7 +213,7 @@ def test_released_units_rest_for_one_round():
     first = pruning.decay.released.clone()
     (second,) = drive(learner, pruning, 4)
     assert first.any()
-    assert second["chosen"] == pruning.decay.released.sum() > 0  # released in their first step, as always here
+    assert second.chosen == pruning.decay.released.sum() > 0  # released in their first step, as always here
     assert not (pruning.decay.released & first).any()
     run(learner, pruning, 8, first=5)
     drive(learner, pruning, 8)
@@ -306,7 +303,7 @@ def test_not_a_number_in_the_outputs_stops_the_run_too():
     pruning.start_round()
     with torch.no_grad():
         model.head.bias[0] = float("nan")
-    with pytest.raises(RunError, match="changed the outputs by nan"):
+    with pytest.raises(RunError, match="changed the outputs by inf"):
         pruning.finish_round(IMAGES)
 
 

@@ -21,6 +21,7 @@ from dpm_cli.method.rectify import (
     norm_relative,
     relative_length,
 )
+from dpm_cli.recipe.sections import Rectify
 
 CRITERIA = ["cosine", "norm_per_update", "norm_per_decay", "norm_relative", "significance"]
 
@@ -164,7 +165,7 @@ def test_release_rule_is_that_of_a_slow_reference(seed, steps, **rule):
     # A rate "norm_relative" is tiny and one "norm_per_decay" is large: both still cross some of these thresholds.
     generator = torch.Generator().manual_seed(seed)
     model = copy.deepcopy(NET)
-    decay = Decay(Units(GROUPS, model), steps=steps, rectifier=Rectifier(GROUP_OF_UNIT, len(GROUPS), **rule))
+    decay = Decay(Units(GROUPS, model), steps=steps, rectifier=Rectifier(GROUP_OF_UNIT, len(GROUPS), Rectify(**rule)))
     optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9, weight_decay=1e-2)
     victims = torch.rand(UNITS, generator=generator) < 0.7
     slow = {u: SlowUnit(vectors(model)[u].norm().item(), rule, steps) for u in range(UNITS) if victims[u]}
@@ -194,9 +195,8 @@ def test_release_rule_is_that_of_a_slow_reference(seed, steps, **rule):
 def test_the_rule_above_sees_both_outcomes_for_every_criterion():
     outcomes = {criterion: set() for criterion in CRITERIA}
     for criterion, seed in itertools.product(CRITERIA, range(3)):
-        rectifier = Rectifier(
-            GROUP_OF_UNIT, len(GROUPS), rate=0.0, length=1.0, criterion=criterion, smoothing=0.5, start=0.0
-        )
+        rule = Rectify(rate=0.0, length=1.0, criterion=criterion, smoothing=0.5, start=0.0)
+        rectifier = Rectifier(GROUP_OF_UNIT, len(GROUPS), rule)
         model = copy.deepcopy(NET)
         decay = Decay(Units(GROUPS, model), steps=5, rectifier=rectifier)
         optimizer = torch.optim.SGD(model.parameters(), 0.02, momentum=0.9)
@@ -213,9 +213,8 @@ def test_the_rule_above_sees_both_outcomes_for_every_criterion():
 
 
 def test_smoothing_forgets_an_earlier_decay():
-    rectifier = Rectifier(
-        GROUP_OF_UNIT, len(GROUPS), criterion="cosine", rate=0.5, length=-math.inf, start=0.0, limit=5
-    )
+    rule = Rectify(criterion="cosine", rate=0.5, start=0.0, limit=5).model_copy(update={"length": -math.inf})
+    rectifier = Rectifier(GROUP_OF_UNIT, len(GROUPS), rule)
     decaying, age = torch.ones(UNITS, dtype=torch.bool), torch.ones(UNITS, dtype=torch.int64)
     model = copy.deepcopy(NET)
     units = Units(GROUPS, model)

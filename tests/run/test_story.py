@@ -11,17 +11,20 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpm_cli.data import load_data
+from dpm_cli.data import Augmentation, load_data
 from dpm_cli.data.digits import read_digits
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.precision import choose_precision
+from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
+from dpm_cli.events import EpochEnded, Note
+from dpm_cli.files import CHECKPOINT
+from dpm_cli.jobs.loading import follow
 from dpm_cli.measure import count_macs, count_parameters, measure_in_turns
-from dpm_cli.recipe.stages import plan_stages
 from dpm_cli.models import load_slim
 from dpm_cli.recipe import parse_recipe
 from dpm_cli.report import Report
-from dpm_cli.run.events import Metrics
+from dpm_cli.run.journal import Journal
 from dpm_cli.run.story import Run
 
 FP32 = choose_precision("fp32", torch.device("cpu"))
@@ -86,22 +89,18 @@ def make_recipe(*overrides):
 
 
 def make_run(output, recipe, splits, *, model=None, precision=FP32, should_stop=lambda: False):
-    return Run(
-        model or make_net(),
-        recipe,
-        splits,
-        arch=None,
-        output=Path(output),
-        device=torch.device("cpu"),
-        precision=precision,
-        should_stop=should_stop,
-    )
+    setup = Setup(recipe, splits, Path(output) / CHECKPOINT, torch.device("cpu"), precision, should_stop)
+    return Run(setup, model or make_net(), arch=None, output=Path(output))
 
 
 def go(output, recipe, splits, *, resume=False, **settings):
-    """The whole run, its events."""
-    run = make_run(output, recipe, splits, **settings)
-    return run, list(run.events(resume=resume))
+    """The whole run, its events and its report."""
+    run, events = make_run(output, recipe, splits, **settings), []
+    return run, events, follow(run.events(resume=resume), events.append)
+
+
+def checkpoint_in(folder):
+    return load_checkpoint(Path(folder) / CHECKPOINT)
 
 
 def stop_after(steps):
@@ -140,26 +139,26 @@ def timeless(events):
 
 
 def test_events_come_in_order_and_the_report_agrees_with_the_files(tmp_path, splits):
-    run, events = go(tmp_path, make_recipe(), splits)
-    named = [event["event"] for event in events if event["event"] not in ("step", "checkpoint")]
+    _, events, report = go(tmp_path, make_recipe(), splits)
+    named = [event.kind for event in events if event.kind not in ("step", "checkpoint")]
     assert named == [
         "start", "stage", "round", "compact", "round", "epoch", "compact", "epoch", "epoch",
         "stage", "epoch", "measure", "done",
     ]  # fmt: skip
-    steps = [event for event in events if event["event"] == "step"]
-    assert [event["step"] for event in steps] == [*range(1, 19), *range(1, 7)]
-    assert [event["epoch"] for event in steps if event["stage"] == "train"] == [1] * 6 + [2] * 6 + [3] * 6
+    steps = [event for event in events if event.kind == "step"]
+    assert [event.step for event in steps] == [*range(1, 19), *range(1, 7)]
+    assert [event.epoch for event in steps if event.stage == "train"] == [1] * 6 + [2] * 6 + [3] * 6
 
-    written = [event for event in events if event["event"] in ("round", "compact", "epoch")]
-    assert metrics(tmp_path) == written
-    start, report, slim = events[0], run.report, load_slim(tmp_path / "slim.pt", model=make_net())
+    written = [event for event in events if event.kind in ("round", "compact", "epoch")]
+    assert metrics(tmp_path) == [event.to_dict() for event in written]
+    start, slim = events[0], load_slim(tmp_path / "slim.pt", model=make_net())
     assert report.target.is_met
-    assert report.target.limit == math.floor(0.5 * start["dense"]["macs"])
+    assert report.target.limit == math.floor(0.5 * start.dense.macs)
     assert report.slim.params == sum(p.numel() for p in slim.module.parameters()) == count_parameters(slim.module)
     assert report.slim.macs == count_macs(slim.module, torch.zeros(1, 1, 8, 8)) == report.target.reached
-    assert report.dense.macs == start["dense"]["macs"] == report.target.dense
+    assert report.dense.macs == start.dense.macs == report.target.dense
     assert report.units.total == 20
-    assert report.units.removed == report.units.chosen == sum(e["removed"] for e in events if e["event"] == "compact")
+    assert report.units.removed == report.units.chosen == sum(e.removed for e in events if e.kind == "compact")
     assert {width.layer: width.after for width in report.widths} == {
         "stem": slim.module.stem.out_channels,
         "inner": slim.module.inner.out_channels,
@@ -191,16 +190,16 @@ def test_the_given_model_is_left_as_it_was(tmp_path, splits):
 
 @pytest.mark.parametrize("target", ["macs=30000", "params=0.4", "channels=9"])
 def test_every_kind_of_target_is_met(tmp_path, splits, target):
-    run, _ = go(tmp_path, make_recipe(f"prune.target.{target}", "finetune.epochs=0"), splits)
-    kind = run.report.target.kind
+    _, _, report = go(tmp_path, make_recipe(f"prune.target.{target}", "finetune.epochs=0"), splits)
+    kind = report.target.kind
     slim = load_slim(tmp_path / "slim.pt", model=make_net()).module
     cost = {
         "macs": count_macs(slim, torch.zeros(1, 1, 8, 8)),
         "params": count_parameters(slim),
         "channels": slim.stem.out_channels + slim.inner.out_channels,
     }[kind]
-    assert cost == run.report.target.reached <= run.report.target.limit
-    assert cost > 0.8 * run.report.target.limit
+    assert cost == report.target.reached <= report.target.limit
+    assert cost > 0.8 * report.target.limit
 
 
 RELEASE_ALL = [
@@ -210,25 +209,25 @@ RELEASE_ALL = [
 
 @pytest.mark.parametrize("base", ["depgraph", "gate-decorator"])
 def test_everything_released_still_meets_the_target(tmp_path, splits, base):
-    run, events = go(tmp_path, make_recipe(f"prune.base={base}", "finetune.epochs=0", *RELEASE_ALL), splits)
-    rounds = [event for event in events if event["event"] == "round"]
+    run, events, report = go(tmp_path, make_recipe(f"prune.base={base}", "finetune.epochs=0", *RELEASE_ALL), splits)
+    rounds = [event for event in events if event.kind == "round"]
     assert len(rounds) == 3
-    assert run.report.units.released == sum(event["chosen"] for event in rounds[:2])
-    assert run.report.units.removed == run.pruning.topped_up == rounds[2]["chosen"]
-    assert run.report.target.is_met
-    assert f"{rounds[2]['chosen']} units were chosen by score alone" in run.report.notes[0]
-    assert "others were released" in run.report.notes[0]
+    assert report.units.released == sum(event.chosen for event in rounds[:2])
+    assert report.units.removed == run.subject.pruning.topped_up == rounds[2].chosen
+    assert report.target.is_met
+    assert f"{rounds[2].chosen} units were chosen by score alone" in report.notes[0]
+    assert "others were released" in report.notes[0]
 
 
 def test_unit_that_was_released_rests_until_its_round_is_over(tmp_path, splits):
     recipe = make_recipe("prune.base=otov2", "prune.otov2.strength=3", "finetune.epochs=0", *RELEASE_ALL)
-    run, events = go(tmp_path, recipe, splits)
-    rounds = [event for event in events if event["event"] == "round"]
+    run, events, report = go(tmp_path, recipe, splits)
+    rounds = [event for event in events if event.kind == "round"]
     assert len(rounds) == 2
-    assert 0 < run.report.units.released <= 20  # each once: a unit is not condemned again in the same round
-    assert run.report.units.chosen == run.report.units.released + rounds[1]["chosen"]
-    assert run.report.units.removed == run.pruning.topped_up == rounds[1]["chosen"]
-    assert run.report.target.is_met
+    assert 0 < report.units.released <= 20  # each once: a unit is not marked again in the same round
+    assert report.units.chosen == report.units.released + rounds[1].chosen
+    assert report.units.removed == run.subject.pruning.topped_up == rounds[1].chosen
+    assert report.target.is_met
 
 
 @pytest.mark.parametrize("base", ["depgraph", "otov2", "gate-decorator"])
@@ -236,12 +235,12 @@ def test_penalties_and_hooks_are_over_when_the_target_is_met(tmp_path, splits, m
     """And fine-tuning sees none of them, nor a gate."""
     recipe = make_recipe(f"prune.base={base}", "prune.otov2.strength=3", "decay.steps=1")
     run = make_run(tmp_path, recipe, splits)
-    calls, kind = [], type(run.pruning.base)
+    pruning, calls, kind = run.subject.pruning, [], type(run.subject.pruning.base)
     before_step_ = kind.before_step_
-    monkeypatch.setattr(kind, "before_step_", lambda self: (calls.append(run.pruning.is_done), before_step_(self)))
+    monkeypatch.setattr(kind, "before_step_", lambda self: (calls.append(pruning.is_done), before_step_(self)))
     for event in run.events():
-        if event["event"] == "stage" and event["name"] == "finetune":
-            assert run.model.state_dict().keys() == make_net().state_dict().keys()
+        if event.kind == "stage" and event.name == "finetune":
+            assert run.subject.model.state_dict().keys() == make_net().state_dict().keys()
     assert calls
     assert not any(calls)
 
@@ -249,12 +248,12 @@ def test_penalties_and_hooks_are_over_when_the_target_is_met(tmp_path, splits, m
 def test_validation_of_zero_and_fewer_images_than_a_batch(tmp_path):
     splits = load_digits(validation=0, limit=20)
     recipe = make_recipe("train.epochs=6", "prune.end=1.0", "decay.steps=3")
-    run, events = go(tmp_path, recipe, splits)
-    epochs = [event for event in events if event["event"] == "epoch"]
+    _, events, report = go(tmp_path, recipe, splits)
+    epochs = [event for event in events if event.kind == "epoch"]
     assert len(epochs) == 7
-    assert all(event["validation_accuracy"] is None for event in epochs)
-    assert run.report.validation_accuracy is None
-    assert run.report.target.is_met
+    assert all(event.validation_accuracy is None for event in epochs)
+    assert report.validation_accuracy is None
+    assert report.target.is_met
     # The statistics are those of the only batch there is: all 20 images, seen with the final weights.
     slim = load_slim(tmp_path / "slim.pt", model=make_net()).module
     ((images, _),) = splits.train.batches(32, seed=0, epoch=7, augment=run_augmentation(recipe))
@@ -262,19 +261,17 @@ def test_validation_of_zero_and_fewer_images_than_a_batch(tmp_path):
 
 
 def run_augmentation(recipe):
-    from dpm_cli.run.story import augmentation
-
-    return augmentation(recipe)
+    return Augmentation(**recipe.data.augment.model_dump())
 
 
-def test_stages_and_their_first_epochs():
-    recipe = make_recipe("prune.sparse_epochs=2", "prune.sparse_lr=0.003")
-    stages = plan_stages(recipe)
+def test_stages_and_their_first_epochs(tmp_path, splits):
+    stages = make_run(tmp_path, make_recipe("prune.sparse_epochs=2", "prune.sparse_lr=0.003"), splits).subject.stages
     assert [(stage.name, stage.first_epoch, stage.training.epochs) for stage in stages] == [
         ("sparse", 0, 2), ("train", 2, 3), ("finetune", 5, 1),
     ]  # fmt: skip
     assert (stages[0].training.weight_decay, stages[0].training.lr) == (0, 0.003)
-    assert [stage.name for stage in plan_stages(make_recipe("finetune.epochs=0"))] == ["train"]
+    without = make_run(tmp_path, make_recipe("finetune.epochs=0"), splits)
+    assert [stage.name for stage in without.subject.stages] == ["train"]
 
 
 # ---------------------------------------------------------------------------------------------------- without training
@@ -289,19 +286,19 @@ def logits_of(module, splits):
 
 
 def test_without_training_units_are_cut_at_once_and_the_target_is_met(tmp_path, splits):
-    run, events = go(tmp_path, make_recipe(*CUT_AT_ONCE, "compact.fold_mean=false"), splits)
-    names = [event["event"] for event in events if event["event"] != "checkpoint"]
+    run, events, report = go(tmp_path, make_recipe(*CUT_AT_ONCE, "compact.fold_mean=false"), splits)
+    names = [event.kind for event in events if event.kind != "checkpoint"]
     assert names == ["start", "stage", "round", "compact", "measure", "done"]
-    assert run.report.target.is_met
-    assert run.report.units.removed == run.report.units.chosen > 0
+    assert report.target.is_met
+    assert report.units.removed == report.units.chosen > 0
     dense, slim = make_net(), load_slim(tmp_path / "slim.pt", model=make_net()).module
-    kept = torch.from_numpy(run.pruning.survivors[8:])  # of `inner`
+    kept = torch.from_numpy(run.subject.pruning.survivors[8:])  # of `inner`
     assert torch.equal(slim.inner_norm.running_mean, dense.inner_norm.running_mean[kept])
 
 
 def test_fine_tuning_can_follow_a_cut_without_training(tmp_path, splits):
-    _, events = go(tmp_path, make_recipe("train.epochs=0"), splits)
-    named = [event["event"] for event in events if event["event"] not in ("step", "checkpoint")]
+    _, events, _ = go(tmp_path, make_recipe("train.epochs=0"), splits)
+    named = [event.kind for event in events if event.kind not in ("step", "checkpoint")]
     assert named == ["start", "stage", "round", "compact", "stage", "epoch", "measure", "done"]
 
 
@@ -338,13 +335,13 @@ def test_a_layer_without_a_place_for_means_gets_a_bias(tmp_path, splits):
     torch.manual_seed(3)
     model = Bare()
     model(torch.randn(64, 1, 8, 8))
-    run, events = go(tmp_path, make_recipe(*CUT_AT_ONCE), splits, model=model.eval())
+    _, events, report = go(tmp_path, make_recipe(*CUT_AT_ONCE), splits, model=model.eval())
     slim = load_slim(tmp_path / "slim.pt", model=Bare()).module
     assert slim.back.bias.abs().sum() > 0
     assert model.back.bias is None
-    compacted = next(event for event in events if event["event"] == "compact")
-    assert run.report.slim.params == count_parameters(slim) == compacted["params"]
-    assert run.report.notes == []
+    compacted = next(event for event in events if event.kind == "compact")
+    assert report.slim.params == count_parameters(slim) == compacted.params
+    assert report.notes == []
 
 
 def test_one_step_pruning_folds_at_every_round(tmp_path, splits):
@@ -354,8 +351,8 @@ def test_one_step_pruning_folds_at_every_round(tmp_path, splits):
         folder = tmp_path / fold
         folder.mkdir()
         runs.append(go(folder, make_recipe(*changes, f"compact.fold_mean={fold}"), splits)[1])
-    losses = [[event["loss"] for event in events if event["event"] == "epoch"] for events in runs]
-    assert [sum(event["event"] == "compact" for event in events) for events in runs] == [2, 2]
+    losses = [[event.loss for event in events if event.kind == "epoch"] for events in runs]
+    assert [sum(event.kind == "compact" for event in events) for events in runs] == [2, 2]
     assert losses[0] != losses[1]
 
 
@@ -367,8 +364,8 @@ def test_sparse_learning_shrinks_what_will_go(tmp_path, splits):
         folder.mkdir()
         run = make_run(folder, make_recipe(*changes, f"prune.sparse_strength={strength}"), splits)
         for event in run.events():
-            if event["event"] == "round":
-                norms.append(run.pruning.units.norm().min().item())
+            if event.kind == "round":
+                norms.append(run.subject.pruning.units.norm().min().item())
                 break
     assert norms[1] < 0.5 * norms[0]
 
@@ -461,13 +458,13 @@ def test_one_step_without_rectifying_is_the_base_pruner_bit_for_bit(tmp_path, sp
         "decay.steps=1", "prune.rounds=3", "prune.start=0.2", "finetune.epochs=0", "recalibrate_batches=0",
         f"seed={seed}",
     )  # fmt: skip
-    run, events = go(tmp_path, recipe, splits)
-    starts = [event["step"] for event in events if event["event"] == "round"]
+    run, events, _ = go(tmp_path, recipe, splits)
+    starts = [event.step for event in events if event.kind == "round"]
     assert starts == [4, 5, 6]
-    assert [event["step"] for event in events if event["event"] == "compact"] == starts
+    assert [event.step for event in events if event.kind == "compact"] == starts
     reference = plain_pruning(make_net(), recipe, splits, starts)
     assert reference.stem.weight.shape[0] + reference.inner.weight.shape[0] < 20
-    assert_same_bits(run.model.state_dict(), reference.state_dict())
+    assert_same_bits(run.subject.model.state_dict(), reference.state_dict())
     assert_same_bits(tensors_of(tmp_path), reference.state_dict())
 
 
@@ -555,9 +552,9 @@ def test_stopping_after_every_single_step_changes_nothing(tmp_path, splits, whol
 def test_the_variants_above_visit_what_is_hard_to_resume(whole):
     """Or the tests above would say little: removals in the middle of a long round, decays across stages, releases."""
     events = metrics(whole("otov2"))
-    (condemning, *_) = [event for event in events if event["event"] == "round"]
+    (choosing, *_) = [event for event in events if event["event"] == "round"]
     removals = [event for event in events if event["event"] == "compact" and event["round"] == 1]
-    assert condemning["condemning"]
+    assert choosing["condemning"]
     assert len(removals) > 1
     assert removals[0]["removed"] > 0
     assert sum(event["released"] for event in removals) > 0
@@ -574,22 +571,22 @@ def test_dropped_runs_go_on_from_their_last_checkpoint(tmp_path, splits, whole):
         run = make_run(tmp_path, recipe, splits)
         events = run.events(resume=attempt > 0)
         for _, event in zip(range(length), events):
-            if event["event"] == "measure":
+            if event.kind == "measure":
                 break
         events.close()
-    assert event["event"] == "measure"
+    assert event.kind == "measure"
     assert not (tmp_path / "slim.pt").exists()
-    _, events = go(tmp_path, recipe, splits, resume=True)
-    assert [event["event"] for event in events][:2] == ["start", "resumed"]
-    assert events[1]["stage"] == "export"
+    _, events, _ = go(tmp_path, recipe, splits, resume=True)
+    assert [event.kind for event in events][:2] == ["start", "resumed"]
+    assert events[1].stage == "export"
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("rectify")))
     assert timeless(metrics(tmp_path)) == timeless(metrics(whole("rectify")))
 
 
 def test_resuming_before_the_first_checkpoint_says_so_and_starts_anew(tmp_path, splits, whole):
-    _, events = go(tmp_path, make_recipe(), splits, resume=True)
-    assert events[1]["event"] == "note"
-    assert "no checkpoint" in events[1]["text"]
+    _, events, _ = go(tmp_path, make_recipe(), splits, resume=True)
+    assert events[1].kind == "note"
+    assert "no checkpoint" in events[1].text
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
 
 
@@ -599,17 +596,17 @@ def test_damaged_checkpoint_is_passed_over_and_noted(tmp_path, splits, whole):
     damaged = bytearray((tmp_path / "checkpoint.pt").read_bytes())
     damaged[len(damaged) // 2] ^= 1
     (tmp_path / "checkpoint.pt").write_bytes(damaged)
-    run, events = go(tmp_path, make_recipe(), splits, resume=True)
-    assert events[1]["step"] == 10
-    assert any("was damaged" in note for note in run.report.notes)
-    assert {"event": "note", "text": run.report.notes[0]} in events
+    _, events, report = go(tmp_path, make_recipe(), splits, resume=True)
+    assert events[1].step == 10
+    assert any("was damaged" in note for note in report.notes)
+    assert Note(report.notes[0]) in events
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
 
 
 def test_checkpoint_holds_no_more_than_weights_only_allows(tmp_path, splits):
     with pytest.raises(Interrupted, match=r"stage train at step 3; continue with --resume"):
         go(tmp_path, make_recipe(), splits, should_stop=stop_after(3))
-    checkpoint = load_checkpoint(tmp_path)
+    checkpoint = checkpoint_in(tmp_path)
     assert (checkpoint.state["stage"], checkpoint.state["step"]) == (0, 3)
     assert checkpoint.state["in_stage"]["meter"]["images"] == 3 * BATCH
 
@@ -667,9 +664,9 @@ def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatc
     monkeypatch.setattr("dpm_cli.run.delivery.export_model", fail)
     with pytest.raises(RunError, match=r"not supported; the training is kept: --resume with --set export=\[\]"):
         go(tmp_path, make_recipe("export=[onnx]"), splits)
-    _, events = go(tmp_path, make_recipe(), splits, resume=True)
-    assert events[1]["stage"] == "export"
-    assert not any(event["event"] == "step" for event in events)
+    _, events, _ = go(tmp_path, make_recipe(), splits, resume=True)
+    assert events[1].stage == "export"
+    assert not any(event.kind == "step" for event in events)
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
 
 
@@ -686,7 +683,7 @@ def test_gradient_scaler_is_restored(tmp_path, splits):
     go(folders[0], recipe, splits, **scaled())
     with pytest.raises(Interrupted):
         go(folders[1], recipe, splits, **scaled(), should_stop=stop_after(16))
-    assert 0 < load_checkpoint(folders[1]).state["scaler"]["scale"] < 2.0**127  # some steps were skipped
+    assert 0 < checkpoint_in(folders[1]).state["scaler"]["scale"] < 2.0**127  # some steps were skipped
     go(folders[1], recipe, splits, **scaled(), resume=True)
     assert_same_bits(tensors_of(folders[1]), tensors_of(folders[0]))
     (first, *_) = [event for event in metrics(folders[0]) if event["event"] == "compact"]
@@ -702,42 +699,45 @@ FLOOR = ["prune.max_drop=10"]
 def accuracy(monkeypatch):
     """Let the validation accuracy be a function of the run: 90 % of the dense model, and what the test says."""
 
-    def follow(rule):
-        monkeypatch.setattr(Run, "_validate", lambda run: 90.0 if rule(run) else 50.0)
+    running, begin = [], Run.events
 
-    return follow
+    def events(run, **settings):
+        running.append(run)
+        return begin(run, **settings)
+
+    def obey(rule):
+        monkeypatch.setattr(Run, "events", events)
+        monkeypatch.setattr(Setup, "validate", lambda setup, model: 90.0 if rule(running[-1]) else 50.0)
+
+    return obey
 
 
 def units_after_rounds(folder):
     return [event["units"] for event in metrics(folder) if event["event"] == "compact"]
 
 
-def consume(events, seen):
-    """Keeps what was seen before an error."""
-    for event in events:
-        seen.append(event)
-
-
 def go_and_break(output, recipe, splits, **settings):
     run, events = make_run(output, recipe, splits, **settings), []
     with pytest.raises(AccuracyError) as broken:
-        consume(run.events(), events)
-    assert broken.value.report is run.report
+        follow(run.events(), events.append)
+    report = broken.value.report
+    assert report == Report.from_json((Path(output) / "report.json").read_text())
+    assert str(broken.value) == report.floor.text
     assert "\n" not in str(broken.value)
-    return run.report, events
+    return report, events
 
 
 def test_floor_that_holds_changes_no_bit(tmp_path, splits, whole):
-    run, events = go(tmp_path, make_recipe("prune.max_drop=100"), splits)
+    _, events, report = go(tmp_path, make_recipe("prune.max_drop=100"), splits)
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
-    assert not any(event["event"] == "back" for event in events)
-    floor = run.report.floor
+    assert not any(event.kind == "back" for event in events)
+    floor = report.floor
     assert (floor.max_drop, floor.limit, floor.is_broken, floor.text) == (100, floor.dense - 100, False, None)
 
 
 def test_last_round_that_breaks_the_floor_is_taken_back(tmp_path, splits, whole, accuracy):
     first, _ = units_after_rounds(whole("plain"))
-    accuracy(lambda run: run.pruning.groups.units >= first)
+    accuracy(lambda run: run.subject.pruning.groups.units >= first)
     report, events = go_and_break(tmp_path, make_recipe(*FLOOR), splits)
     (back,) = [event for event in metrics(tmp_path) if event["event"] == "back"]
     assert (back["culprit"], back["units"], back["validation_accuracy"], back["floor"]) == ("round 2", first, 50, 80)
@@ -749,7 +749,7 @@ def test_last_round_that_breaks_the_floor_is_taken_back(tmp_path, splits, whole,
     assert f"with macs {back['macs']:,} (target" in report.floor.text
     slim = load_slim(tmp_path / "slim.pt", model=make_net()).module
     assert slim.stem.out_channels + slim.inner.out_channels == first
-    stages = [event["name"] for event in events if event["event"] == "stage"]
+    stages = [event.name for event in events if event.kind == "stage"]
     assert stages == ["train", "finetune", "finetune"]  # what was held is fine-tuned, too
     assert Report.from_json((tmp_path / "report.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == [
@@ -758,36 +758,39 @@ def test_last_round_that_breaks_the_floor_is_taken_back(tmp_path, splits, whole,
 
 
 def test_round_that_does_not_recover_until_the_next_ends_the_pruning(tmp_path, splits, accuracy):
-    accuracy(lambda run: run.pruning.groups.units == 20)
+    accuracy(lambda run: run.subject.pruning.groups.units == 20)
     report, events = go_and_break(tmp_path, make_recipe(*FLOOR), splits)
-    rounds = [event["round"] for event in events if event["event"] == "round"]
+    rounds = [event.round for event in events if event.kind == "round"]
     assert rounds == [1]
     assert report.units.removed == 0
     assert report.target.reached == report.target.dense
-    (back,) = [event for event in events if event["event"] == "back"]
-    assert (back["culprit"], back["stage"]) == ("round 1", "train")
-    assert [event["step"] for event in events if event["event"] == "step"][-6:] == [1, 2, 3, 4, 5, 6]  # fine-tuning
+    (back,) = [event for event in events if event.kind == "back"]
+    assert (back.culprit, back.stage) == ("round 1", "train")
+    assert [event.step for event in events if event.kind == "step"][-6:] == [1, 2, 3, 4, 5, 6]  # fine-tuning
 
 
 def test_round_that_recovers_in_time_stays(tmp_path, splits, whole, accuracy):
-    accuracy(lambda run: not (run.pruning.round == 1 and run.progress.step < run.pruning.starts[1]))
-    go(tmp_path, make_recipe(*FLOOR), splits)
+    run, steps = make_run(tmp_path, make_recipe(*FLOOR), splits), []
+    pruning, second = run.subject.pruning, run.subject.pruning.rounds.starts[1]
+    accuracy(lambda run: not (pruning.round == 1 and len(steps) < second))
+    follow(run.events(), lambda event: steps.append(event) if event.kind == "step" else None)
+    assert run.subject.pruning is pruning
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
 
 
 def test_training_that_never_holds_leaves_the_model_as_it_was(tmp_path, splits, accuracy):
-    accuracy(lambda run: run.floor is None)
+    accuracy(lambda run: not run.floor.dense)
     report, _ = go_and_break(tmp_path, make_recipe(*FLOOR), splits)
     assert report.units.removed == 0
     assert_same_bits(tensors_of(tmp_path), make_net().state_dict())
 
 
 def test_fine_tuning_that_breaks_the_floor_is_taken_back_and_the_target_is_met(tmp_path, splits, whole, accuracy):
-    accuracy(lambda run: run.progress.stage == 0)
-    run, _ = go(tmp_path, make_recipe(*FLOOR), splits)
-    assert run.report.target.is_met
-    assert not run.report.floor.is_broken
-    assert "fine-tuning broke the accuracy floor" in run.report.notes[0]
+    accuracy(lambda run: run.course.stage == 0)
+    _, _, report = go(tmp_path, make_recipe(*FLOOR), splits)
+    assert report.target.is_met
+    assert not report.floor.is_broken
+    assert "fine-tuning broke the accuracy floor" in report.notes[0]
     without = tmp_path / "without"
     without.mkdir()
     go(without, make_recipe("finetune.epochs=0", "recalibrate_batches=0"), splits)
@@ -797,11 +800,11 @@ def test_fine_tuning_that_breaks_the_floor_is_taken_back_and_the_target_is_met(t
 @pytest.mark.parametrize("epochs", [0, 1])
 @pytest.mark.parametrize("variant", ["otov2", "gate-decorator", "fixed ticks"])
 def test_going_back_prunes_no_more_and_leaves_a_plain_model(tmp_path, splits, accuracy, variant, epochs):
-    accuracy(lambda run: run.pruning.groups.units == 20)
+    accuracy(lambda run: run.subject.pruning.groups.units == 20)
     recipe = make_recipe(*VARIANTS[variant], *FLOOR, f"finetune.epochs={epochs}")
     report, events = go_and_break(tmp_path, recipe, splits)
-    (back,) = [place for place, event in enumerate(events) if event["event"] == "back"]
-    later = [event.get("name") for event in events[back:] if event["event"] in ("round", "stage")]
+    (back,) = [place for place, event in enumerate(events) if event.kind == "back"]
+    later = [getattr(event, "name", None) for event in events[back:] if event.kind in ("round", "stage")]
     assert later == ["finetune"] * epochs
     assert report.units.removed == 0
     assert tensors_of(tmp_path).keys() == make_net().state_dict().keys()
@@ -811,7 +814,7 @@ def test_going_back_prunes_no_more_and_leaves_a_plain_model(tmp_path, splits, ac
 def test_stopped_run_breaks_its_floor_with_the_same_bits(tmp_path, splits, whole, accuracy, variant):
     recipe = make_recipe(*VARIANTS[variant], *FLOOR)
     first, *_ = units_after_rounds(whole(variant))
-    accuracy(lambda run: run.pruning.groups.units >= first)
+    accuracy(lambda run: run.subject.pruning.groups.units >= first)
     folders = [tmp_path / "whole", tmp_path / "stopped"]
     for folder in folders:
         folder.mkdir()
@@ -833,10 +836,10 @@ def test_diverging_training_stops_with_the_step_and_the_way_out(tmp_path, splits
     with pytest.raises(RunError, match=r"not finite in stage train (at|before) step \d+: lower train.lr") as error:
         go(tmp_path, recipe, splits, model=model)
     assert "\n" not in str(error.value)
-    kept = load_checkpoint(tmp_path)
+    kept = checkpoint_in(tmp_path)
     if kept:
         assert str(tmp_path / "checkpoint.pt") in str(error.value)
-        assert all(tensor.isfinite().all() for tensor in kept.state["model"].values())
+        assert all(tensor.isfinite().all() for tensor in kept.state["parts"]["trainee"]["model"].values())
     else:
         assert "no checkpoint was written yet" in str(error.value)
 
@@ -863,7 +866,7 @@ def test_not_a_number_in_a_batch_names_its_step_and_the_good_checkpoint(tmp_path
     spoiled = dataclasses.replace(splits, train=Spoiled(splits.train, 8))
     with pytest.raises(RunError, match=r"stage train at step 8: .*last good checkpoint is .*checkpoint.pt"):
         go(tmp_path, make_recipe("checkpoint.every=3"), spoiled)
-    assert load_checkpoint(tmp_path).state["step"] == 6
+    assert checkpoint_in(tmp_path).state["step"] == 6
     go(tmp_path, make_recipe("checkpoint.every=3"), splits, resume=True)
     assert (tmp_path / "report.json").exists()
 
@@ -878,13 +881,14 @@ def test_optimizer_that_remembers_infinity_is_never_saved(tmp_path, splits):
     recipe = make_recipe("checkpoint.every=4", "train.optimizer=adamw", "train.lr=0.001")
     run = make_run(tmp_path, recipe, splits)
     events = run.events()
-    while next(events).get("step") != 3:
+    while getattr(next(events), "step", None) != 3:
         pass
-    run.model.head.bias.register_hook(lambda gradient: gradient + 1e22)  # its square overflows, so Adam's step is 0
+    model = run.subject.model
+    model.head.bias.register_hook(lambda gradient: gradient + 1e22)  # its square overflows, so Adam's step is 0
     with pytest.raises(RunError, match="not finite in stage train before step 4"):
         list(events)
-    assert all(parameter.isfinite().all() for parameter in run.model.parameters())
-    assert load_checkpoint(tmp_path) is None
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    assert checkpoint_in(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -910,7 +914,8 @@ def test_missed_target_is_said_at_the_end_and_nothing_is_written_as_if_it_were_m
     run = make_run(tmp_path, make_recipe("finetune.epochs=0"), splits)
     events = run.events()
     next(events)
-    run.pruning.starts = (0, 17)  # the second round cannot end in time
+    pruning = run.subject.pruning
+    pruning.rounds = dataclasses.replace(pruning.rounds, starts=(0, 17))  # the second round cannot end in time
     with pytest.raises(TargetError, match=r"was not met: [\d,]+ is left"):
         list(events)
     assert not (tmp_path / "slim.pt").exists()
@@ -923,16 +928,34 @@ def test_metrics_that_cannot_be_written_are_one_line(tmp_path, splits):
         go(tmp_path, make_recipe(), splits)
 
 
+def ended(epoch):
+    return EpochEnded("train", epoch, 9, 6 * epoch, 1.5, None, 0.1, 1000.0, 0.0, 0.5)
+
+
 def test_metrics_are_cut_back_to_the_checkpoint_but_never_lengthened(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with Metrics(path, 0) as lines:
-        lines.write({"event": "epoch", "epoch": 1})
-        size = lines.flush_to_disk()
-        lines.write({"event": "epoch", "epoch": 2})
-    with Metrics(path, size) as lines:
-        lines.write({"event": "epoch", "epoch": 3})
+    journal = Journal(path)
+    with journal.opened():
+        journal.write(ended(1))
+        size = journal.flush_to_disk()
+        journal.write(ended(2))
+    journal = Journal(path)
+    journal.bytes = size
+    with journal.opened():
+        journal.write(ended(3))
     assert [line["epoch"] for line in metrics(tmp_path)] == [1, 3]
     path.unlink()
-    with Metrics(path, 10_000) as lines:
-        lines.write({"event": "epoch", "epoch": 4})
+    journal.bytes = 10_000
+    with journal.opened():
+        journal.write(ended(4))
     assert [line["epoch"] for line in metrics(tmp_path)] == [4]
+
+
+def test_only_what_tells_of_the_model_is_in_the_metrics_and_without_a_path_nothing(tmp_path):
+    for path in (tmp_path / "metrics.jsonl", None):
+        journal = Journal(path)
+        with journal.opened():
+            journal.write(Note("2 images were left out"))
+            journal.write(ended(1))
+    assert metrics(tmp_path) == [ended(1).to_dict()]
+    assert len(list(tmp_path.iterdir())) == 1

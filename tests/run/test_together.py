@@ -10,6 +10,7 @@ import torch
 
 from dpm_cli import load
 from dpm_cli.engine.checkpoint import load_checkpoint
+from dpm_cli.files import CHECKPOINT
 from dpm_cli.models import build
 
 pytestmark = pytest.mark.slow
@@ -141,7 +142,7 @@ def test_every_base_pruner_decides_alike(together, files, tmp_path, base):
 def test_signal_to_one_process_stops_all_and_any_number_resumes(together, files, alone, tmp_path, who):
     ended = together(RUN, f"signal:{who}:6", *files, tmp_path)
     assert_told_once(ended, 143, "stopped in stage train at step 7; continue with --resume")
-    assert load_checkpoint(tmp_path).state["step"] == 7
+    assert load_checkpoint(tmp_path / CHECKPOINT).state["step"] == 7
     if who:
         run_alone(files, tmp_path, "--resume")
     else:

@@ -10,14 +10,14 @@ from torch import nn
 import dpm_cli
 from dpm_cli.errors import Interrupted, RecipeError
 from dpm_cli.export import open_exported
-from dpm_cli.graph import find_groups
 from dpm_cli.measure import measure_in_turns
-from dpm_cli.method.pruners import OnTheFly
 from dpm_cli.models import build, load
-from dpm_cli.recipe import dump_recipe, load_recipe, parse_recipe
+from dpm_cli.recipe import Training, dump_recipe, load_recipe, parse_recipe
+from dpm_cli.recipe.sections import Prune
 from dpm_cli.report import Report
 from dpm_cli.results import PlannedTarget
-from dpm_cli.sparse.on_the_fly import cut_, find_sparse_layers, measure_sparsity
+from dpm_cli.run.sparse_story import SphereStage
+from dpm_cli.sparse.on_the_fly import SphereTraining, cut_, find_sparse_layers, measure_sparsity
 
 
 @pytest.fixture(autouse=True)
@@ -48,11 +48,10 @@ def dense():
     return module.eval()
 
 
-def base_for(model, **changes):
-    settings = {"penalty": "ternary-cosine", "strength": 1.0, "sparsity": 0.5, "per": "filter", "epochs": 4}
-    base = OnTheFly(**(settings | {"keep": (), "keep_first": True} | changes))
-    base.bind(base.prepare_(model, find_groups(model, torch.zeros(2, 1, 8, 8))), model)
-    return base
+def put_on_spheres(model, *, epochs=4, **changes):
+    settings = {"penalty": "ternary-cosine", "strength": 1.0, "per": "filter", "keep_first": True} | changes
+    prune = Prune(base="on-the-fly", target={"sparsity": 0.5}, on_the_fly=settings)
+    return SphereTraining(model, prune, Training(epochs=epochs))
 
 
 # ------------------------------------------------------------------------------------------------------------- layers
@@ -97,12 +96,12 @@ def test_a_threshold_cuts_more_where_more_is_small(dense):
 # ------------------------------------------------------------------------------------------------------------ training
 
 
-def test_preparing_and_restoring_give_the_same_plain_model(dense):
+def test_a_model_on_spheres_and_off_them_is_the_same_plain_model(dense):
     net = copy.deepcopy(dense)
     images = torch.randn(4, 1, 8, 8)
-    base = base_for(net)
+    training = put_on_spheres(net)
     assert torch.allclose(net(images), dense(images), atol=1e-5)
-    base.restore_(net)
+    training.unwrap_(net)
     assert net.state_dict().keys() == dense.state_dict().keys()
     assert torch.allclose(net(images), dense(images), atol=1e-5)
 
@@ -111,26 +110,27 @@ def test_preparing_and_restoring_give_the_same_plain_model(dense):
 @pytest.mark.parametrize("per", ["filter", "layer"])
 def test_the_penalty_alone_makes_half_of_the_weights_small(dense, penalty, per):
     net = copy.deepcopy(dense)
-    base = base_for(net, penalty=penalty, per=per, strength=30.0)
-    base.epoch = 4  # the ramps are over
+    training = put_on_spheres(net, penalty=penalty, per=per, strength=30.0)
+    training.epoch = 4  # the ramps are over
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
-    before = base.value(0.5).item()
+    before = training.value(0.5).item()
     for _ in range(30):
         optimizer.zero_grad()
-        base.before_step_()
+        training.penalise_()
         optimizer.step()
-    assert base.value(0.5).item() < 0.5 * before
+    assert training.value(0.5).item() < 0.5 * before
 
 
 def test_the_penalty_waits_for_its_ramp(dense):
     net = copy.deepcopy(dense)
-    base = base_for(net, epochs=10)
-    base.before_step_()
-    assert all(weight.grad is None for weight in base.weights)
+    training = put_on_spheres(net, epochs=10)
+    stage = SphereStage(None, training)
+    stage.before_step_()
+    assert all(weight.grad is None for weight in training.weights)
     for _ in range(3):
-        base.end_epoch()
-    base.before_step_()
-    assert all(weight.grad.abs().sum() > 0 for weight in base.weights)
+        assert not list(stage.end_epoch(None))
+    stage.before_step_()
+    assert all(weight.grad.abs().sum() > 0 for weight in training.weights)
 
 
 # -------------------------------------------------------------------------------------------------------------- a run

@@ -6,7 +6,6 @@ from hypothesis import strategies as st
 from dpm_cli.sparse.polarise import (
     keep_above,
     keep_largest,
-    polar_pulls,
     ramp_sparsity,
     ramp_strength,
     recover,
@@ -82,27 +81,6 @@ def test_descent_on_the_tail_energy_empties_the_tail_and_leaves_the_kept_unequal
     kept = weight.detach()[mask].abs()
     assert tail_energy(weight, mask) < 1e-6
     assert (kept.max() - kept.min()) / kept.mean() > 0.5
-
-
-def test_polar_pulls_are_descent_on_the_ternary_cosine_of_every_group():
-    norms = (weights(12).abs() + 0.1).requires_grad_()
-    group = torch.tensor([0] * 7 + [1] * 5)
-    pulls = polar_pulls(norms.detach(), group, 2)
-    for number in (0, 1):
-        of_group = norms[group == number]
-        mask = of_group.detach() >= of_group.detach().mean()
-        (gradient,) = torch.autograd.grad(ternary_cosine(of_group, mask), of_group)
-        expected = gradient * of_group.detach().square().sum()
-        assert torch.allclose(pulls[group == number] * of_group.detach(), expected)
-
-
-def test_polar_pulls_part_the_units():
-    norms = torch.linspace(0.5, 1.5, 20)
-    start = norms.clone()
-    for _ in range(300):
-        norms = norms - 0.05 * polar_pulls(norms, torch.zeros(20, dtype=torch.int64), 1) * norms
-    assert norms[start < 1].max() < 1e-3
-    assert (norms[start >= 1].max() / norms[start >= 1].min()) < 1.01
 
 
 # -------------------------------------------------------------------------------------------------------------- masks

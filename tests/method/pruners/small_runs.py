@@ -6,10 +6,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpm_cli.data import load_data
+from dpm_cli.data import Augmentation, load_data
 from dpm_cli.engine.precision import choose_precision
+from dpm_cli.engine.setup import Setup
+from dpm_cli.files import CHECKPOINT
+from dpm_cli.jobs.loading import follow
 from dpm_cli.recipe import parse_recipe
-from dpm_cli.run.story import Run, augmentation
+from dpm_cli.run.story import Run
 
 BATCH, PER_EPOCH = 32, 6  # 230 training images
 SIZES = (8, 12)  # units of the two groups of Net
@@ -82,17 +85,17 @@ def make_recipe(*overrides):
     return parse_recipe(values, overrides)
 
 
-def go(folder, recipe, splits, model=None):
-    """The whole run, its events."""
-    run = Run(
-        model or make_net(), recipe, splits, arch=None, output=Path(folder), device=torch.device("cpu"),
-        precision=choose_precision("fp32", torch.device("cpu")),
-    )  # fmt: skip
-    return run, list(run.events())
+def go(folder, recipe, splits, model=None, arch=None):
+    """The whole run, its events and its report."""
+    device = torch.device("cpu")
+    setup = Setup(recipe, splits, Path(folder) / CHECKPOINT, device, choose_precision("fp32", device))
+    run, events = Run(setup, model or make_net(), arch=arch, output=Path(folder)), []
+    return run, events, follow(run.events(), events.append)
 
 
 def batches(recipe, splits, epoch):
-    return splits.train.batches(BATCH, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=True)
+    augment = Augmentation(**recipe.data.augment.model_dump())
+    return splits.train.batches(BATCH, seed=recipe.seed, epoch=epoch, augment=augment, drop_last=True)
 
 
 def make_optimizer(settings, parameters):
@@ -106,9 +109,9 @@ def make_optimizer(settings, parameters):
 def assert_same_model(run, state, dead):
     """What a run left is what a loop over the whole net left, without the dead units. dead: {(group, unit)}"""
     kept = [[unit for unit in range(size) if (group, unit) not in dead] for group, size in enumerate(SIZES)]
-    stays = run.pruning.survivors
+    stays = run.subject.pruning.survivors
     assert [stays[:8].nonzero()[0].tolist(), stays[8:].nonzero()[0].tolist()] == kept
-    found = run.model.state_dict()
+    found = run.subject.model.state_dict()
     for name, tensor in state.items():
         for axis, group in enumerate(AXES.get(name, ())):
             tensor = tensor if group is None else tensor.index_select(axis, torch.tensor(kept[group]))

@@ -8,7 +8,8 @@ from torch import nn
 
 from dpm_cli.graph import Role, find_groups
 from dpm_cli.method.pruners import DepGraph
-from dpm_cli.method.pruners.depgraph import GroupNorm
+from dpm_cli.method.pruners.depgraph import GroupImportance
+from dpm_cli.recipe.sections import Prune, Training
 
 
 class Net(nn.Module):
@@ -44,6 +45,18 @@ def groups(net):
     return found
 
 
+def make_base(normalizer, strength):
+    prune = Prune(target={"macs": 0.5}, normalizer=normalizer, sparse_epochs=1, sparse_strength=strength)
+    return DepGraph(prune, Training(), seed=0)
+
+
+def penalise_(base, net):
+    """As a step of sparse learning does."""
+    sparse, _ = base.stages()
+    base.enter(sparse, net, 0)
+    base.before_step_()
+
+
 def counted(net, groups):
     """(slice, tensor) of every layer whose entries count: rows and columns of matrices, weights of norms."""
     for part in groups.slices:
@@ -66,7 +79,7 @@ def slow_importance(net, groups, unit):
 
 def test_importance_is_the_mean_over_layers_of_sums_of_squares(net, groups):
     expected = [slow_importance(net, groups, unit) for unit in range(groups.units)]
-    np.testing.assert_allclose(GroupNorm(groups, net).importance().numpy(), expected, rtol=1e-5)
+    np.testing.assert_allclose(GroupImportance(groups, net).importance().numpy(), expected, rtol=1e-5)
 
 
 def test_a_residual_group_counts_rows_norms_and_columns(net, groups):
@@ -74,12 +87,12 @@ def test_a_residual_group_counts_rows_norms_and_columns(net, groups):
     rows = net.stem.weight.flatten(1).square().sum(1) + net.back.weight.flatten(1).square().sum(1)
     columns = sum(layer.weight.transpose(0, 1).flatten(1).square().sum(1) for layer in (net.inner, net.last))
     expected = (rows + net.norm.weight.square() + columns) / 5
-    torch.testing.assert_close(GroupNorm(groups, net).importance()[groups.groups[0].range], expected.detach())
+    torch.testing.assert_close(GroupImportance(groups, net).importance()[groups.groups[0].range], expected.detach())
 
 
 @pytest.mark.parametrize(("normalizer", "reduce"), [("mean", np.mean), ("max", np.max)])
 def test_scores_are_relative_to_the_group(net, groups, normalizer, reduce):
-    base = DepGraph(normalizer=normalizer, strength=0.0)
+    base = make_base(normalizer, strength=0.0)
     base.bind(groups, net)
     scores = base.scores()
     for group in groups:
@@ -106,10 +119,9 @@ def test_penalty_adds_strength_gamma_weight_to_rows_and_columns(net, groups):
     assert max(gammas.values()) == 16
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    base = DepGraph(normalizer="max", strength=strength)
+    base = make_base("max", strength)
     base.bind(groups, net)
-    base.enter("sparse", net, 0)
-    base.before_step_()
+    penalise_(base, net)
     for name, parameter in net.named_parameters():
         torch.testing.assert_close(parameter.grad, expected[name], rtol=1e-4, atol=1e-6)
     assert not net.depthwise.weight.grad.any()  # as in the reference
@@ -118,7 +130,7 @@ def test_penalty_adds_strength_gamma_weight_to_rows_and_columns(net, groups):
 
 
 def test_penalty_adds_to_gradients_and_leaves_missing_ones_alone(net, groups):
-    norms = GroupNorm(groups, net)
+    norms = GroupImportance(groups, net)
     for parameter in net.parameters():
         parameter.grad = torch.zeros_like(parameter)
     norms.penalise_(1e-2)
@@ -140,16 +152,15 @@ def test_equal_units_get_a_finite_penalty_and_finite_scores(net, groups):
         for parameter in model.parameters():
             nn.init.constant_(parameter, value)
             parameter.grad = torch.zeros_like(parameter)
-        base = DepGraph(normalizer="mean", strength=1.0)
+        base = make_base("mean", strength=1.0)
         base.bind(groups, model)
-        base.enter("sparse", model, 0)
-        base.before_step_()
+        penalise_(base, model)
         assert all(torch.isfinite(parameter.grad).all() for parameter in model.parameters())
         assert np.isfinite(base.scores()).all()
 
 
 def test_binding_anew_looks_at_the_new_model(net, groups):
-    base = DepGraph(normalizer="mean", strength=0.0)
+    base = make_base("mean", strength=0.0)
     base.bind(groups, net)
     other = copy.deepcopy(net)
     with torch.no_grad():
@@ -169,7 +180,7 @@ def test_importance_is_that_of_torch_pruning(net, groups):
     for group in graph.get_all_groups(ignored_layers=[net.head]):
         names = {name for name, layer in net.named_modules() if any(layer is item.dep.layer for item in group.items)}
         theirs[frozenset(names)] = importance(group)
-    ours = GroupNorm(groups, net).importance()
+    ours = GroupImportance(groups, net).importance()
     members = [{"stem", "norm", "back", "inner", "last"}, {"inner", "depthwise", "back"}, {"last", "head"}]
     for group, names in zip(groups, members):
         torch.testing.assert_close(ours[group.range], theirs[frozenset(names)].detach(), rtol=1e-5, atol=0)

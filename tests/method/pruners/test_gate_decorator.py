@@ -12,12 +12,13 @@ from small_runs import make_recipe as make_any_recipe
 from torch import nn
 
 from dpm_cli.errors import RecipeError
+from dpm_cli.events import RoundStarted, StageBegan, UnitsRemoved
 from dpm_cli.graph import Units, find_groups
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners import GateDecorator
-from dpm_cli.method.pruners.gate_decorator import Gated, add_gates_, below_threshold, can_be_gated, merge_gates_
-from dpm_cli.method.rounds import plan_ticks
-from dpm_cli.recipe.stages import Stage, plan_stages
+from dpm_cli.method.pruners.gate_decorator import below_threshold, plan_ticks
+from dpm_cli.recipe import sections
+from dpm_cli.recipe.stages import Stage
 
 DENSE = make_net()
 GROUPS = find_groups(DENSE, torch.zeros(2, 1, 8, 8))
@@ -29,83 +30,20 @@ def make_recipe(*overrides):
     return make_any_recipe("prune.base=gate-decorator", "prune.gates.tick_lr=0.01", *overrides)
 
 
-def make_base(**changes):
-    return GateDecorator(**{"strength": 0.1, "min_keep": 0.1, "fraction": None} | changes)
+def make_base(**gates):
+    prune = sections.Prune(base="gate-decorator", target={"macs": 0.5}, gates={"strength": 0.1} | gates, min_keep=0.1)
+    return GateDecorator(prune, sections.Training())
 
 
-def prepared(**changes):
+def prepared(**gates):
     """A gated net in training, and its base."""
-    model, base = copy.deepcopy(DENSE), make_base(**changes)
+    model, base = copy.deepcopy(DENSE), make_base(**gates)
     base.bind(base.prepare_(model, GROUPS), model)
     return model.train(), base
 
 
-# ------------------------------------------------------------------------------------------------------------- gates
-
-
-def make_norm(kind=nn.BatchNorm2d, **settings):
-    """Shifts of zero to a hundred times the scale, scales that are negative or zero."""
-    norm = kind(7, **settings).double()
-    norm.weight.data = torch.tensor([1.5, -0.8, 0.3, -1e-3, 0.0, 0.0, 2.0], dtype=torch.float64)
-    norm.bias.data = torch.tensor([0.7, 2.0, -3.0, 0.1, 0.4, 0.0, 0.0], dtype=torch.float64)
-    return norm
-
-
-@pytest.mark.parametrize(("kind", "shape"), [
-    (nn.BatchNorm1d, (9, 7)), (nn.BatchNorm1d, (9, 7, 5)), (nn.BatchNorm2d, (9, 7, 3, 3)),
-    (nn.BatchNorm3d, (4, 7, 2, 3, 3)),
-])  # fmt: skip
-@pytest.mark.parametrize("settings", [{}, {"momentum": None}, {"track_running_stats": False}, {"eps": 0.1}])
-def test_gated_norm_computes_what_the_norm_did_whatever_its_shift_and_scale(kind, shape, settings):
-    norm, generator = make_norm(kind, **settings), torch.Generator().manual_seed(0)
-    model = nn.Sequential(copy.deepcopy(norm))
-    assert add_gates_(model) == ["0"]
-    gated = model[0]
-    assert isinstance(gated, Gated)
-    assert add_gates_(model) == []  # not twice
-    for training in (True, True, False):
-        norm.train(training)
-        model.train(training)
-        x = 2 + 3 * torch.randn(shape, generator=generator, dtype=torch.float64)
-        torch.testing.assert_close(model(x), norm(x), rtol=1e-12, atol=1e-12)
-    assert (gated.weight[:5] != 0).all()  # whatever is not zero has a gate that can decay
-    assert gated.bias.abs().max() <= 10 + 1e-9
-    merge_gates_(model)
-    assert type(gated) is kind
-    assert gated.state_dict().keys() == norm.state_dict().keys()
-    for name, tensor in norm.state_dict().items():
-        torch.testing.assert_close(gated.state_dict()[name], tensor, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(model(x), norm(x), rtol=1e-12, atol=1e-12)
-
-
-def test_merged_norm_computes_what_the_trained_gate_did():
-    model = nn.Sequential(make_norm())
-    add_gates_(model)
-    x = torch.randn(9, 7, 3, 3, dtype=torch.float64)
-    model(x)
-    with torch.no_grad():
-        model[0].weight.mul_(torch.linspace(0, 2, 7))
-        model[0].bias.add_(0.3)
-    expected = model.eval()(x)
-    merge_gates_(model)
-    torch.testing.assert_close(model(x), expected, rtol=1e-12, atol=1e-12)
-    assert not expected[:, 0].any()  # a gate of zero leaves nothing of its channel
-
-
-def test_only_trainable_affine_norms_are_gated():
-    frozen = nn.BatchNorm2d(3)
-    frozen.weight.requires_grad_(False)
-    norms = [frozen, nn.BatchNorm2d(3, affine=False), nn.GroupNorm(1, 3), nn.SyncBatchNorm(3), nn.BatchNorm2d(3)]
-    assert [can_be_gated(norm) for norm in norms] == [False, False, False, False, True]
-    assert add_gates_(nn.Sequential(*norms)) == ["4"]
-
-
-def test_norm_that_is_used_twice_gets_one_gate():
-    shared = nn.BatchNorm2d(3)
-    model = nn.Sequential(shared, nn.ReLU(), shared)
-    assert add_gates_(model) == ["0"]
-    merge_gates_(model)
-    assert type(model[2]) is nn.BatchNorm2d
+def enter(base, name, model):
+    base.enter(next(stage for stage in base.stages() if stage.name == name), model, 0)
 
 
 def test_preparing_a_net_and_restoring_it_changes_no_output():
@@ -139,7 +77,7 @@ def backward(model, seed=0):
 
 def test_scores_are_summed_over_the_batches_of_a_tick_and_over_the_gates_of_a_unit():
     model, base = prepared()
-    base.enter("tick", model, 0)
+    enter(base, "tick", model)
     expected = torch.zeros(sum(SIZES))
     for seed in range(2):
         backward(model, seed)
@@ -148,7 +86,7 @@ def test_scores_are_summed_over_the_batches_of_a_tick_and_over_the_gates_of_a_un
         expected += torch.cat([first + shared, second])
         base.before_step_()
     np.testing.assert_allclose(base.scores(), expected.numpy(), rtol=1e-5)
-    base.enter("tick", model, 0)
+    enter(base, "tick", model)
     np.testing.assert_allclose(base.scores(), expected.numpy(), rtol=1e-5)  # until the next tick's first step
     base.before_step_()
     assert (base.scores() < expected.numpy()).all()
@@ -158,7 +96,7 @@ def test_tick_trains_no_convolution_and_a_tock_does():
     model, base = prepared()
     for stage in ("tick", "tock"):
         before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        base.enter(stage, model, 0)
+        enter(base, stage, model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1, weight_decay=0.1)
         backward(model)
         base.before_step_()
@@ -166,7 +104,7 @@ def test_tick_trains_no_convolution_and_a_tock_does():
         for name, parameter in model.named_parameters():
             is_convolution = name in ("stem.weight", "inner.weight", "back.weight")
             assert torch.equal(parameter, before[name]) == (is_convolution and stage == "tick")
-    base.enter("tick", model, 0)
+    enter(base, "tick", model)
     base.restore_(model)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -174,14 +112,14 @@ def test_tick_trains_no_convolution_and_a_tock_does():
 def test_what_was_frozen_before_stays_frozen():
     model, base = prepared()
     model.stem.weight.requires_grad_(False)
-    base.enter("tick", model, 0)
-    base.enter("tock", model, 0)
+    enter(base, "tick", model)
+    enter(base, "tock", model)
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["stem.weight"]
 
 
 def test_tock_pulls_every_gate_by_its_sign_and_nothing_else():
     model, base = prepared(strength=0.1)
-    base.enter("tock", model, 0)
+    enter(base, "tock", model)
     backward(model)
     before = {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
     base.before_step_()
@@ -266,13 +204,13 @@ def test_one_more_gate_than_the_fraction_goes_and_zeros_go_for_free():
 
 def test_marked_units_stay_marked():
     model, base = prepared(fraction=0.1)
-    base.enter("tick", model, 0)
+    enter(base, "tick", model)
     backward(model)
     base.before_step_()
-    first = base.condemned().clone()
+    first = base.marked().clone()
     assert first.any()
     base.sums = torch.where(first, 1e9, base.sums)
-    assert base.condemned()[first].all()
+    assert base.marked()[first].all()
 
 
 # ------------------------------------------------------------------------------------------------------------ rounds
@@ -282,7 +220,10 @@ def stages_of(*lengths):
     """Epochs of tock, tick, …, tock."""
     training = make_recipe().train
     names = ["tock", *["tick"] * (len(lengths) - 2), "tock"]
-    return [Stage(name, training.model_copy(update={"epochs": n}), 0, "") for name, n in zip(names, lengths)]
+    return [
+        Stage(name, training.model_copy(update={"epochs": epochs}), "", prunes=True, ends_with_pruning=True)
+        for name, epochs in zip(names, lengths)
+    ]
 
 
 @pytest.mark.parametrize(("lengths", "decay_steps", "may_miss", "message"), [
@@ -294,30 +235,30 @@ def stages_of(*lengths):
 def test_ticks_whose_decays_do_not_fit_are_refused(lengths, decay_steps, may_miss, message):
     stages = [stage for stage in stages_of(*lengths) if stage.training.epochs]
     with pytest.raises(RecipeError, match=message):
-        plan_ticks(stages, steps_per_epoch=10, decay_steps=decay_steps, may_miss=may_miss)
+        plan_ticks(stages, sections.Decay(steps=decay_steps), steps_per_epoch=10, may_miss=may_miss)
 
 
 def test_rounds_follow_the_ticks():
-    rounds = plan_ticks(stages_of(2, 1, 1, 1), steps_per_epoch=10, decay_steps=5, may_miss=True)
+    rounds = plan_ticks(stages_of(2, 1, 1, 1), sections.Decay(steps=5), steps_per_epoch=10, may_miss=True)
     assert (rounds.starts, rounds.end) == ((30, 40), 50)
 
 
 def test_target_that_fixed_ticks_miss_is_met_by_one_more_round(tmp_path, splits):
     recipe = make_recipe("prune.gates.fraction=0.05", "decay.steps=3")
-    run, events = go(tmp_path, recipe, splits)
-    assert [event["round"] for event in events if event["event"] == "round"] == [1, 2, 3]
-    assert run.report.target.is_met
-    assert run.pruning.topped_up > 0
-    assert any("gate-decorator condemned too few" in note for note in run.report.notes)
+    run, events, report = go(tmp_path, recipe, splits)
+    assert [event.round for event in events if isinstance(event, RoundStarted)] == [1, 2, 3]
+    assert report.target.is_met
+    assert run.subject.pruning.topped_up > 0
+    assert any("gate-decorator marked too few" in note for note in report.notes)
 
 
 def test_ticks_end_when_the_target_is_met(tmp_path, splits):
     recipe = make_recipe("prune.gates.fraction=0.2", "prune.rounds=20", "train.epochs=1")
-    run, events = go(tmp_path, recipe, splits)
-    stages = [event["name"] for event in events if event["event"] == "stage"]
+    run, events, report = go(tmp_path, recipe, splits)
+    stages = [event.name for event in events if isinstance(event, StageBegan)]
     assert 2 < len(stages) < 15
-    assert run.report.target.is_met
-    assert run.pruning.topped_up == 0
+    assert report.target.is_met
+    assert run.subject.pruning.topped_up == 0
 
 
 # ------------------------------------------------------------------------------- the base pruner itself, in whole runs
@@ -407,10 +348,10 @@ def plain_ticks_and_tocks(recipe, splits):
 ])  # fmt: skip
 def test_one_step_without_rectifying_is_gate_decorator(tmp_path, splits, training):
     recipe = make_recipe("train.epochs=1", "prune.gates.tick_epochs=2", "prune.gates.strength=0.01", *training)
-    run, events = go(tmp_path, recipe, splits)
+    run, events, _ = go(tmp_path, recipe, splits)
     rounds = recipe.prune.rounds
-    assert [stage.name for stage in plan_stages(recipe)] == ["tock", *["tick"] * rounds, "tock"]
-    assert [event["step"] for event in events if event["event"] == "compact"] == [0] * rounds
+    assert [stage.name for stage in run.subject.stages] == ["tock", *["tick"] * rounds, "tock"]
+    assert [event.step for event in events if isinstance(event, UnitsRemoved)] == [0] * rounds
     model = plain_ticks_and_tocks(recipe, splits)
     assert len(model.dead) > 5
     assert_same_model(run, model.merged(), model.dead)

@@ -5,16 +5,15 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from small_runs import go as go_with
 from small_runs import make_recipe
 
 from dpm_cli.data import Splits
 from dpm_cli.data.splits import Images
-from dpm_cli.engine.precision import choose_precision
 from dpm_cli.graph import find_groups
 from dpm_cli.measure import count_macs
 from dpm_cli.method.budget import cost_of
 from dpm_cli.models import build, load_slim
-from dpm_cli.run.story import Run
 
 NETS = ("resnet56", "vgg16_bn", "torchvision:mobilenet_v2", "torchvision:densenet121")
 WAYS = {
@@ -46,7 +45,7 @@ def synthetic(images):
 
 
 def go(folder, arch, monkeypatch, *overrides):
-    """A run of a dozen steps."""
+    """A run of a dozen steps: what it pruned, and its report."""
     net, groups = dense(arch)
     monkeypatch.setattr("dpm_cli.method.survey.find_groups", lambda *_, **settings: groups)
     recipe = make_recipe(
@@ -56,11 +55,8 @@ def go(folder, arch, monkeypatch, *overrides):
     splits = Splits(
         synthetic(16), synthetic(8), synthetic(10), 10, (3, 32, 32), tuple("0123456789"), (0.5,) * 3, (0.5,) * 3
     )
-    run = Run(
-        net, recipe, splits, arch=arch, output=folder, device=torch.device("cpu"),
-        precision=choose_precision("fp32", torch.device("cpu")),
-    )  # fmt: skip
-    return run, list(run.events())
+    run, _, report = go_with(folder, recipe, splits, net, arch)
+    return run.subject, report
 
 
 def dearest_step(groups, widths, alive):
@@ -81,19 +77,21 @@ def dearest_step(groups, widths, alive):
 @pytest.mark.parametrize("arch", NETS)
 def test_target_is_met_within_one_unit_and_the_slim_net_outlives_its_run(tmp_path, monkeypatch, arch, way, round_to):
     export = "onnx" if way in ("group-norm", "otov2", "gate-decorator") else ""
-    run, _ = go(tmp_path, arch, monkeypatch, f"prune.round_to={round_to}", f"export=[{export}]", *WAYS[way])
-    groups, target, alive = run.dense_groups, run.report.target, run.pruning.survivors
-    assert target.reached <= target.limit < target.reached + dearest_step(groups, run.widths, alive)
+    overrides = [f"prune.round_to={round_to}", f"export=[{export}]", *WAYS[way]]
+    subject, report = go(tmp_path, arch, monkeypatch, *overrides)
+    groups, target, pruning = subject.dense_groups, report.target, subject.pruning
+    alive, widths = pruning.survivors, pruning.goal.widths
+    assert target.reached <= target.limit < target.reached + dearest_step(groups, widths, alive)
     assert groups.cost.macs(alive) == target.reached
     if way == "otov2 by score":
-        assert run.pruning.topped_up == run.pruning.chosen
-    for group, step in zip(groups, run.widths.step):
+        assert pruning.topped_up == pruning.chosen
+    for group, step in zip(groups, widths.step):
         assert alive[group.range].sum() in (group.size, *range(step, group.size, step))
-    assert run.report.compact_difference <= 1e-5
+    assert report.compact_difference <= 1e-5
     slim = load_slim(tmp_path / "slim.pt").module.eval()
     assert count_macs(slim, torch.zeros(1, 3, 32, 32)) == target.reached
     images = torch.randn(5, 3, 32, 32).double()  # in fp32 the layouts of both alone differ by more than the tolerance
-    torch.testing.assert_close(slim.double()(images), run.model.double().eval()(images), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(slim.double()(images), subject.model.double().eval()(images), rtol=1e-9, atol=1e-9)
     if export:
-        assert run.report.exports[0].max_difference < 1e-3
+        assert report.exports[0].max_difference < 1e-3
         assert (tmp_path / "model.onnx").exists()

@@ -10,9 +10,11 @@ from hypothesis import strategies as st
 from small_runs import AXES, PER_EPOCH, ROWS, SIZES, assert_same_model, batches, go, macs, make_net, make_optimizer
 from small_runs import make_recipe as make_any_recipe
 
+from dpm_cli.events import UnitsRemoved
 from dpm_cli.graph import find_groups
 from dpm_cli.method.pruners import Otov2
 from dpm_cli.method.pruners.otov2 import hesso_importance, penalty_strengths, salience
+from dpm_cli.recipe.sections import Prune, Training
 
 DENSE = make_net()
 GROUPS = find_groups(DENSE, torch.zeros(2, 1, 8, 8))
@@ -32,11 +34,8 @@ def vector(tensors, group, unit, removed=()):
 
 
 def make_base(**changes):
-    settings = {
-        "variant": "dhspg", "strength": 0.01, "least_strength": 1e-3, "amplify": 2.0, "ceiling": 10.0, "epsilon": 0.9,
-        "tolerance": 0.05,
-    }  # fmt: skip
-    return Otov2(**settings | changes)
+    settings = {"strength": 0.01, "amplify": 2.0, "ceiling": 10.0, "epsilon": 0.9, "tolerance": 0.05} | changes
+    return Otov2(Prune(base="otov2", target={"macs": 0.5}, otov2=settings), Training())
 
 
 def make_recipe(*overrides):
@@ -127,11 +126,14 @@ def drive(model, base, optimizer, *, wanted=True, going=None, released=None, cha
     for parameter in model.parameters():
         parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     before = {name: tensor.detach().clone() for name, tensor in model.named_parameters()}
+    going, released = (none if units is None else units for units in (going, released))
+    base.meet(optimizer)
     base.before_step_()
     optimizer.step()
     change_(model)
-    lr = optimizer.param_groups[0]["lr"]
-    base.after_step_(lr, none if going is None else going, none if released is None else released, wanted)
+    base.after_step_(optimizer.param_groups[0]["lr"], going)
+    if wanted:
+        base.mark_(going | released)
     return before
 
 
@@ -178,7 +180,7 @@ def test_units_that_decay_or_were_released_are_not_pushed():
 @pytest.mark.parametrize(("epsilon", "left", "is_hit"), [
     (0.95, 0.94, True), (0.95, 0.96, False), (0.0, 0.01, False), (0.0, -0.01, True),
 ])  # fmt: skip
-def test_half_space_condemns_what_loses_more_than_it_may_of_its_old_direction(epsilon, left, is_hit):
+def test_half_space_marks_what_loses_more_than_it_may_of_its_old_direction(epsilon, left, is_hit):
     model, base = bound(epsilon=epsilon, strength=1e-7, ceiling=1.0)
     base.start_round(6, 100)
 
@@ -188,17 +190,17 @@ def test_half_space_condemns_what_loses_more_than_it_may_of_its_old_direction(ep
 
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     drive(model, base, torch.optim.SGD(model.parameters(), 0.1), change_=shrink_)
-    assert torch.equal(base.condemned(), base.redundant if is_hit else torch.zeros_like(base.redundant))
+    assert torch.equal(base.marked(), base.redundant if is_hit else torch.zeros_like(base.redundant))
 
 
-def test_unit_that_is_zero_without_a_projection_is_condemned_at_once():
+def test_unit_that_is_zero_without_a_projection_is_marked_at_once():
     model, base = bound(epsilon=0.0, strength=1e-7, ceiling=1.0)
     base.start_round(1, 100)
     with torch.no_grad():
         for name in ROWS[1]:
             model.get_parameter(name)[5] = 0
     drive(model, base, torch.optim.SGD(model.parameters(), 1e-6))
-    assert base.condemned().nonzero().flatten().tolist() == [8 + 5]
+    assert base.marked().nonzero().flatten().tolist() == [8 + 5]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +220,7 @@ def test_as_many_units_are_marked_as_the_target_and_the_tolerance_ask(redundant,
         assert scores[marked].max() < scores[~marked].min()
 
 
-def test_marks_are_made_once():
+def test_partition_is_made_once():
     model, base = bound()
     base.start_round(6, 100)
     marked = base.redundant.clone()
@@ -237,6 +239,19 @@ def test_strength_left_out_shrinks_a_typical_unit_within_the_round_at_a_falling_
     assert base.used_strength == pytest.approx(3 * marked[(len(marked) - 1) // 2] / (0.02 * 50), rel=1e-5)
 
 
+@pytest.mark.parametrize(("kind", "expected"), [
+    (torch.optim.SGD, (1e-3, 2, 10, 0)), (torch.optim.Adam, (1e-2, 20, 1e3, 0)),
+    (torch.optim.AdamW, (1e-2, 20, 1e3, 0.1)),
+])  # fmt: skip
+def test_settings_left_out_are_those_for_the_optimizer_that_takes_the_steps(kind, expected):
+    model, base = bound(strength=None, amplify=None, ceiling=None)
+    base.meet(kind(model.parameters(), 0.01, weight_decay=0.1))
+    assert (base.used_strength, base.amplify, base.ceiling, base.decoupled_decay) == expected
+    given = make_base()
+    given.meet(kind(model.parameters(), 0.01))
+    assert (given.used_strength, given.amplify, given.ceiling) == (0.01, 2, 10)
+
+
 @pytest.mark.parametrize("wanted", [True, False])
 def test_step_without_a_learning_rate_moves_nothing_and_leaves_finite_scores(wanted):
     model, base = bound()
@@ -244,7 +259,7 @@ def test_step_without_a_learning_rate_moves_nothing_and_leaves_finite_scores(wan
     before = drive(model, base, torch.optim.SGD(model.parameters(), 0.0), wanted=wanted)
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     assert np.isfinite(base.scores()).all()
-    assert not base.condemned().any()
+    assert not base.marked().any()
 
 
 @pytest.mark.parametrize(("kind", "settings"), [
@@ -253,8 +268,7 @@ def test_step_without_a_learning_rate_moves_nothing_and_leaves_finite_scores(wan
 ])  # fmt: skip
 def test_update_stands_for_the_gradient_of_the_paper(kind, settings):
     """‖ĝ‖ and <x, ĝ> from what the optimizer did are those of its own formula."""
-    is_adamw = kind is torch.optim.AdamW
-    model, base = bound(decoupled_decay=0.1 if is_adamw else 0.0)
+    model, base = bound()
     optimizer = kind(model.parameters(), 0.03, **settings)
     for _ in range(3):
         before = drive(model, base, optimizer, wanted=False)
@@ -279,7 +293,7 @@ def paper_gradient(optimizer, parameter):
 
 def plain_dhspg(recipe, splits):
     """DHSPG as a loop of its own over the whole net, zero units staying zero. Returns the net, what is dead, and how
-    many of it no projection had condemned. What reads a dead unit counts as long as a run keeps it, until the epoch's
+    many of it no projection had marked. What reads a dead unit counts as long as a run keeps it, until the epoch's
     or the round's end.
     """
     model, training, options = make_net().train(), recipe.train, recipe.prune.otov2
@@ -290,7 +304,7 @@ def plain_dhspg(recipe, splits):
     parameters = dict(model.named_parameters())
     default = (1e-3, 2, 10) if training.optimizer == "sgd" else (1e-2, 20, 1e3)
     strength, amplify, ceiling = options.strength, options.amplify or default[1], options.ceiling or default[2]
-    dead, removed, condemned, marked, topped_up, seen = set(), set(), set(), set(), 0, {}
+    dead, removed, marked, redundant, topped_up, seen = set(), set(), set(), set(), 0, {}
     ones = {name: torch.ones_like(parameter) for name, parameter in parameters.items()}
 
     def left(gone):
@@ -319,10 +333,10 @@ def plain_dhspg(recipe, splits):
     for epoch in range(training.epochs):
         for images, labels in batches(recipe, splits, epoch):
             if step == first:
-                marked = set(order()[: int(min(len(take(order())) + options.tolerance * UNITS, 0.999 * UNITS))])
+                redundant = set(order()[: int(min(len(take(order())) + options.tolerance * UNITS, 0.999 * UNITS))])
                 for group, size in enumerate(SIZES):
-                    if sum(g == group for g, _ in marked) == size:
-                        marked.remove([unit for unit in order() if unit[0] == group][-1])
+                    if sum(g == group for g, _ in redundant) == size:
+                        redundant.remove([unit for unit in order() if unit[0] == group][-1])
             if step == end and macs(*left(dead)) > limit:
                 missing = take(order())
                 topped_up, dead = len(missing), dead | missing
@@ -345,7 +359,7 @@ def plain_dhspg(recipe, splits):
                 x, g = vector(before, group, unit, removed), vector(variant, group, unit, removed)
                 length, dot = x.norm().item(), (x @ g).item()
                 seen[group, unit] = (length, g.norm().item(), dot)
-                if not is_wanted or (group, unit) not in marked - dead:
+                if not is_wanted or (group, unit) not in redundant - dead:
                     continue
                 penalty = strength
                 if dot < 0:
@@ -357,9 +371,9 @@ def plain_dhspg(recipe, splits):
                         parameters[name][unit] -= lr * penalty * before[name][unit] / (length + 1e-8)
                 after = vector({name: p.detach() for name, p in parameters.items()}, group, unit, removed)
                 if (after @ x).item() < options.epsilon * length**2:
-                    condemned.add((group, unit))
+                    marked.add((group, unit))
             if is_wanted:
-                dead = dead | take([unit for unit in order() if unit in condemned])
+                dead = dead | take([unit for unit in order() if unit in marked])
             zero_(parameters, dead)
             step += 1
             if step % PER_EPOCH == 0 or step == end or macs(*left(dead)) <= limit:
@@ -383,12 +397,12 @@ def zero_(parameters, dead):
 ])  # fmt: skip
 def test_one_step_without_rectifying_is_dhspg(tmp_path, splits, training, strength, topped_up):
     recipe = make_recipe(*training, f"prune.otov2.strength={strength}", "prune.end=0.7")
-    run, _ = go(tmp_path, recipe, splits)
+    run, _, report = go(tmp_path, recipe, splits)
     model, dead, missing = plain_dhspg(recipe, splits)
     assert len(dead) - missing > 0
     assert (missing > 0) == topped_up
-    assert run.pruning.topped_up == missing
-    assert any("chosen by score alone" in note for note in run.report.notes) == topped_up
+    assert run.subject.pruning.topped_up == missing
+    assert any("chosen by score alone" in note for note in report.notes) == topped_up
     assert_same_model(run, model.state_dict(), dead)
 
 
@@ -399,9 +413,9 @@ def test_hesso_prunes_the_share_of_each_period_and_all_it_was_asked_for_in_the_e
         "prune.base=otov2", "prune.otov2.variant=hesso", "decay.envelope=multiplicative", "decay.steps=2",
         f"prune.target.channels={kept}", f"prune.rounds={rounds}", "prune.end=0.8",
     )  # fmt: skip
-    run, events = go(tmp_path, recipe, splits)
+    run, events, _ = go(tmp_path, recipe, splits)
     asked = UNITS - math.floor(kept * UNITS)
-    removed = [event["removed"] for event in events if event["event"] == "compact"]
-    assert sum(removed) == asked == UNITS - run.pruning.survivors.sum()
+    removed = [event.removed for event in events if isinstance(event, UnitsRemoved)]
+    assert sum(removed) == asked == UNITS - run.subject.pruning.survivors.sum()
     assert len(removed) == rounds
     assert all(abs(count - asked / rounds) < 1 for count in removed)
