@@ -82,7 +82,7 @@ def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:
     layout = torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
     for axis, positions in axes.items():
         tensor = tensor.index_select(axis, torch.from_numpy(positions).to(tensor.device))
-    return tensor.contiguous(memory_format=layout)
+    return tensor.to(memory_format=layout)  # `contiguous` leaves one channel or one position as it is
 
 
 def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
@@ -119,4 +119,8 @@ def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
 
 
 def _is_channels_last(tensor: Tensor) -> bool:
-    return tensor.dim() == 4 and not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last)
+    """By the strides: with one channel or one position, torch calls a tensor contiguous in both formats."""
+    if tensor.dim() != 4:
+        return False
+    _, channels, height, width = tensor.shape
+    return tensor.stride() == (height * width * channels, 1, width * channels, channels)
