@@ -208,7 +208,7 @@ class Together(World):
             self._store.set("left", "")
         else:
             self._wait_for("left")
-        self.sum()  # the store may end with the main process
+        self.sum(0)  # a number, or nobody waits; the store may end with the main process
         self._left.set()
 
     def fail(self, exit_code: int) -> int | None:
