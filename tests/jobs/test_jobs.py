@@ -25,7 +25,6 @@ from dpm_cli.errors import (
     ModelFileError,
     OutputError,
     RecipeError,
-    RunError,
     TargetError,
     UsageError,
 )
