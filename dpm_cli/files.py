@@ -84,7 +84,7 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
         return  # old files are replaced when the new run writes its own
     if is_unfinished(folder):
         if not resume:
-            raise OutputError(f"{folder} holds an unfinished run: --resume continues it, --overwrite starts again")
+            raise OutputError(f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew")
         return
     if (folder / REPORT).exists():
         raise OutputError(f"{folder} holds a finished run: choose another folder, or --overwrite to replace it")

@@ -132,12 +132,8 @@ class Otov2(Section):
     """Configures the base `otov2`. `amplify` and `ceiling` default to the reference's values for the optimizer."""
 
     variant: Literal["dhspg", "hesso"] = "dhspg"
-    strength: float | None = Field(
-        default=None, gt=0, le=1e4
-    )  # of the penalty (reference: 1e-3); default: from the round's length
-    amplify: float | None = Field(
-        default=None, gt=0, le=1e6
-    )  # factor on the penalty that a growing unit needs; default: 2 or 20
+    strength: float | None = Field(default=None, gt=0, le=1e4)  # of the penalty; default: from the round's length
+    amplify: float | None = Field(default=None, gt=0, le=1e6)  # × the penalty a growing unit needs; default: 2 or 20
     ceiling: float | None = Field(default=None, ge=1, le=1e9)  # largest penalty / `strength`; default: 10 or 1000
     epsilon: float = Field(default=0.95, ge=0, lt=1)  # project a unit if less than this is left along its direction
     tolerance: Fraction = 0.05  # fraction of all units to mark beyond what the target needs
@@ -150,9 +146,7 @@ class Gates(Section):
     tick_lr: LearningRate = 1e-3
     ticks_per_tock: Positive = 10
     strength: float = Field(default=1e-3, ge=0, le=100)  # of the L1 penalty on gates during tocks
-    fraction: float | None = Field(
-        default=None, gt=0, lt=1
-    )  # of the gates, per tick; default: equal shares of the target
+    fraction: float | None = Field(default=None, gt=0, lt=1)  # of gates per tick; default: equal shares of the target
 
 
 class OnTheFly(Section):
