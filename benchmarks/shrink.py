@@ -23,12 +23,12 @@ from torch import Tensor
 
 import dpm_cli
 import dpm_cli.run.story
+from dpm_cli.events import Event
 from dpm_cli.graph import compact_
 from dpm_cli.method.pruners.depgraph import GroupNorm
 from dpm_cli.method.pruning import Pruning, Removal
-from dpm_cli.recipe.stages import Stage
 from dpm_cli.models import build
-from dpm_cli.report import Event
+from dpm_cli.recipe.stages import Stage
 from dpm_cli.run.story import Run
 
 ROUNDS, END = 3, 0.2  # the last round is over after this fraction of the training

@@ -1,4 +1,4 @@
-"""The errors a user can meet. Each is one line: the thing, the value, the way out.
+"""Define the errors a user can meet. Each message is one line that names the thing, the value and the way out.
 
 DpmError                    exit code 1
 ├── RunError                1  the run failed (non-finite loss, outputs changed, export differs, disk full)
@@ -6,12 +6,12 @@ DpmError                    exit code 1
 │   ├── RecipeError         2  a recipe that cannot be used
 │   ├── ModelFileError      2  a model file that cannot be loaded
 │   ├── UnsupportedModelError 2  a model that cannot be analysed
-│   ├── DataError           2  data that is not there or not as described
+│   ├── DataError           2  data that is missing or not as described
 │   └── OutputError         2  an output folder that cannot be used
-├── TargetError             3  the target cannot be, or was not, met
+├── TargetError             3  the target cannot be met, or was not met
 ├── AccuracyError           4  an accuracy floor was broken
 ├── Interrupted             130  stopped by the user; resumable
-└── ToldElsewhere           of several processes, another one says what happened
+└── ToldElsewhere           another process of the run reports the failure
 """
 
 from collections.abc import Iterable
@@ -20,23 +20,23 @@ from typing import Any
 
 
 class DpmError(Exception):
-    """Base of everything a user can cause or must be told; `exit_code` is what the command line returns."""
+    """All errors that a user should see derive from this; the command line returns `exit_code`."""
 
     exit_code = 1
 
 
 class RunError(DpmError):
-    """The run failed: the message says at which step and what remains."""
+    """The run failed; the message says at which step, and what can be resumed."""
 
 
 class UsageError(DpmError):
-    """A wrong argument."""
+    """An argument is wrong."""
 
     exit_code = 2
 
 
 class RecipeError(UsageError):
-    """A recipe that cannot be used. `problems` lists every mistake, one line each."""
+    """A recipe cannot be used. `problems` lists every mistake, one line each."""
 
     def __init__(self, problems: str | list[str]) -> None:
         self.problems = [problems] if isinstance(problems, str) else list(problems)
@@ -44,29 +44,29 @@ class RecipeError(UsageError):
 
 
 class ModelFileError(UsageError):
-    """A model file that cannot be loaded."""
+    """A model file cannot be loaded."""
 
 
 class UnsupportedModelError(UsageError):
-    """A model that cannot be analysed, with the layer and the reason."""
+    """A model cannot be analysed; the message names the layer and the reason."""
 
 
 class DataError(UsageError):
-    """Data that is not there, or not as described."""
+    """Data is missing or not as described."""
 
 
 class OutputError(UsageError):
-    """An output folder that cannot be used."""
+    """An output folder cannot be used."""
 
 
 class TargetError(DpmError):
-    """The target cannot be met (before training, with the achievable range) or was not met."""
+    """The target cannot be met (raised before training, with the achievable range), or was not met."""
 
     exit_code = 3
 
 
 class AccuracyError(DpmError):
-    """An accuracy floor was broken. `report` is that of the run, which has written all its files."""
+    """An accuracy floor was broken. The run has written all its files; `report` is its report."""
 
     exit_code = 4
 
@@ -76,7 +76,7 @@ class AccuracyError(DpmError):
 
 
 class Interrupted(DpmError):
-    """Stopped by the user; the message says how to continue."""
+    """The user stopped the run; the message says how to continue."""
 
     exit_code = 130
 
@@ -86,7 +86,7 @@ class Interrupted(DpmError):
 
 
 class ToldElsewhere(DpmError):
-    """This process ends because another one of the run failed, which tells the user why. Not to be shown."""
+    """This process ends because another process of the run failed. That one tells the user why, so do not show this."""
 
     def __init__(self, exit_code: int) -> None:
         super().__init__("another process of this run failed")
@@ -94,9 +94,9 @@ class ToldElsewhere(DpmError):
 
 
 def one_line(error: BaseException, *, root_cause: bool = False) -> str:
-    """Tell the kind and the message of an exception that foreign code raised.
+    """Describe an exception from foreign code by its type and message, on one line.
 
-    root_cause: tell the first line of the exception that started it all; exporters wrap that in pages of advice.
+    root_cause: use the first line of the exception that started the chain; exporters wrap it in pages of advice.
     """
     while root_cause and error.__cause__ is not None:
         error = error.__cause__
@@ -106,7 +106,7 @@ def one_line(error: BaseException, *, root_cause: bool = False) -> str:
 
 
 def flatten(text: object) -> str:
-    """Put a foreign message on one line of at most 200 characters."""
+    """Join the lines of a foreign message and cut it to 200 characters."""
     return " ".join(str(text).split())[:200]
 
 

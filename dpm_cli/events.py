@@ -1,6 +1,6 @@
-"""What happens during a run: one frozen dataclass per kind of event.
+"""Define what can happen during a run: one frozen dataclass per kind of event.
 
-Jobs hand them to `on_event`; `metrics.jsonl` holds those that tell of the model, one object a line.
+Jobs pass events to `on_event`. Those that describe the model are also logged to `metrics.jsonl`, one object a line.
 """
 
 from dataclasses import asdict, dataclass
@@ -9,13 +9,13 @@ from typing import Any, ClassVar
 
 @dataclass(frozen=True)
 class Event:
-    """Base of all events. `kind` names it in metrics.jsonl, under the key "event"."""
+    """All events derive from this. metrics.jsonl stores `kind` under the key "event"."""
 
     kind: ClassVar[str]
-    is_logged: ClassVar[bool] = False  # in metrics.jsonl
+    is_logged: ClassVar[bool] = False  # whether metrics.jsonl holds it
 
     def to_dict(self) -> dict[str, Any]:
-        """The event as a JSON object.
+        """Return the event as a JSON object.
 
         >>> Note("2 images were left out").to_dict()
         {'event': 'note', 'text': '2 images were left out'}
@@ -25,7 +25,7 @@ class Event:
 
 @dataclass(frozen=True)
 class StagePlan:
-    """A stage that is to come."""
+    """Describes a stage of the run before it starts."""
 
     name: str
     epochs: int
@@ -34,7 +34,10 @@ class StagePlan:
 
 @dataclass(frozen=True)
 class Wanted:
-    """The target of a run. limit, dense: the largest allowed cost and the dense model's; none for sparsities."""
+    """Describes the target of a run.
+
+    limit, dense: the largest allowed cost and the cost of the dense model; None for sparsities.
+    """
 
     kind: str  # macs | params | channels | sparsity
     limit: int | None = None
@@ -44,7 +47,7 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a model costs: multiply-accumulates of one input, parameters, and units ("channels")."""
+    """Counts the multiply-accumulates for one input, the parameters, and the units ("channels") of a model."""
 
     macs: int
     params: int
@@ -67,7 +70,7 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The run goes on from a checkpoint."""
+    """The run continues from a checkpoint."""
 
     kind: ClassVar[str] = "resumed"
     stage: str
@@ -77,7 +80,7 @@ class Resumed(Event):
 
 @dataclass(frozen=True)
 class StageBegan(Event):
-    """A stretch of training begins, or goes on."""
+    """A stage of training starts or continues."""
 
     kind: ClassVar[str] = "stage"
     name: str
@@ -85,7 +88,7 @@ class StageBegan(Event):
 
 @dataclass(frozen=True)
 class StepTaken(Event):
-    """One training step is done. step: how many of the stage's `steps` are done."""
+    """One training step is done. step: number of finished steps, of the `steps` in the stage."""
 
     kind: ClassVar[str] = "step"
     stage: str
@@ -97,7 +100,7 @@ class StepTaken(Event):
 
 @dataclass(frozen=True)
 class EpochEnded(Event):
-    """What an epoch was like. lr: of its last step. waiting_for_data: fraction of its time."""
+    """An epoch is over. lr: learning rate of its last step. waiting_for_data: fraction of the epoch's time."""
 
     kind: ClassVar[str] = "epoch"
     is_logged: ClassVar[bool] = True
@@ -115,9 +118,10 @@ class EpochEnded(Event):
 
 @dataclass(frozen=True)
 class RoundStarted(Event):
-    """Units were chosen and start to decay. rounds: planned ones; a later round replaces released units.
+    """Units were chosen and start to decay.
 
-    condemning: units are chosen step by step while the round lasts, as soon as the base pruner marks them.
+    rounds: number of planned rounds; a further round replaces released units. condemning: units are chosen step by step
+    during the round, as soon as the base pruner marks them.
     """
 
     kind: ClassVar[str] = "round"
@@ -135,7 +139,7 @@ class RoundStarted(Event):
 
 @dataclass(frozen=True)
 class UnitsRemoved(Event):
-    """Dead units were removed physically. macs, params, units: of what is left."""
+    """Dead units were physically removed. macs, params, units: counts after the removal."""
 
     kind: ClassVar[str] = "compact"
     is_logged: ClassVar[bool] = True
@@ -147,12 +151,12 @@ class UnitsRemoved(Event):
     macs: int
     params: int
     units: int
-    difference: float  # largest relative difference of outputs before and after
+    difference: float  # largest relative difference between outputs before and after
 
 
 @dataclass(frozen=True)
 class WentBack(Event):
-    """The accuracy floor was broken: the run goes on from the last state that held it."""
+    """The accuracy floor was broken, so the run continues from the last state that held it."""
 
     kind: ClassVar[str] = "back"
     is_logged: ClassVar[bool] = True
@@ -184,7 +188,7 @@ class WeightsCut(Event):
 
 @dataclass(frozen=True)
 class Exported(Event):
-    """A file was written, loaded again and compared."""
+    """A file was exported, reloaded and compared."""
 
     kind: ClassVar[str] = "export"
     is_logged: ClassVar[bool] = True
@@ -195,7 +199,7 @@ class Exported(Event):
 
 @dataclass(frozen=True)
 class Measuring(Event):
-    """A measurement begins."""
+    """A measurement starts."""
 
     kind: ClassVar[str] = "measure"
     what: str
@@ -203,7 +207,7 @@ class Measuring(Event):
 
 @dataclass(frozen=True)
 class CheckpointWritten(Event):
-    """Everything up to this step survives an interruption."""
+    """A checkpoint was written; the run can be resumed from this step."""
 
     kind: ClassVar[str] = "checkpoint"
     step: int
@@ -212,7 +216,7 @@ class CheckpointWritten(Event):
 
 @dataclass(frozen=True)
 class Note(Event):
-    """Something that a user should know, in one sentence."""
+    """Tells the user something in one sentence."""
 
     kind: ClassVar[str] = "note"
     text: str

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and the folder of a run."""
+"""Write files whole or not at all, and guard the folder of a run."""
 
 import contextlib
 import os
@@ -10,10 +10,10 @@ from pathlib import Path
 
 from dpm_cli.errors import OutputError, RunError
 
-REPORT = "report.json"  # written last: its presence says that the run is finished
+REPORT = "report.json"  # written last, so its presence means that the run is finished
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
-PREVIOUS = "checkpoint.previous.pt"  # the one before it; for a moment, while a new one gets its name, the only one
-LOCK = ".dpm-lock"  # while a run writes here
+PREVIOUS = "checkpoint.previous.pt"  # the one before; briefly the only one, while a new one is renamed into place
+LOCK = ".dpm-lock"  # exists while a run writes here
 OUTPUTS = (
     "slim.pt",
     "model.ts",
@@ -27,29 +27,29 @@ OUTPUTS = (
 
 
 def checkpoint_of(model: Path) -> Path:
-    """Where the checkpoint of a model in training lies: model.pt -> model.checkpoint.pt."""
+    """Return the path of the checkpoint of a model in training: model.pt -> model.checkpoint.pt."""
     return model.with_name(f"{model.stem}.checkpoint.pt")
 
 
 def previous_of(checkpoint: Path) -> Path:
-    """Where the checkpoint before the newest one lies: checkpoint.pt -> checkpoint.previous.pt."""
+    """Return the path of the checkpoint before the newest: checkpoint.pt -> checkpoint.previous.pt."""
     return checkpoint.with_name(f"{checkpoint.stem}.previous{checkpoint.suffix}")
 
 
 def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
-    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it, replacing what was there.
+    """Let `write` fill a temporary file beside `path`, flush it to the disk and rename it, replacing any old file.
 
-    Whatever fails, `path` is as it was and the temporary file is gone. With `torch.save`, write to an open file, not to
-    the name: only then is "disk full" an OSError.
+    On failure `path` is unchanged and the temporary file is removed. With `torch.save`, write to an open file rather
+    than to a name: only then does a full disk raise OSError.
     Raises RunError if the file cannot be written (disk full, not writable).
     """
-    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")  # writers may look at the suffix
+    temporary = path.with_name(f".{path.stem}-{secrets.token_hex(4)}{path.suffix}")  # some writers depend on the suffix
     try:
         write(temporary)
         _flush_to_disk(temporary, os.O_RDWR)
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:
-        # torch.save to an open file: closing the archive raises its own error over the file's "disk full"
+        # When torch.save writes to an open file, closing the archive hides the file's "disk full" behind its own error.
         reason = error if isinstance(error, OSError) else error.__context__
         if not isinstance(reason, OSError):
             raise
@@ -57,12 +57,12 @@ def write_atomic(path: Path, write: Callable[[Path], None]) -> None:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # some systems cannot flush a folder; the rename itself is done
+    with contextlib.suppress(OSError):  # some systems cannot flush a folder; the rename has already happened
         _flush_to_disk(path.parent, os.O_RDONLY)
 
 
 def write_text_atomic(path: Path, text: str) -> None:
-    """Write UTF-8 text, whole or not at all, as `write_atomic` does."""
+    """Write UTF-8 text whole or not at all, as `write_atomic` does."""
 
     def write(temporary: Path) -> None:
         temporary.write_text(text, encoding="utf-8")
@@ -73,15 +73,15 @@ def write_text_atomic(path: Path, text: str) -> None:
 def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     """Create the folder of a run, or check that a run may write into it.
 
-    Results that are there are never overwritten without `overwrite`; an unfinished run goes on with `resume`, which
-    starts from the beginning where nothing was saved yet. Raises OutputError.
+    Existing results are only overwritten with `overwrite`. `resume` continues an unfinished run, or starts at the
+    beginning if nothing was saved yet. Raises OutputError.
     """
     if overwrite and resume:
-        raise OutputError("--resume continues a run and --overwrite starts it anew: give one of them")
+        raise OutputError("--resume continues a run and --overwrite starts it again: give one of them")
     require_writable(folder)
     remove_leftovers(folder, (*OUTPUTS, CHECKPOINT))
     if overwrite:
-        return  # what is there goes when the new run has something in its place
+        return  # old files are replaced when the new run writes its own
     if is_unfinished(folder):
         if not resume:
             raise OutputError(f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew")
@@ -96,16 +96,16 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether a run was stopped here and can be resumed."""
+    """Tell whether a run was stopped here and can be resumed."""
     return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
 
 
 def require_writable(folder: Path) -> None:
-    """Create the folder if it is not there. Raises OutputError if it cannot be written."""
+    """Create the folder if it does not exist. Raises OutputError if it cannot be written."""
     probe = folder / f".dpm-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)  # permissions alone do not tell: read-only disks, root
+        probe.touch(exist_ok=False)  # permissions alone do not tell on read-only disks or as root
         probe.unlink()
     except FileExistsError:
         raise OutputError(f"{folder} is a file, not a folder: choose another --output") from None
@@ -116,13 +116,13 @@ def require_writable(folder: Path) -> None:
 
 @contextlib.contextmanager
 def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
-    """Keep other runs out of a folder, which is made if it is not there. Raises OutputError if one is in it.
+    """Lock a folder against other runs, and create it if needed. Raises OutputError if another run uses it.
 
-    The system drops the lock however the process ends, so that a killed run never blocks the next one; the file itself
-    says nothing but who it is. filelock closes it in forked children: a decoding process that outlives a killed run
-    does not keep the lock.
+    The system drops the lock however the process ends, so a killed run never blocks the next one. The file only names
+    its holder. filelock closes it in forked children, so a decoding process that outlives a killed run does not keep
+    the lock.
     """
-    from filelock import FileLock, Timeout  # half the time of `dpm --help`, which imports this file
+    from filelock import FileLock, Timeout  # imported here: it would double the time of `dpm --help`
 
     path = folder / name
     lock = FileLock(path, timeout=0, fallback_to_soft=False)  # a soft lock would outlive a killed run
@@ -135,7 +135,7 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     except OSError as error:
         raise OutputError(f"output folder {str(folder)!r} cannot be locked: {error.strerror or error}") from None
     try:
-        with contextlib.suppress(OSError):  # Windows lets nobody write into a locked file
+        with contextlib.suppress(OSError):  # on Windows nobody can write to a locked file
             path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
         yield
     finally:
@@ -151,7 +151,7 @@ def _read_holder(path: Path) -> str:
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove temporary files that a killed process left while it wrote one of these files."""
+    """Remove temporary files that a process left behind when it was killed while writing one of `names`."""
     paths = [Path(name) for name in names]
     ours = re.compile("|".join(rf"\.{re.escape(n.stem)}-[0-9a-f]{{8}}{re.escape(n.suffix)}" for n in paths))
     for path in folder.iterdir():

@@ -1,15 +1,13 @@
-"""What a run hands back: one `Report`, the same in Python, in report.json, in slim.pt and in the table."""
+"""Describe the result of a run: one `Report`, the same in Python, report.json, slim.pt and the table."""
 
 import json
 from dataclasses import asdict, dataclass, field
 from typing import Any, ClassVar
 
-Event = dict[str, Any]  # one line of metrics.jsonl: {"event": "epoch" | "round" | "compact" | …, …}
-
 
 @dataclass(frozen=True)
 class Milliseconds:
-    """Latency of one call with one image, warm: median and quartiles."""
+    """Holds the median and quartiles of the latency of one warm call with one image."""
 
     median: float
     low: float
@@ -18,9 +16,9 @@ class Milliseconds:
 
 @dataclass(frozen=True)
 class Measured:
-    """One network, dense or slim."""
+    """Holds what was measured of one network, dense or slim."""
 
-    macs: int  # multiply-accumulates of one image
+    macs: int  # multiply-accumulates for one image
     params: int
     bytes: int  # of the saved weights
     accuracy: float | None  # percent, on the test set
@@ -30,10 +28,10 @@ class Measured:
 
 @dataclass(frozen=True)
 class TargetReport:
-    """What was asked and what was reached, both as the same kind of cost."""
+    """Compares the requested cost with the cost that was reached, in the same unit."""
 
     kind: str  # macs | params | channels
-    asked: float  # as in the recipe: a fraction to keep, or an absolute number
+    asked: float  # as in the recipe: a fraction to keep or an absolute number
     limit: int
     dense: int
     reached: int
@@ -45,28 +43,28 @@ class TargetReport:
 
 @dataclass(frozen=True)
 class FloorReport:
-    """The accuracy floor, on the validation images."""
+    """Tells whether the accuracy floor held on the validation images."""
 
     max_drop: float  # points
     dense: float  # percent, of the dense model
     limit: float  # percent
-    is_broken: bool  # it kept the run from its target
-    text: str | None  # what happened, if the run had to go back to an earlier state
+    is_broken: bool  # the floor kept the run from reaching its target
+    text: str | None  # why the run returned to an earlier state, if it did
 
 
 @dataclass(frozen=True)
 class UnitCounts:
-    """What became of the units."""
+    """Counts what happened to the units."""
 
     total: int
-    chosen: int  # decays started
-    released: int  # decays ended because training fought for the unit
+    chosen: int  # times a decay started
+    released: int  # times a decay ended because training fought for the unit
     removed: int
 
 
 @dataclass(frozen=True)
 class Width:
-    """Output channels of one layer."""
+    """Holds the number of output channels of one layer."""
 
     layer: str
     before: int
@@ -75,7 +73,7 @@ class Width:
 
 @dataclass(frozen=True)
 class KeptLayer:
-    """A layer whose outputs stayed whole, and why."""
+    """Names a layer whose outputs all stayed, and the reason."""
 
     layer: str
     reason: str
@@ -83,7 +81,7 @@ class KeptLayer:
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """A file that was loaded again and compared with the slim model at batch 1 and 5."""
+    """Describes an exported file that was reloaded and compared with the slim model at batch 1 and 5."""
 
     format: str
     path: str
@@ -93,23 +91,23 @@ class ExportedFile:
 
 @dataclass(frozen=True)
 class SparsityReport:
-    """A trained model with single weights cut. Accuracies are in percent, on the test set."""
+    """Describes a trained model after single weights were cut. Accuracies are in percent, on the test set."""
 
-    asked: float  # the share of weights to cut
+    asked: float  # share of weights to cut
     reached: float
     bytes: int  # of the weights, packed as in slim.pt
     dense: float | None  # before the cut
     cut: float | None  # with zeros
-    recovered: float | None  # with what is remembered of the cut weights
-    recalibrated: float | None  # and BatchNorm statistics anew, if the recipe asks for that
+    recovered: float | None  # with recovered values in place of the cut weights
+    recalibrated: float | None  # and with recomputed BatchNorm statistics, if the recipe asks for them
     file: str
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a run measured. Fractions are slim / dense."""
+    """Holds everything a run measured. Fractions are slim / dense."""
 
-    # How pydantic reads this and all its parts.
+    # Tells pydantic how to read this class and all its parts.
     __pydantic_config__: ClassVar[dict[str, Any]] = {"extra": "forbid", "strict": True}
 
     arch: str | None
@@ -121,7 +119,7 @@ class Report:
     units: UnitCounts
     widths: list[Width]
     kept: list[KeptLayer]
-    compact_difference: float  # largest relative difference of outputs before and after removal, in the run
+    compact_difference: float  # largest relative difference between outputs before and after a removal
     exports: list[ExportedFile]
     files: dict[str, str]  # "slim", "report", "recipe", "metrics" -> path
     seconds: dict[str, float]  # per stage
@@ -129,11 +127,13 @@ class Report:
     device: str
     precision: str
     recipe_hash: str
-    versions: dict[str, Any]  # and hardware
+    versions: dict[str, Any]  # hardware too
     validation_accuracy: float | None = None  # percent, of the slim model
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
     floor: FloorReport | None = None  # if the recipe sets prune.max_drop
-    sparsities: list[SparsityReport] = field(default_factory=list)  # of the base on-the-fly; slim is the first
+    sparsities: list[SparsityReport] = field(
+        default_factory=list
+    )  # only for the base on-the-fly; the first one is the slim model
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"target": asdict(self.target) | {"met": self.target.is_met}}
@@ -143,19 +143,19 @@ class Report:
 
     @classmethod
     def from_json(cls, text: str) -> "Report":
-        """Read what `to_json` wrote. Raises ValueError with one short line if it is something else."""
+        """Read what `to_json` wrote. Raises ValueError with one short line if the text is anything else."""
         try:
             values = json.loads(text)
             del values["target"]["met"]
         except (KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{type(error).__name__}: {error}") from None
-        # Names of files may hold bytes that are no text, which pydantic's JSON parser refuses: they become "?".
+        # File names may hold bytes that are not text. pydantic's JSON parser refuses them, so they become "?".
         return _parse(json.dumps(values, ensure_ascii=False).encode(errors="replace"))
 
 
 def _parse(text: bytes) -> Report:
-    """Every field holds what it is declared to hold. Raises ValueError that names the first that does not."""
-    from pydantic import TypeAdapter, ValidationError  # a third of the time of `dpm --help`, which imports this file
+    """Check the type of every field. Raises ValueError that names the first wrong one."""
+    from pydantic import TypeAdapter, ValidationError  # imported here: it would slow `dpm --help`
 
     try:
         return TypeAdapter(Report).validate_json(text)

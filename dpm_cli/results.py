@@ -1,4 +1,4 @@
-"""What the jobs hand back besides a `Report`: `to_dict` gives what the command line prints with --json."""
+"""Define what the jobs return besides a `Report`. `to_dict` gives what the command line prints with --json."""
 
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -8,11 +8,11 @@ from dpm_cli.report import KeptLayer, Milliseconds, Width
 
 @dataclass(frozen=True)
 class Trained:
-    """A dense model that was trained and written. Accuracies are in percent."""
+    """Describes a dense model that was trained and saved. Accuracies are in percent."""
 
     path: str
     arch: str
-    accuracy: float  # on the test set, as is the loss
+    accuracy: float  # on the test set, like the loss
     loss: float
     validation_accuracy: float | None  # after the last epoch
     epochs: int
@@ -29,25 +29,25 @@ class Trained:
 
 @dataclass(frozen=True)
 class BatchMilliseconds(Milliseconds):
-    """Latency of one call with a batch of images."""
+    """Holds the latency of one call with a batch of images."""
 
     batch: int
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """A model file that was measured. Its accuracy is in percent; latencies are by runtime, on the CPU."""
+    """Describes a model file that was measured. Accuracy is in percent; latencies are per runtime, on the CPU."""
 
     file: str
     kind: str  # dense | slim | the format of an exported file
-    bytes: int  # of the weights, or of an exported file
-    accuracy: float | None  # on the test set, as is the loss
+    bytes: int  # size of the weights, or of the exported file
+    accuracy: float | None  # on the test set, like the loss
     loss: float | None
-    images: int  # that the accuracy is measured on
-    unreadable: int  # images that were left out
-    macs: int | None = None  # unknown for an exported file, as are the parameters
+    images: int  # number of images that the accuracy is measured on
+    unreadable: int  # number of images that were skipped
+    macs: int | None = None  # unknown for an exported file, like the parameters
     params: int | None = None
-    odd_widths: dict[str, int] | None = None  # layers whose slim widths are not multiples of 8; files of weights only
+    odd_widths: dict[str, int] | None = None  # slim widths that are not multiples of 8; None for exported files
     latency: dict[str, Milliseconds] = field(default_factory=dict)
     latency_in_batches: dict[str, BatchMilliseconds] = field(default_factory=dict)
 
@@ -64,13 +64,13 @@ class Evaluated:
 
 @dataclass(frozen=True)
 class PlannedGroup:
-    """A group of tied layers and its units."""
+    """Describes a group of tied layers and its units."""
 
     name: str
     layers: tuple[str, ...]
     units: int
-    lowest: int  # units that must stay
-    planned: int | None = None  # units that would stay; None if the target cannot be met
+    lowest: int  # number of units that must stay
+    planned: int | None = None  # number of units that would stay; None if the target cannot be met
 
     def to_dict(self) -> dict[str, Any]:
         values = asdict(self) | {"layers": list(self.layers)}
@@ -81,7 +81,7 @@ class PlannedGroup:
 
 @dataclass(frozen=True)
 class PlannedTarget:
-    """What the recipe asks for, and whether the model can be made that small."""
+    """Describes the target of the recipe, and whether the model can meet it."""
 
     kind: str  # macs | params | channels | sparsity
     asked: float  # as in the recipe: a fraction to keep, or an absolute number
@@ -94,7 +94,7 @@ class PlannedTarget:
 
 @dataclass(frozen=True)
 class GroupSensitivity:
-    """What is left when one group alone loses units: tied layers lose theirs together, so they are judged together."""
+    """Holds the accuracy and loss when only this group loses units. Tied layers are judged together."""
 
     group: str
     layers: tuple[str, ...]
@@ -110,7 +110,7 @@ class GroupSensitivity:
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """How much accuracy each group is worth, beside the accuracy of the whole model."""
+    """Compares the accuracy without units of each group with that of the whole model."""
 
     share: float  # fraction of its units that each group loses
     split: str  # validation | train
@@ -125,7 +125,7 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Inspected:
-    """The plan of a recipe for a model. Costs are by kind: macs, params and channels, which counts units."""
+    """Holds the plan of a recipe for a model. Costs are keyed by macs, params and channels (number of units)."""
 
     arch: str | None
     dense: dict[str, int]
@@ -134,7 +134,7 @@ class Inspected:
     target: PlannedTarget
     groups: tuple[PlannedGroup, ...]
     kept: tuple[KeptLayer, ...]
-    planned: dict[str, int] | None = None  # None if the target cannot be met, as are the widths
+    planned: dict[str, int] | None = None  # None if the target cannot be met, like the widths
     widths: tuple[Width, ...] | None = None
     sensitivity: Sensitivity | None = None
 

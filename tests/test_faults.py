@@ -422,7 +422,10 @@ def test_gradient_that_is_not_finite(model, tmp_path, number):
         dpm_cli.prune(Spoiled(), recipe(checkpoint={"every": 1}), output=tmp_path)
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)
-    assert all(tensor.isfinite().all() for tensor in load_checkpoint(tmp_path / CHECKPOINT).state["parts"]["trainee"]["model"].values())
+    assert all(
+        tensor.isfinite().all()
+        for tensor in load_checkpoint(tmp_path / CHECKPOINT).state["parts"]["trainee"]["model"].values()
+    )
 
 
 class Greedy(nn.Module):

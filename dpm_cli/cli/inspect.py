@@ -34,7 +34,7 @@ def inspect(
     one would give. Exit code 3 if the recipe's target cannot be met.
     """
     from dpm_cli.cli.summaries import print_plan, refuse, sensitivities_as_csv
-    from dpm_cli.files import require_writable, write_atomic
+    from dpm_cli.files import require_writable, write_text_atomic
 
     settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides))
     if csv_file is not None:
@@ -46,8 +46,7 @@ def inspect(
         )
     if csv_file is not None:
         assert plan.sensitivity is not None
-        text = sensitivities_as_csv(plan.sensitivity)
-        write_atomic(csv_file, lambda path: _write(path, text))
+        write_text_atomic(csv_file, sensitivities_as_csv(plan.sensitivity))
     if as_json:
         print_json(plan.to_dict())
     else:
@@ -56,7 +55,3 @@ def inspect(
         flush()
         print(f"error: {refuse(plan)}", file=sys.stderr)
         raise typer.Exit(TargetError.exit_code)
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

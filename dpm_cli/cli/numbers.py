@@ -1,7 +1,5 @@
 """Write numbers and lists the way people read them."""
 
-from collections.abc import Sequence
-
 NOTHING = "–"
 MINUS = "\N{MINUS SIGN}"
 
@@ -35,12 +33,6 @@ def milliseconds(value: float | None) -> str:
 def agreement(difference: float) -> str:
     """Say how closely outputs agree: "to 4e-07", or "exactly"."""
     return f"to {difference:.0e}" if difference else "exactly"
-
-
-def listing(names: Sequence[str], shown: int = 3) -> str:
-    """Join the first names and count the rest: "a, b, c and 2 more"."""
-    more = len(names) - shown
-    return ", ".join(names[:shown]) + (f" and {more} more" if more > 0 else "")
 
 
 def duration(seconds: float) -> str:

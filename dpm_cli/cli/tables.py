@@ -11,6 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpm_cli.cli import numbers
+from dpm_cli.errors import listing
 from dpm_cli.report import ExportedFile, KeptLayer, Report, SparsityReport, Width
 
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "torchscript": "TorchScript"}
@@ -119,7 +120,7 @@ def describe_kept(kept: Sequence[KeptLayer], width: int) -> list[str]:
     lines: list[str] = []
     by_reason = sorted(kept, key=lambda each: each.reason)
     for reason, group in groupby(by_reason, key=lambda each: each.reason):
-        layers = numbers.listing([each.layer for each in group])
+        layers = listing([each.layer for each in group])
         lines += wrap_words(f"{layers}: {reason}", width)
     return lines
 
@@ -156,7 +157,7 @@ def disappointments(report: Report) -> list[str]:
 
 def describe_odd_widths(widths: Mapping[str, int]) -> str:
     """Name layers (name -> width) whose widths are not multiples of 8."""
-    layers = numbers.listing([f"{layer} ({width})" for layer, width in widths.items()])
+    layers = listing([f"{layer} ({width})" for layer, width in widths.items()])
     return f"Not a multiple of 8 wide: {layers}."
 
 

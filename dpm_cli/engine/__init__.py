@@ -1,1 +1,1 @@
-"""Training and what belongs to it: one step, its settings, evaluation, checkpoints. The stage loop is in run.py."""
+"""Train, evaluate and checkpoint a model. loop.py holds the training loop."""

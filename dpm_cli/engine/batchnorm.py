@@ -1,6 +1,7 @@
-"""BatchNorm statistics anew, exactly: of all the given batches together rather than a fading average of recent ones.
+"""Recompute BatchNorm statistics exactly over all given batches, instead of a moving average of recent ones.
 
-As PreciseBN (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", §3), with the spread between batches counted in.
+Follows PreciseBN (Wu & Johnson 2021, "Rethinking 'Batch' in BatchNorm", §3), but also counts the spread between
+batches.
 """
 
 from collections.abc import Iterator
@@ -16,15 +17,15 @@ from dpm_cli.layers.modes import in_mode
 
 
 class _Pool:
-    """Mean and variance of everything one layer saw, merged batch by batch in fp64 (Chan et al. 1979)."""
+    """Merges the mean and variance of all inputs of one layer, batch by batch in fp64 (Chan et al. 1979)."""
 
     def __init__(self, layer: _BatchNorm, world: World) -> None:
         self.count, self._world = 0, world
         self.mean = torch.zeros_like(_tensor(layer.running_mean), dtype=torch.float64)  # (channels,)
-        self.squares = torch.zeros_like(self.mean)  # (channels,) around the mean
+        self.squares = torch.zeros_like(self.mean)  # (channels,) sum of squared deviations from the mean
 
     def add_(self, layer: nn.Module, inputs: tuple[Tensor, ...], output: object) -> None:
-        """A forward hook; with momentum 1 the running statistics are those of this batch."""
+        """Add a batch, as a forward hook. With momentum 1 the running statistics are those of this batch."""
         assert isinstance(layer, _BatchNorm)
         mean, variance = _tensor(layer.running_mean).double(), _tensor(layer.running_var).double()
         count = int(self._world.sum(inputs[0].numel() // inputs[0].shape[1])[0])  # values per channel
@@ -45,7 +46,7 @@ def recalibrate_batchnorm_(
 ) -> None:
     """Replace running statistics by those of `count` training batches of two or more images; 0 changes nothing.
 
-    `world`: of which every process was given its slice of each batch.
+    world: the processes, each of which was given its slice of each batch.
 
     All other layers run in eval mode (no dropout). Frozen layers are left alone: those without running statistics, with
     momentum 0, or in eval mode inside a model in train mode. Modes and momenta are restored.

@@ -1,7 +1,7 @@
-"""Checkpoints that survive a kill, a full disk and a flipped bit.
+"""Write and read checkpoints that survive a kill, a full disk and a flipped bit.
 
-A file is one header (magic, SHA-256 of what follows) and a `torch.save` of plain values, so the checksum cannot get out
-of step with the data. The last two are kept, and at every moment at least one of them is whole.
+A file holds a header (magic, SHA-256 of what follows) and a `torch.save` of plain values, so the checksum always
+belongs to the data. The last two are kept, and at every moment at least one of them is whole.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ HEADER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 
 
 class Checkpoint(NamedTuple):
-    """A verified state, and the damaged files that were passed over to find it."""
+    """Holds a verified state, and the damaged files that were skipped to find it."""
 
     state: dict[str, Any]  # nested dicts and lists of tensors, numbers, strings; tensors on the CPU
     path: Path
@@ -28,14 +28,14 @@ class Checkpoint(NamedTuple):
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state`; the checkpoint that was there becomes the previous one (`files.previous_of`).
+    """Write `state`; the existing checkpoint becomes the previous one (`files.previous_of`).
 
     Raises RunError or OutputError when the disk is full or not writable; both older files are then untouched.
     """
 
     def write(temporary: Path) -> None:
         _write_verified(temporary, state)
-        # Only now may the older one move; a damaged one must not replace the intact one before it.
+        # Move the older one only now; if it is damaged, it must not replace the intact one before it.
         if _is_intact(path):
             os.replace(path, previous_of(path))
 
@@ -43,7 +43,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def load_checkpoint(newest: Path) -> Checkpoint | None:
-    """The newest intact checkpoint; None if there never was one. Raises RunError if all are damaged."""
+    """Load the newest intact checkpoint; None if there is no file. Raises RunError if all are damaged."""
     damaged: list[Path] = []
     for path in (newest, previous_of(newest)):
         if path.exists():
@@ -58,19 +58,19 @@ def load_checkpoint(newest: Path) -> Checkpoint | None:
 
 
 def remove_checkpoints(path: Path) -> None:
-    """Call when the run is finished and its results are written."""
+    """Remove both checkpoints. Call when the run is finished and its results are written."""
     for old in (previous_of(path), path):
         old.unlink(missing_ok=True)
 
 
 def capture_rng() -> dict[str, Any]:
-    """The states of torch's own generators (dropout draws from them): the CPU's, and each CUDA device's if in use."""
+    """Return the states of torch's generators, which dropout uses: of the CPU, and of CUDA devices if in use."""
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # type: ignore[no-untyped-call]
     return {"cpu": torch.get_rng_state(), "cuda": cuda}
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Continue the streams of `capture_rng`; devices that are not there are passed over."""
+    """Restore the states of `capture_rng`; devices that are absent here are skipped."""
     torch.set_rng_state(state["cpu"])
     if torch.cuda.is_available():
         for index, cuda in zip(range(torch.cuda.device_count()), state["cuda"], strict=False):
@@ -78,7 +78,7 @@ def restore_rng(state: dict[str, Any]) -> None:
 
 
 class _HashingFile:
-    """A file that hashes what is written through it, so that no copy of the state is held in memory."""
+    """Hashes what is written through it, so that no copy of the state is held in memory."""
 
     def __init__(self, file: IO[bytes]) -> None:
         self._file = file
@@ -110,7 +110,7 @@ def _is_intact(path: Path) -> bool:
 
 
 def _header_matches(file: IO[bytes]) -> bool:
-    """Compare the checksum; leaves the file at the start of the data."""
+    """Compare the checksum, and leave the file at the start of the data."""
     header = file.read(HEADER_BYTES)
     digest = hashlib.sha256()
     while block := file.read(1 << 20):
@@ -120,23 +120,23 @@ def _header_matches(file: IO[bytes]) -> bool:
 
 
 def _read_verified(path: Path) -> dict[str, Any] | None:
-    """The state, or none if the file is damaged, foreign or unreadable. Nothing in it is executed."""
+    """Read the state; None if the file is damaged, foreign or unreadable. Executes nothing in it."""
     try:
         with path.open("rb") as file:
             if not _header_matches(file):
                 return None
             with zipfile.ZipFile(file) as archive:
                 if sum(entry.file_size for entry in archive.infolist()) > path.stat().st_size:
-                    return None  # compressed entries: torch never writes them, a zip bomb does
+                    return None  # compressed entries, as in a zip bomb; torch never writes them
             file.seek(HEADER_BYTES)
             state = torch.load(file, map_location="cpu", weights_only=True)
         return state if isinstance(state, dict) and not _holds_hostile_tensor(state) else None
-    except Exception:  # a stranger's file can carry a right checksum and still break the reader in any way
+    except Exception:  # a foreign file can have a correct checksum and still break the reader in any way
         return None
 
 
 def _holds_hostile_tensor(value: object) -> bool:
-    """Whether a tensor claims to be larger than its data, or is none of the plain kinds that a run saves."""
+    """Tell whether a tensor claims to be larger than its data, or is not of a plain kind that a run saves."""
     if isinstance(value, torch.Tensor):
         is_plain = value.layout == torch.strided and value.device.type == "cpu" and not value.is_quantized
         return not is_plain or value.numel() * value.element_size() > value.untyped_storage().nbytes()

@@ -1,4 +1,4 @@
-"""Operations of training in bf16 that PyTorch is slow at on CPUs, computed by others of its operations instead."""
+"""Replace PyTorch operations that are slow in bf16 on CPUs by faster ones."""
 
 import math
 from typing import Any
@@ -11,12 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 from dpm_cli.engine.whole_batch import update_running_statistics_
 
-LINE = 16  # floats of one cache line
-FOLDED, NARROW = 64, 64  # channels: at least so many after folding, fewer than so many before
+LINE = 16  # floats per cache line
+FOLDED, NARROW = 64, 64  # minimum channels after folding; channels below which folding pays
 
 
 class FasterOnCpu(TorchFunctionMode):
-    """Inside autocast to bf16: depthwise convolutions and batch norms of narrow layers take other ways."""
+    """Speeds up depthwise convolutions and narrow batch norms inside autocast to bf16."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -28,7 +28,7 @@ class FasterOnCpu(TorchFunctionMode):
 
 
 def _convolve(*args: Any, **kwargs: Any) -> Tensor:
-    """Depthwise convolutions compute in fp32 between bf16 neighbours.
+    """Compute depthwise convolutions in fp32 between bf16 neighbours.
 
     PyTorch has no fast backward pass for most of them in bf16 (strides, 5×5, maps of a few pixels).
     """
@@ -51,7 +51,7 @@ def _normalise(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """`F.batch_norm`, folded where that is faster."""
+    """Compute `F.batch_norm`, folded where that is faster."""
     fold = _fold_of(images) if training and weight is not None and bias is not None else 1
     if fold == 1:
         return F.batch_norm(images, running_mean, running_var, weight, bias, training, momentum, eps)
@@ -62,7 +62,7 @@ def _normalise(
 
 
 def _fold_of(images: Tensor) -> int:
-    """How many pixels' channels become the channels of one; 1 if folding is not faster, or impossible."""
+    """Choose how many pixels to fold into one; 1 if folding is impossible or not faster."""
     if images.dim() != 4 or images.dtype not in (torch.bfloat16, torch.float32):
         return 1
     channels, pixels = images.shape[1], images.numel() // max(images.shape[1], 1)
@@ -77,20 +77,20 @@ def _fold_of(images: Tensor) -> int:
 
 
 class _FoldedBatchNorm(torch.autograd.Function):
-    """Batch norm in training of few channels, channels last, as one of `fold` times as many: the same memory.
+    """Computes training batch norm of few channels (channels last) as one of `fold` times as many, on the same memory.
 
-    PyTorch's kernel sums into one row of channels per thread. Rows that share a cache line, as those of 8 or 24
-    channels do, make two threads several times slower than one, and a few channels do not fill a vector either. The
+    PyTorch's kernel sums into one row of channels per thread. Rows of 8 or 24 channels share a
+    cache line, which makes two threads several times slower than one, and few channels do not fill a vector. The
     means and variances of the parts are merged exactly; in bf16 the gradient of the images is rounded three times
     instead of once.
     """
 
     @staticmethod
     def forward(ctx: Any, images: Tensor, weight: Tensor, bias: Tensor, eps: float, fold: int) -> Any:
-        """images: (B, C, H, W) channels last. Returns them normalised, mean and biased variance, each (C,)."""
+        """Normalise images (B, C, H, W), channels last. Returns them with mean and biased variance, each (C,)."""
         channels = images.shape[1]
         folded = _folded(images, fold)
-        unused = torch.zeros(2, fold * channels, dtype=weight.dtype)  # their type is that of what is returned
+        unused = torch.zeros(2, fold * channels, dtype=weight.dtype)  # their dtype sets that of the results
         means, variances = torch.batch_norm_update_stats(folded, unused[0], unused[1], 0.0)
         means = means.view(fold, channels)
         mean = means.mean(0)
@@ -108,7 +108,7 @@ class _FoldedBatchNorm(torch.autograd.Function):
         fold, channels = ctx.fold, images.shape[1]
         folded = _folded(images, fold)
         gradient = _folded(gradient.contiguous(memory_format=torch.channels_last), fold)
-        # With the statistics held fixed; then what flows back through them.
+        # First the gradient with fixed statistics, then the part through the statistics.
         of_images, of_weights, of_biases = torch.ops.aten.native_batch_norm_backward(
             gradient,
             folded,
@@ -131,8 +131,8 @@ class _FoldedBatchNorm(torch.autograd.Function):
 def _affine(
     images: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, variance: Tensor, eps: float, fold: int
 ) -> Tensor:
-    """(images - mean) / sqrt(variance + eps) * weight + bias; all but the images (C,)."""
-    outputs = torch.empty_like(images)  # no view, so that an activation in place can follow
+    """Compute (images - mean) / sqrt(variance + eps) * weight + bias; all but the images are (C,)."""
+    outputs = torch.empty_like(images)  # not a view, so that an in-place activation can follow
     weight, bias, mean, variance = (values.repeat(fold) for values in (weight, bias, mean, variance))
     torch.ops.aten.native_batch_norm.out(
         _folded(images, fold),
@@ -151,5 +151,5 @@ def _affine(
 
 
 def _folded(images: Tensor, fold: int) -> Tensor:
-    """(B, C, H, W) channels last -> (pixels / fold, fold * C, 1, 1), a view."""
+    """View (B, C, H, W), channels last, as (pixels / fold, fold * C, 1, 1)."""
     return images.permute(0, 2, 3, 1).reshape(-1, fold * images.shape[1], 1, 1)

@@ -1,4 +1,4 @@
-"""Where tensors live."""
+"""Choose the device of tensors."""
 
 import torch
 
@@ -6,10 +6,10 @@ from dpm_cli.errors import UsageError
 
 
 def choose_device(name: str) -> torch.device:
-    """ "auto" (CUDA if there, else CPU), "cpu", "cuda" (the current one) or "cuda:1".
+    """Find a device by name: "auto" (CUDA if present, else CPU), "cpu", "cuda" (the current one) or "cuda:1".
 
     A CUDA device always carries its index, so that it equals the `.device` of tensors on it.
-    Raises UsageError that names what is there.
+    Raises UsageError that names the available devices.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     present = ["cpu", *(f"cuda:{index}" for index in range(count))]

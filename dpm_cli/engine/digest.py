@@ -1,4 +1,4 @@
-"""A digest of nested values, to say whether two of them are the same bits."""
+"""Digest nested values, to tell whether two of them are bitwise equal."""
 
 import hashlib
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def digest(value: object) -> str:
-    """Of dicts, lists and tuples of tensors, numbers and strings; equal values on different devices agree."""
+    """Digest dicts, lists and tuples of tensors, numbers and strings, whatever device they are on."""
     seen = hashlib.sha256()
 
     def add(value: object) -> None:

@@ -1,12 +1,12 @@
-"""Several processes that train one model together, as a launcher such as `torchrun` starts them.
+"""Train one model in several processes, started by a launcher such as `torchrun`.
 
 Every process holds the whole model and takes its slice of each batch. Gradients are averaged by DistributedDataParallel
 and weighted by images, BatchNorm normalises by the whole batch (`whole_batch.py`), and augmentation is drawn for the
-whole batch: so every process takes the step that one process alone would take, and decides the same. The main process
-alone reads and writes files and speaks to the user.
+whole batch. Every process therefore takes the step that a single process would take, and decides the same. Only the
+main process reads and writes files and talks to the user.
 
-A process that fails says so in the launcher's key-value store, which outlives it; the others find it there, leave
-without a word, and end with the same exit code.
+A process that fails records this in the launcher's key-value store, which outlives it. The others find it there and
+exit silently with the same exit code.
 """
 
 import contextlib
@@ -28,97 +28,97 @@ from torch.nn.parallel import DistributedDataParallel
 
 from dpm_cli.engine.digest import digest
 from dpm_cli.engine.whole_batch import normalising_together
-from dpm_cli.errors import DpmError, RunError, ToldElsewhere, UsageError
+from dpm_cli.errors import DpmError, RunError, ToldElsewhere, UsageError, flatten
 
 T = TypeVar("T")
 S = TypeVar("S", bound="Sliced")
-LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # what every launcher says in the environment
-PATIENCE = timedelta(minutes=30)  # for the slowest process at any step
-GRACE = 5.0  # seconds for the main process to tidy up, since launchers end all when the first one leaves
+LAUNCHER = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")  # environment variables that every launcher sets
+PATIENCE = timedelta(minutes=30)  # time limit for the slowest process at any step
+GRACE = 5.0  # seconds for the main process to tidy up: launchers end all when the first exits
 
 
 class Sliced(Protocol):
-    """Images in batches; see `data.splits.Split`."""
+    """Yields images in batches; see `data.splits.Split`."""
 
     def of_rank(self: S, rank: int, size: int) -> S: ...
 
 
 class World:
-    """The processes of a run. This one is alone: it waits for nobody, and changes nothing."""
+    """Single process: every collective is a no-op."""
 
     rank, size = 0, 1
 
     @property
     def is_main(self) -> bool:
-        """Whether this process writes and speaks."""
+        """Tell whether this process writes files and talks to the user."""
         return self.rank == 0
 
     def sum(self, *numbers: float) -> list[float]:
-        """Each number summed over all processes."""
+        """Sum each number over all processes."""
         return list(numbers)
 
     def largest(self, number: int) -> int:
-        """Over all processes."""
+        """Return the largest number of all processes."""
         return number
 
     def gather(self, value: T) -> list[T]:
-        """Every process's value, in order of rank."""
+        """Collect the values of all processes, in order of rank."""
         return [value]
 
     def share(self, value: T) -> T:
-        """The main process's value. The others wait for it as long as it takes."""
+        """Return the main process's value. The others wait for it without a time limit."""
         return value
 
     @contextlib.contextmanager
     def main_first(self) -> Iterator[None]:
-        """The main process does it, then the others; they find what it left on the disk."""
+        """Let the main process run the block first; the others then find its files on the disk."""
         yield
 
     def require_same(self, what: str, value: object) -> None:
-        """value: as for `digest`. Raises RunError, on all processes, if one of them has another one."""
+        """Raise RunError on all processes if their values differ. value: as for `digest`."""
 
     def slice(self, split: S) -> S:
-        """The split of which every batch is only this process's slice. Its length stays that of the whole."""
+        """Reduce every batch of a split to this process's slice. Its length stays that of the whole."""
         return split
 
     def wrap(self, model: nn.Module) -> Callable[[Tensor], object]:
-        """What to call for outputs whose backward averages gradients over the processes. Anew after compaction."""
+        """Wrap a model so that backward averages gradients over the processes. Wrap it again after compaction."""
         return model
 
     def normalising(self) -> contextlib.AbstractContextManager[object]:
-        """For forward passes in train mode: BatchNorm sees all images of a batch."""
+        """Let BatchNorm use all images of a batch, for forward passes in train mode."""
         return contextlib.nullcontext()
 
     def weigh(self, loss: Tensor, images: int, of: float) -> Tensor:
-        """A mean loss over some of the images of a batch, so that the average over processes is the mean of all."""
+        """Scale a mean loss over a slice, so that the average over processes is the mean over the batch."""
         return loss
 
     def mean(self, value: Tensor) -> Tensor:
-        """() average over the processes, on the device."""
+        """Average () over the processes, on the device."""
         return value
 
     def roll(self, batch: Tensor) -> Tensor:
-        """(B, ...) each entry's predecessor in the whole batch; the first one's is the last."""
+        """Return (B, ...) the predecessor of each entry in the whole batch; the first one gets the last."""
         return batch.roll(1, 0)
 
     def seed(self, *key: int) -> None:
-        """Let dropout draw from (key, rank), so that the masks of a batch differ and a resumed run draws the same."""
+        """Seed dropout from (key, rank): masks differ within a batch, and a resumed run draws the same."""
 
     def share_buffers_(self, model: nn.Module) -> None:
-        """Let buffers that training changed by a slice alone be those of the main process."""
+        """Copy the main process's buffers to all, as training may have changed them from one slice only."""
 
 
 ALONE = World()
 
 
 class Together(World):
-    """One of several processes. All of them must call the same methods in the same order."""
+    """Is one of several processes. All must call the same methods in the same order."""
 
     def __init__(self, rank: int, size: int, store: Store, device: torch.device) -> None:
         self.rank, self.size, self._store, self._device = rank, size, store, device
         self._shared = itertools.count()
         self._left = threading.Event()
-        self._failed: str | None = None  # what `watch` has read of another process
+        self._failed: str | None = None  # what `watch` read about another process
 
     def sum(self, *numbers: float) -> list[float]:
         total = torch.tensor(numbers, dtype=torch.float64)
@@ -126,7 +126,7 @@ class Together(World):
         return [float(number) for number in total.tolist()]
 
     def largest(self, number: int) -> int:
-        value = torch.tensor(int(number))  # a bool is an int, but not on the wire
+        value = torch.tensor(int(number))  # a bool must be sent as an int
         dist.all_reduce(value, dist.ReduceOp.MAX)
         return int(value)
 
@@ -140,7 +140,7 @@ class Together(World):
         if self.is_main:
             self._store.set(key, "")
         else:
-            self._wait_for(key)  # for hours, if need be: collectives have less patience
+            self._wait_for(key)  # may take hours, longer than the time limit of collectives
         values: list[Any] = [value]
         dist.broadcast_object_list(values)
         return values[0]  # type: ignore[no-any-return]
@@ -168,7 +168,7 @@ class Together(World):
 
     def wrap(self, model: nn.Module) -> Callable[[Tensor], object]:
         devices = [self._device] if self._device.type == "cuda" else None
-        # Some layers may serve no output of a step, and they must keep no gradient, as without other processes.
+        # Layers that are not used in a step must get no gradient, as in a single process.
         return DistributedDataParallel(model, devices, broadcast_buffers=False, find_unused_parameters=True)
 
     def normalising(self) -> contextlib.AbstractContextManager[object]:
@@ -183,7 +183,7 @@ class Together(World):
         return total
 
     def roll(self, batch: Tensor) -> Tensor:
-        last = batch.new_zeros(self.size, *batch.shape[1:])  # of every process; a sum of otherwise empty rows
+        last = batch.new_zeros(self.size, *batch.shape[1:])  # a row per process; the sum gathers them
         last[self.rank] = batch[-1]
         dist.all_reduce(last)
         return torch.cat([last[self.rank - 1, None], batch[:-1]])
@@ -203,7 +203,7 @@ class Together(World):
     # ------------------------------------------------------------------------------------------ when one of them fails
 
     def leave(self) -> None:
-        """All is done: the others leave after the main process."""
+        """Leave at the end of the run: the others leave after the main process."""
         if self.is_main:
             self._store.set("left", "")
         else:
@@ -212,26 +212,25 @@ class Together(World):
         self._left.set()
 
     def fail(self, exit_code: int) -> int | None:
-        """Say that this process failed. The exit code of the one that said it first, if that was another."""
+        """Report that this process failed. Returns the exit code of another one that reported first, else None."""
         self._left.set()
         try:
             mine = f"{self.rank} {exit_code}"
             first = self._store.compare_set("failed", "", mine).decode()
             if self.is_main:
                 self._store.set("left", "")
-                time.sleep(2)  # the store may end with this process: let the others read it
+                time.sleep(2)  # the store may vanish with this process, so let the others read it
             else:
                 waited = time.monotonic()
                 while not self._store.check(["left"]) and time.monotonic() < waited + GRACE:
                     time.sleep(0.1)
-                time.sleep(1)  # for its last line
+                time.sleep(1)  # time for the main process's last line
             return None if first == mine else int(first.split()[1])
-        except dist.DistError:  # the store is gone, with the launcher or with the main process
+        except dist.DistError:  # the store vanished with the launcher or the main process
             return int(self._failed.split()[1]) if self._failed else None
 
     def watch(self, store: Store) -> None:
-        """End this process if another one failed and this one waits for it in vain. For a thread of its own, which
-        needs a store of its own."""
+        """End this process if it waits in vain for another that failed. Run in a thread with its own store."""
         while not self._left.wait(1):
             is_lost = False
             try:
@@ -258,9 +257,9 @@ def is_launched() -> bool:
 
 @contextlib.contextmanager
 def join(device: str = "auto") -> Iterator[World]:
-    """The world that a launcher's environment describes; without one, this process alone. Nested calls give the same.
+    """Join the processes that the environment describes, or run alone without a launcher. Nested calls share one world.
 
-    Errors leave it on all processes: with the first one's message there, as ToldElsewhere on the others.
+    An error ends all processes: the first to fail raises it, the others raise ToldElsewhere.
     """
     global _joined
     if _joined or not is_launched():
@@ -295,18 +294,19 @@ def _connect(device: str) -> Together:
         group = PrefixStore("group", store)
         dist.init_process_group(backend, store=group, rank=rank, world_size=size, timeout=PATIENCE)
     except (ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise RunError(f"the processes of this run cannot find each other ({reason}): check the launcher") from None
+        raise RunError(
+            f"the processes of this run cannot find each other ({flatten(error)}): check the launcher"
+        ) from None
     world = Together(rank, size, PrefixStore("dpm", store), chosen)
     threading.Thread(target=world.watch, args=[PrefixStore("dpm", store.clone())], daemon=True).start()
     return world
 
 
 def _take_device(device: str) -> torch.device:
-    """Each process of a machine takes a GPU of its own, and makes it torch's current one. Raises UsageError."""
+    """Give each process of a machine its own GPU, and make it torch's current device. Raises UsageError."""
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if device == "cpu" or not count:
-        return torch.device("cpu")  # a device that is not there is refused where it is used
+        return torch.device("cpu")  # `choose_device` refuses a device that is absent
     if device not in ("auto", "cuda"):
         raise UsageError(f"device is {device!r}, but each process takes a GPU of its own: use auto, cuda or cpu")
     place = int(os.environ.get("LOCAL_RANK", "0"))

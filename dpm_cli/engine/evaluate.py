@@ -1,4 +1,4 @@
-"""Accuracy and loss over a whole split, with one device-to-host synchronisation at its end."""
+"""Measure accuracy and loss over a whole split, with one device-to-host synchronisation at the end."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -17,7 +17,7 @@ from dpm_cli.tasks.classification import main_output
 
 
 class Split(Protocol):
-    """Labelled images in batches; `augment=None` means in order and unchanged."""
+    """Yields labelled images in batches; `augment=None` means in order and unchanged."""
 
     def batches(
         self, batch: int, *, seed: int, epoch: int, augment: None
@@ -26,7 +26,7 @@ class Split(Protocol):
 
 @dataclass(frozen=True)
 class Score:
-    """How well a model does on a split."""
+    """Holds the accuracy and loss of a model on a split."""
 
     accuracy: float  # percent
     loss: float  # mean cross-entropy
@@ -43,8 +43,8 @@ def evaluate(
 ) -> Score:
     """Score anything that maps images (B, C, H, W) to logits; a module must already be in eval mode.
 
-    `precision` none: as it is. `world`: of which every process was given its slice of the split. Raises DataError if
-    the split is empty.
+    precision: autocasts forward passes; None leaves them unchanged. world: the processes, each of which was given its
+    slice of the split. Raises DataError if the split is empty.
     """
     correct, loss = torch.zeros((), dtype=torch.int64), torch.zeros((), dtype=torch.float64)
     images_seen = 0

@@ -1,4 +1,4 @@
-"""What the machine does to a run, as a line that says what to try."""
+"""Turn out-of-memory and dead workers into one-line errors."""
 
 import contextlib
 from collections.abc import Iterator
@@ -10,14 +10,14 @@ from dpm_cli.errors import RunError
 
 @contextlib.contextmanager
 def explaining_faults(batch: int, more: str = "") -> Iterator[None]:
-    """Turn "out of memory", of the GPU or the CPU, and the death of a decoding process into a RunError.
+    """Turn "out of memory" on GPU or CPU, and the death of a decoding process, into a RunError.
 
-    It names the batch that was tried and a smaller one. more: what else to do for a smaller batch.
+    The message names the batch that was tried and a smaller one. more: further advice for a smaller batch.
     """
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if "DataLoader worker" in str(error):  # raised by a signal handler, wherever the run is at that moment
+        if "DataLoader worker" in str(error):  # raised by a signal handler, at any point of the run
             raise RunError(
                 "a process that decodes images was killed, maybe for its memory; lower data.workers"
             ) from None
@@ -30,4 +30,4 @@ def explaining_faults(batch: int, more: str = "") -> Iterator[None]:
 def _is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
-    return "can't allocate memory" in str(error) or "out of memory" in str(error)  # of the CPU; of CUDA's libraries
+    return "can't allocate memory" in str(error) or "out of memory" in str(error)  # CPU; CUDA's libraries

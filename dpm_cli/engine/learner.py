@@ -1,4 +1,4 @@
-"""A model in training: its optimizer, its loss and one stage's settings."""
+"""Train a model with the optimizer, loss and settings of one stage."""
 
 from collections.abc import Iterator, Mapping, Sequence
 
@@ -31,7 +31,7 @@ class Learner:
         teacher: nn.Module | None = None,
         world: World = ALONE,
     ) -> None:
-        """seed: for mix-up, and over several processes for dropout. layout: of the images, as of the model.
+        """seed: for mix-up, and for dropout across processes. layout: memory format of images and model.
 
         teacher: the dense model, in eval mode, for distillation.
         """
@@ -42,7 +42,7 @@ class Learner:
         self.optimizer = make_optimizer(model, training)
 
     def learning_rate(self, step: int) -> float:
-        """That of one step of the stage."""
+        """Return the learning rate of a step of the stage."""
         return learning_rate(step, self.training, steps=self.steps, steps_per_epoch=self.steps_per_epoch)
 
     def step_(
@@ -55,9 +55,9 @@ class Learner:
         before: Sequence[Hook] = (),
         after: Sequence[Hook] = (),
     ) -> Tensor:
-        """One training step of the stage; returns the loss () on the device. Hooks as in `train_step`.
+        """Take one training step of the stage; return the loss () on the device. Hooks as in `train_step`.
 
-        count: images of the whole batch, if this is one process's slice of it; the loss is that of all of them.
+        count: images in the whole batch, if this is one process's slice of it. The loss is that of the whole batch.
         """
         training = self.training
         set_learning_rate_(self.optimizer, self.learning_rate(step))
@@ -91,12 +91,12 @@ class Learner:
         return self.world.mean(loss)
 
     def shrink_(self, before: Mapping[str, nn.Parameter], kept: KeptPositions) -> None:
-        """After compaction: the optimizer goes on with the new parameters. Arguments as of `shrink_optimizer_`."""
+        """Move the optimizer to the new parameters after compaction. Arguments as for `shrink_optimizer_`."""
         shrink_optimizer_(self.optimizer, self.model, before, kept)
         self._forward = self.world.wrap(self.model)
 
     def tensors(self) -> Iterator[Tensor]:
-        """Everything that training changes: the model's state and what the optimizer remembers."""
+        """Yield all tensors that training changes: the state of the model and of the optimizer."""
         yield from self.model.state_dict().values()
         for remembered in optimizer_state(self.optimizer, self.model).values():
             yield from (value for value in remembered.values() if isinstance(value, Tensor))

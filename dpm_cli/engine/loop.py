@@ -1,4 +1,4 @@
-"""The one training loop: `dpm train`, sparse learning, pruning and fine-tuning are stages of it."""
+"""Run the one training loop. `dpm train`, sparse learning, pruning and fine-tuning are stages of it."""
 
 import time
 from collections.abc import Iterator
@@ -18,56 +18,56 @@ State = dict[str, Any]  # tensors, numbers and strings, for a checkpoint
 
 
 class Hooks:
-    """What a stage does besides training: here nothing. `loop` is the loop that asks."""
+    """Adds to what a stage does besides training; the base adds nothing. `loop` is the calling loop."""
 
     def begin(self, loop: "StageLoop") -> None:
-        """Before the first step of a stage, or the first one since it was resumed."""
+        """Called before the first step of a stage, or the first since it was resumed."""
 
     def begin_step(self, loop: "StageLoop") -> Iterator[Event]:
-        """Before a step. Ends the stage if it raises EndStage."""
+        """Called before a step. Raising EndStage ends the stage."""
         yield from ()
 
     def before_step_(self) -> None:
-        """Between backward and the optimizer's step."""
+        """Called between backward and the optimizer's step."""
 
     def after_step_(self, step: int, lr: float) -> None:
-        """After the optimizer's step, unless it was skipped."""
+        """Called after the optimizer's step, unless that was skipped."""
 
     def end_step(self, loop: "StageLoop") -> Iterator[Event]:
-        """After a step."""
+        """Called after a step."""
         yield from ()
 
     def end_epoch(self, loop: "StageLoop") -> Iterator[Event]:
-        """Before an epoch is evaluated."""
+        """Called at the end of an epoch, before the model is evaluated."""
         yield from ()
 
     def require_agreement(self, what: str) -> None:
-        """Several processes must have computed the same. Raises RunError."""
+        """Check that all processes computed the same. Raises RunError."""
 
     def tell_notes(self) -> Iterator[Event]:
-        """After every epoch: what a user should know by now."""
+        """Called after every epoch, to tell the user what has come up."""
         yield from ()
 
     def save(self, loop: "StageLoop", in_stage: State) -> Iterator[Event]:
-        """Write a checkpoint. in_stage: what only matters until the stage is over."""
+        """Write a checkpoint. in_stage: state that is only needed until the stage is over."""
         yield from ()
 
     def end(self, loop: "StageLoop") -> Iterator[Event]:
-        """After the last step."""
+        """Called after the last step."""
         yield from ()
 
 
 class EndStage(Exception):
-    """A hook ends the stage before its last step."""
+    """Raised by a hook to end the stage before its last step."""
 
 
 class StageLoop:
-    """One stage in progress."""
+    """Runs one stage."""
 
     def __init__(self, setup: Setup, learner: Learner, stage: Stage, hooks: Hooks, step: int = 0) -> None:
         """step: the next one to take, within the stage."""
         self.setup, self.learner, self.stage, self.hooks, self.step = setup, learner, stage, hooks, step
-        self.seconds = 0.0  # spent in it since it began or was resumed, up to the last checkpoint or its end
+        self.seconds = 0.0  # from the start or resumption of the stage to its last checkpoint or end
         self._meter, self._waiting = LossMeter(setup.device), Waiting()
         self._epoch_started = self._counted = time.monotonic()
 
@@ -76,7 +76,7 @@ class StageLoop:
         return self.learner.model
 
     def run(self) -> Iterator[Event]:
-        """Take all steps that are left, and yield what happens. Raises Interrupted when the user wants to stop."""
+        """Take all remaining steps, and yield events. Raises Interrupted when the user wants to stop."""
         stage, hooks = self.stage, self.hooks
         self.model.train()
         yield StageBegan(stage.name)
@@ -147,7 +147,7 @@ class StageLoop:
         )
 
     def require_finite(self) -> LossReading:
-        """Call before what cannot be taken back: a checkpoint, a removal. Raises RunError."""
+        """Check losses and weights before a checkpoint or removal, which cannot be undone. Raises RunError."""
         reading = self._meter.read()
         bad = reading.first_bad_step
         if bad is None and all_finite(self.learner.tensors()):
@@ -175,7 +175,7 @@ class StageLoop:
         )
 
     def load_state_dict(self, in_stage: State) -> None:
-        """Continue from what `Hooks.save` was given."""
+        """Continue from the state that `Hooks.save` was given."""
         self.learner.load_state_dict(in_stage["optimizer"])
         self._meter.load_state_dict(in_stage["meter"])
         self._epoch_started -= float(in_stage["epoch_seconds"])

@@ -1,8 +1,8 @@
-"""Optimizers, and their state by parameter name: it survives the removal of channels and loads without pickle.
+"""Make optimizers, and keep their state by parameter name: it survives channel removal and loads without pickle.
 
 The implementation is PyTorch's default: parameter by parameter on CPU, "foreach" on CUDA. `fused=True` would save 0.5 %
-of a ResNet-56 step on CPU, but there it reads parameter, gradient and momentum as flat memory whatever their strides: a
-gradient in another layout than its channels-last weight is silently applied to the wrong elements.
+of a ResNet-56 step on CPU, but there it reads parameter, gradient and momentum as flat memory and ignores strides. If
+gradient and weight differ in layout, it silently updates the wrong elements.
 """
 
 from typing import assert_never
@@ -18,7 +18,7 @@ OptimizerState = dict[str, dict[str, Tensor | float]]
 
 
 def make_optimizer(model: nn.Module, training: Training) -> Optimizer:
-    """One group of all parameters that require gradients, in the order of their names in the model."""
+    """Make an optimizer of all parameters that require gradients, in the model's order, in one group."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     lr, decay = training.lr, training.weight_decay
     match training.optimizer:
@@ -34,7 +34,7 @@ def make_optimizer(model: nn.Module, training: Training) -> Optimizer:
 
 
 def optimizer_state(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
-    """Parameter name -> what the optimizer remembers of it. The tensors are the optimizer's own, not copies."""
+    """Map parameter names to the state of the optimizer. Its tensors are not copied."""
     return {
         name: {key: value for key, value in optimizer.state[parameter].items() if value is not None}
         for name, parameter in model.named_parameters()
@@ -43,7 +43,7 @@ def optimizer_state(optimizer: Optimizer, model: nn.Module) -> OptimizerState:
 
 
 def restore_optimizer_state_(optimizer: Optimizer, model: nn.Module, state: OptimizerState) -> None:
-    """Copy `state` into an optimizer of `model`; what it remembered before is forgotten.
+    """Copy `state` into an optimizer of `model`, replacing its old state.
 
     Raises RunError when the state belongs to parameters of other names or shapes.
     """
@@ -57,7 +57,7 @@ def restore_optimizer_state_(optimizer: Optimizer, model: nn.Module, state: Opti
 
 
 def _copy_beside(parameter: Tensor, name: str, value: Tensor | float) -> Tensor | float:
-    """A copy on the device and in the memory layout of the parameter; Adam's step count stays on the CPU."""
+    """Copy to the device and memory layout of the parameter; Adam's step count stays on the CPU."""
     if not isinstance(value, Tensor) or value.dim() == 0:
         return value.clone() if isinstance(value, Tensor) else value
     if value.shape != parameter.shape:

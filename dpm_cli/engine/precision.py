@@ -1,4 +1,4 @@
-"""The numbers of a training step: weights stay fp32, convolutions and products may run in 16 bits; how they lie."""
+"""Choose mixed precision and memory format. Weights stay fp32; convolutions and products may run in 16 bits."""
 
 import copy
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ FORMATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 @dataclass(frozen=True)
 class Precision:
-    """How forward passes run. `scaler` keeps small fp16 gradients from vanishing; none for fp32 and bf16."""
+    """Sets the precision of forward passes. `scaler` keeps small fp16 gradients from vanishing; else it is None."""
 
     name: Literal["fp32", "bf16", "fp16"]
     device_type: str
@@ -26,7 +26,7 @@ class Precision:
 
     @contextmanager
     def autocast(self) -> Iterator[None]:
-        """A context for forward passes; nothing changes in fp32, which computes as PyTorch does, bit for bit."""
+        """Return a context for forward passes. In fp32 it changes nothing, bit for bit."""
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(self.device_type, FORMATS[self.name], enabled=self.name != "fp32"))
             if self.name == "bf16" and self.device_type == "cpu":
@@ -35,7 +35,7 @@ class Precision:
 
 
 def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torch.device) -> Precision:
-    """ "auto": bf16 where the device computes it in hardware, else fp32. Raises UsageError for fp16 off CUDA."""
+    """Find a precision by name. "auto": bf16 if in hardware, else fp32. Raises UsageError for fp16 off CUDA."""
     match name:
         case "auto":
             return Precision("bf16" if has_fast_bf16(device) else "fp32", device.type)
@@ -52,17 +52,17 @@ def choose_precision(name: Literal["auto", "fp32", "bf16", "fp16"], device: torc
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """Whether the device multiplies bf16 in hardware: x86 with AVX512-BF16 or AMX, CUDA from capability 8.0."""
+    """Tell if the device multiplies bf16 in hardware: x86 with AVX512-BF16 or AMX, CUDA from capability 8.0."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
 
 
 def choose_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
-    """How images and 4-D weights should lie in memory: channels last, which convolutions are fastest in.
+    """Choose the memory format of images and 4-D weights: channels last, in which convolutions are fastest.
 
-    Contiguous if the model's own code fails with that, as `x.view(len(x), -1)` of a feature map does. images: (B, C, H,
-    W), as the model takes them, on its device.
+    Falls back to contiguous if the model's code fails with that, as `x.view(len(x), -1)` of a feature map does.
+    images: (B, C, H, W), as the model takes them, on its device.
     """
     trial = copy.deepcopy(model).to(memory_format=torch.channels_last)
     try:

@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step alone, so that a resumed run needs no schedule state."""
+"""Compute the learning rate from the step alone, so that a resumed run needs no schedule state."""
 
 import math
 from typing import assert_never
@@ -9,11 +9,11 @@ from dpm_cli.recipe import Training
 
 
 def learning_rate(step: int, training: Training, *, steps: int, steps_per_epoch: int) -> float:
-    """The learning rate of step 0, 1, … of a stage of `steps`; at `steps` itself a cosine has reached 0.
+    """Compute the learning rate at a step (0, 1, …) of a stage; a cosine reaches 0 at `steps`.
 
     Warm-up is linear over `warmup_epochs` and ends at `lr`. `milestones` are fractions of the stage, `step_size` counts
-    epochs; both count from the start of the stage, warm-up included. Triangular: from gamma · lr up to lr at half of
-    the stage, and back.
+    epochs; both count from the start of the stage, warm-up included. The triangular schedule rises from gamma · lr to
+    lr at the middle of the stage, and falls back.
     """
     warmup = round(training.warmup_epochs * steps_per_epoch)
     if step < warmup:
@@ -34,6 +34,6 @@ def learning_rate(step: int, training: Training, *, steps: int, steps_per_epoch:
 
 
 def set_learning_rate_(optimizer: Optimizer, lr: float) -> None:
-    """Call before the step."""
+    """Set the learning rate of all groups. Call before the step."""
     for group in optimizer.param_groups:
         group["lr"] = lr

@@ -1,4 +1,4 @@
-"""Everything that a run is given and never changes: data, device, precision, processes."""
+"""Hold what stays fixed during a run: data, device, precision and processes."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,23 +17,23 @@ from dpm_cli.engine.precision import Precision
 from dpm_cli.errors import RecipeError
 from dpm_cli.recipe import Recipe
 
-CHECK_IMAGES = 8  # real inputs on which outputs before and after compaction are compared
+CHECK_IMAGES = 8  # real inputs to compare outputs on, before and after compaction
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What every stage of one run has in common."""
+    """Holds what all stages of a run share."""
 
     recipe: Recipe
     splits: Splits
-    checkpoint: Path  # the file that survives an interruption
+    checkpoint: Path  # the file to resume from after an interruption
     device: torch.device
     precision: Precision
     should_stop: Callable[[], int] = lambda: False  # true, or the exit code to stop with
     world: World = field(default=ALONE)
 
     def require_enough_images(self) -> None:
-        """Every process needs an image of each batch. Raises RecipeError."""
+        """Check that every process gets an image of each batch. Raises RecipeError."""
         batch, size = self.recipe.data.batch, self.world.size
         if size > min(batch, len(self.splits.train)):
             raise RecipeError(f"data.batch is {batch}, less than an image for each of {size} processes")
@@ -44,7 +44,7 @@ class Setup:
 
     @cached_property
     def _train(self) -> Split:
-        """This process's slice of the training images."""
+        """Return this process's slice of the training images."""
         return self.world.slice(self.splits.train)
 
     @cached_property
@@ -52,7 +52,7 @@ class Setup:
         return self.world.slice(self.splits.validation)
 
     def epoch_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Full batches only, unless the images do not fill one. epoch: over the whole run."""
+        """Yield full batches only, unless the images do not fill one. epoch: counted over the whole run."""
         data = self.recipe.data
         return self._train.batches(
             data.batch,
@@ -64,32 +64,32 @@ class Setup:
         )
 
     def stage_batches(self, first_epoch: int, epochs: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The rest of a stage's training batches, from this step on."""
+        """Yield the training batches of a stage from this step on."""
         per_epoch = self.steps_per_epoch
         for epoch in range(step // per_epoch, epochs):
             yield from self.epoch_batches(first_epoch + epoch, start=max(step - epoch * per_epoch, 0))
 
     def check_images(self) -> Tensor:
-        """(B, C, H, W) real images that are not trained on, or the first training images if there are no others."""
+        """Return (B, C, H, W) the first validation images, or training images if there are none."""
         held_out = self.splits.validation if len(self.splits.validation) else self.splits.train
         images, _ = next(held_out.batches(CHECK_IMAGES, seed=0, epoch=0, augment=None))
         return images
 
     def validate(self, model: nn.Module) -> float | None:
-        """Accuracy in percent on the validation images, for every decision; None without any."""
+        """Measure accuracy in percent on the validation images, for decisions; None if there are none."""
         if not (self.splits.labelled and len(self._validation)):
             return None
         batch, precision = self.recipe.data.batch, self.precision
         return evaluate_module(model, self._validation, batch=batch, precision=precision, world=self.world).accuracy
 
     def test(self, model: nn.Module) -> float | None:
-        """Accuracy in percent on the test images: to be reported, never to decide; None without labels."""
+        """Measure accuracy in percent on the test images, for reports only; None without labels."""
         if not self.splits.labelled:
             return None
         return evaluate_module(model, self.splits.test, batch=self.recipe.data.batch).accuracy
 
     def recalibrate_(self, model: nn.Module, epoch: int) -> None:
-        """Recompute BatchNorm statistics on training images. epoch: one that no stage has."""
+        """Recompute BatchNorm statistics on training images. epoch: a number that no stage uses."""
         count = self.recipe.recalibrate_batches
         recalibrate_batchnorm_(
             model, self.epoch_batches(epoch), count=count, precision=self.precision, world=self.world

@@ -1,4 +1,4 @@
-"""One training step, and the running loss. Nothing here waits for the device, except an fp16 scaler."""
+"""Take one training step and track the loss. Only an fp16 scaler waits for the device here."""
 
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
@@ -28,12 +28,12 @@ def train_step(
     before_step: Sequence[Hook] = (),
     after_step: Sequence[Hook] = (),
 ) -> Tensor:
-    """Forward, backward, hooks, clip, step, hooks; returns the loss, detached and on the device.
+    """Run forward, backward, hooks, clip, step, hooks; return the loss, detached and on the device.
 
-    `model` maps images to outputs; of several processes, it is what `world.wrap` made. `objective` maps (outputs,
-    labels) to a scalar. `before_step` runs in the given order on the raw gradient, unscaled
-    and not yet clipped: what reads it comes before what adds to it. `after_step` runs on the stepped weights,
-    and not at all when the fp16 scaler skipped the step. `clip_grad` bounds the global L2 norm, penalties included.
+    `model` maps images to outputs; with several processes, pass what `world.wrap` returned. `objective` maps (outputs,
+    labels) to a scalar. `before_step` hooks run in order on the raw gradient, unscaled and not yet clipped; put hooks
+    that read it before those that add to it. `after_step` hooks run on the updated weights, unless the fp16 scaler
+    skipped the step. `clip_grad` bounds the global L2 norm, penalties included.
     """
     optimizer.zero_grad(set_to_none=True)
     with precision.autocast(), world.normalising():
@@ -65,7 +65,7 @@ def train_step(
 
 
 class LossReading(NamedTuple):
-    """What a LossMeter saw since its last reset."""
+    """Holds what a LossMeter saw since its last reset."""
 
     mean: float  # over images
     images: int
@@ -73,7 +73,7 @@ class LossReading(NamedTuple):
 
 
 class LossMeter:
-    """The mean loss and the first step that went wrong, kept on the device until `read`."""
+    """Tracks the mean loss and the first non-finite step on the device until `read`."""
 
     def __init__(self, device: torch.device) -> None:
         self._sum = torch.zeros((), dtype=torch.float64, device=device)
@@ -81,38 +81,40 @@ class LossMeter:
         self._images = 0
 
     def add_(self, loss: Tensor, *, images: int, step: int) -> None:
-        """Count a step's mean loss over `images`. Call after every training step; does not synchronise."""
+        """Add a step's mean loss over `images`. Call after every training step; does not synchronise."""
         self._sum += loss.double() * images
         candidate = torch.where(loss.isfinite(), NEVER, step)  # ()
         self._first_bad = torch.minimum(self._first_bad, candidate)
         self._images += images
 
     def read(self) -> LossReading:
-        """Wait for the device once and say what was seen; a mean of no images is 0."""
+        """Wait for the device once, and return what was seen; the mean over no images is 0."""
         # Both fit into fp64 exactly: steps stay far below 2**53, and NEVER is only compared.
         total, first_bad = torch.stack([self._sum, self._first_bad.double()]).tolist()
         bad = int(first_bad) if first_bad < NEVER else None
         return LossReading(total / max(self._images, 1), self._images, bad)
 
     def reset_(self) -> None:
-        """Start anew, for instance at an epoch's start."""
+        """Forget all losses, for instance at the start of an epoch."""
         self._sum.zero_()
         self._first_bad.fill_(NEVER)
         self._images = 0
 
     def state_dict(self) -> dict[str, float]:
-        """What a resumed run needs to go on with the same mean. Waits for the device."""
+        """Return what a resumed run needs to continue the mean. Waits for the device."""
         return {"sum": self._sum.item(), "images": self._images}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Continue from finite losses: only such are saved."""
+        """Continue from saved losses, which are always finite."""
         self.reset_()
         self._sum += state["sum"]
         self._images = int(state["images"])
 
 
 def all_finite(tensors: Iterable[Tensor]) -> bool:
-    """Whether no tensor holds NaN or infinity; waits for the device once. Call before a checkpoint: a gradient can go
-    wrong under a finite loss, and would otherwise be saved before the next loss shows it."""
+    """Tell whether no tensor holds NaN or infinity. Waits for the device once.
+
+    Call before a checkpoint: a bad gradient under a finite loss would be saved before the next loss shows it.
+    """
     flags = [tensor.detach().isfinite().all() for tensor in tensors if tensor.is_floating_point()]
     return not flags or bool(torch.stack([flag.to(flags[0].device) for flag in flags]).all())

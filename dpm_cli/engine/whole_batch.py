@@ -1,7 +1,7 @@
-"""Normalising by the statistics of a whole batch whose images are spread over several processes.
+"""Normalise by the statistics of a whole batch whose images are spread over several processes.
 
-What nn.SyncBatchNorm computes, for CPUs too and without another module: within `normalising_together` every batch_norm
-in train mode, also of layers with a code of their own, sees the mean and variance of all processes' images. Running
+This computes what nn.SyncBatchNorm does, but also on CPUs and without replacing modules. Inside `normalising_together`
+every batch_norm in train mode, even of custom layers, uses the mean and variance over all processes' images. Running
 statistics are then the same everywhere.
 """
 
@@ -17,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 
 def normalising_together() -> AbstractContextManager[object]:
-    """For the forward pass of one training step, on all processes at once; none of them may have no image."""
+    """Wrap the forward pass of one training step, on all processes at once. Each needs at least one image."""
     return _Mode()
 
 
@@ -42,7 +42,7 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """F.batch_norm, but of the whole batch."""
+    """Compute F.batch_norm over the whole batch."""
     if not training:
         return F.batch_norm(values, running_mean, running_var, weight, bias, False, momentum, eps)
     mean, variance, count = _moments(values.detach())
@@ -55,19 +55,19 @@ def _batch_norm(
 def update_running_statistics_(
     running_mean: Tensor | None, running_var: Tensor | None, mean: Tensor, unbiased: Tensor, momentum: float
 ) -> None:
-    """What F.batch_norm does to a layer's running statistics in train mode; nothing if it has none. All (C,)."""
+    """Update running statistics, if there are any, as F.batch_norm does in train mode. All are (C,)."""
     if running_mean is not None and running_var is not None:
         running_mean.lerp_(mean.to(running_mean.dtype), momentum)
         running_var.lerp_(unbiased.to(running_var.dtype), momentum)
 
 
 def _moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(C,) mean, (C,) biased variance, () values per channel; of all processes, merged as in Chan et al. 1979."""
+    """Compute (C,) mean, (C,) biased variance and () values per channel over all processes (Chan et al. 1979)."""
     axes = [0, *range(2, values.dim())]
     variance, mean = torch.var_mean(values.float(), axes, correction=0)
     count = mean.new_tensor([values.numel() // values.shape[1]])
     rank, size = dist.get_rank(), dist.get_world_size()
-    rows = mean.new_zeros(size, 2 * len(mean) + 1)  # one per process; a sum of otherwise empty rows gathers them
+    rows = mean.new_zeros(size, 2 * len(mean) + 1)  # a row per process; the sum gathers them
     rows[rank] = torch.cat([mean, variance, count])
     dist.all_reduce(rows)
     means, variances, counts = rows[:, : len(mean)], rows[:, len(mean) : -1], rows[:, -1:]  # (processes, C or 1)
@@ -78,7 +78,7 @@ def _moments(values: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _Normalise(torch.autograd.Function):
-    """weight · (x − mean) / √(variance + eps) + bias; its gradient knows that mean and variance are of all."""
+    """Computes weight · (x − mean) / √(variance + eps) + bias, with the gradient through the global statistics."""
 
     @staticmethod
     def forward(
@@ -102,7 +102,7 @@ class _Normalise(torch.autograd.Function):
         gradient = gradients[0].float()
         normalised = (values - mean.view(shape)) * scale.view(shape)
         sums = torch.stack([gradient.sum(axes), (gradient * normalised).sum(axes)])  # (2, C)
-        of_bias, of_weight = sums.unbind()  # this process's share: DistributedDataParallel averages them
+        of_bias, of_weight = sums.unbind()  # only this process's share, as DistributedDataParallel averages them
         totals = sums.clone()
         dist.all_reduce(totals)
         by_mean, by_scale = (totals / count).view(2, *shape).unbind()

@@ -1,1 +1,1 @@
-"""What each command does, as a function: none of them prints."""
+"""Implement each command as a function that prints nothing."""

@@ -1,4 +1,4 @@
-"""`dpm evaluate`: accuracy, cost, size and latency of a file."""
+"""`dpm evaluate`: measure accuracy, cost, size and latency of a file."""
 
 import copy
 from dataclasses import replace
@@ -34,7 +34,7 @@ def evaluate(
 ) -> Evaluated:
     """Measure test accuracy, cost, size and latency of a dense, slim, TorchScript, ONNX or .pt2 file.
 
-    Latency is of single images, and with `latency_batch` also of batches of that size; both on the CPU.
+    Latency is measured on the CPU for single images and, with `latency_batch`, also for batches of that size.
     """
     recipe, path = resolve_recipe(recipe), Path(file)
     if latency_batch < 1:

@@ -1,4 +1,4 @@
-"""`dpm export`: a slim.pt as files that deploy again, without the run that made it."""
+"""`dpm export`: export a slim.pt for deployment, without the run that made it."""
 
 import json
 from collections.abc import Sequence
@@ -29,8 +29,8 @@ def export_slim(
 
         dpm_cli.export_slim("slim.pt", formats=["onnx"], output="deploy")
 
-    formats: torchscript, onnx, onnx-fp16, pt2. arch: needed for architectures of your own code; model: a freshly built
-    dense module, for a file that was saved without an architecture. opset: of ONNX. Every file is loaded again and
+    formats: torchscript, onnx, onnx-fp16, pt2. arch: needed for architectures from your own code. model: a freshly
+    built dense module, for a file that was saved without an architecture. opset: of ONNX. Every file is reloaded and
     compared before it gets its name.
     """
     for format in formats:

@@ -1,4 +1,4 @@
-"""`dpm inspect`: the plan without training."""
+"""`dpm inspect`: show the plan without training."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -22,11 +22,11 @@ def inspect(
     device: str = "auto",
     trust_pickle: bool = False,
 ) -> Inspected:
-    """The plan without training: groups, what stays whole and why, what can be reached, and the widths it would give.
+    """Plan without training: groups, layers that stay whole and why, achievable costs, and resulting widths.
 
-    The widths are those of all victims chosen at once from the weights as they are; training will shift some.
+    The widths result from choosing all victims at once by the current weights; training will shift some.
     sensitivity: the share of its units that each group loses, one group at a time, while accuracy and loss are measured
-    on this number of validation `images`. Without it nothing is measured, and `device` is not used.
+    on `images` validation images. Without it nothing is measured, and `device` is not used.
     """
     recipe = resolve_recipe(recipe)
     if sensitivity is not None and not 0 < sensitivity < 1:

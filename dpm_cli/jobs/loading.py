@@ -1,4 +1,4 @@
-"""What every job starts with: a recipe, a model and its data."""
+"""Load what every job needs: a recipe, a model and its data."""
 
 import copy
 from collections.abc import Callable, Generator, Mapping
@@ -32,7 +32,7 @@ OnEvent = Callable[[Event], None] | None
 
 
 def follow(events: Generator[Event, None, T], on_event: OnEvent) -> T:
-    """Run a story to its end, tell of all that happens, and return its result."""
+    """Run a story to its end, pass its events to `on_event`, and return its result."""
     try:
         while True:
             event = next(events)
@@ -45,7 +45,7 @@ def follow(events: Generator[Event, None, T], on_event: OnEvent) -> T:
 
 
 def load_splits(recipe: Recipe, device: torch.device) -> Splits:
-    """The recipe's dataset, on the device if it fits."""
+    """Load the recipe's dataset, onto the device if it fits."""
     data = recipe.data.model_dump(exclude={"batch", "augment"})
     return load_data(
         data.pop("name"),
@@ -64,7 +64,7 @@ def resolve_recipe(recipe: AnyRecipe) -> Recipe:
 
 
 def load_module(model: nn.Module | str | Path, recipe: Recipe, trust_pickle: bool) -> tuple[nn.Module, str | None]:
-    """A module in eval mode on the CPU, and its architecture's name if the recipe's name can build it."""
+    """Load a module in eval mode on the CPU, with the recipe's architecture name if that builds it."""
     spec = recipe.model
     if isinstance(model, nn.Module):
         module = copy.deepcopy(model).cpu().float().eval()
@@ -75,7 +75,7 @@ def load_module(model: nn.Module | str | Path, recipe: Recipe, trust_pickle: boo
 
 
 def _require_usable(module: nn.Module, recipe: Recipe) -> None:
-    """Finite weights, and one row of logits per image."""
+    """Check for finite weights and one row of logits per image. Raises UsageError."""
     spec = recipe.model
     if not all_finite(module.state_dict().values()):
         raise UsageError("the model holds weights that are NaN or infinite: it cannot be pruned")
@@ -93,7 +93,7 @@ def _require_usable(module: nn.Module, recipe: Recipe) -> None:
 
 
 def _is_built_by(module: nn.Module, recipe: Recipe) -> bool:
-    """Whether the recipe's architecture, dense or pruned, computes the same as this module."""
+    """Tell whether the recipe's architecture, dense or pruned, computes the same as this module."""
     spec = recipe.model
     try:
         with torch.random.fork_rng(devices=[]):

@@ -1,4 +1,4 @@
-"""What a recipe would make of a model: groups, reachable costs, widths. Nothing is trained or changed."""
+"""Plan what a recipe would do to a model: groups, achievable costs, widths. Nothing is trained or changed."""
 
 import numpy as np
 import torch
@@ -25,13 +25,13 @@ KINDS: tuple[Kind, ...] = ("macs", "params", "channels")
 
 
 class Plan:
-    """The groups of one module under one recipe. Raises what `find_groups` raises."""
+    """Finds the groups of one module under one recipe. Raises what `find_groups` raises."""
 
     def __init__(self, module: nn.Module, recipe: Recipe) -> None:
         """module: in eval mode on the CPU."""
         self.prune = prune = recipe.prune
         example = torch.zeros(2, *recipe.model.input)
-        self.scores: Scores  # (units,) of the weights as they are
+        self.scores: Scores  # (units,) of the current weights
         if prune.target.sparsity:  # all units stay
             self.module, self.groups, self.round_to = module, find_whole_groups(module, example, prune), 1
             self.widths = find_width_limits(self.groups, round_to=1, min_keep=prune.min_keep)
@@ -59,11 +59,11 @@ class Plan:
         return self.lowest[self.kind] <= self.limit < self.dense[self.kind]
 
     def survivors(self) -> Flags:
-        """(units,) what would be left if all victims were chosen at once, from the weights as they are."""
+        """Return (units,) the survivors if all victims were chosen at once, by the current weights."""
         return ~choose_victims(self.groups, self.widths, self.scores, kind=self.kind, limit=self.limit)
 
     def describe(self, arch: str | None) -> Inspected:
-        """The plan as a result. arch: the architecture that the recipe names."""
+        """Describe the plan. arch: the architecture that the recipe names."""
         alive = self.survivors() if self.is_achievable else None
         return Inspected(
             arch=arch,

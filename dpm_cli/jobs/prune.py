@@ -1,4 +1,4 @@
-"""`dpm prune`: the main job."""
+"""`dpm prune`: prune a trained model, the main job."""
 
 import contextlib
 from collections.abc import Callable, Iterator
@@ -40,12 +40,12 @@ def prune(
 
         report = dpm_cli.prune("model.pt", "cifar10", output="out")
 
-    model: a file, or a module of the recipe's architecture (any module, if its code can be given again to `load`).
-    should_stop: asked after every step; when true, or the exit code to stop with, the run writes a checkpoint and
-    raises Interrupted. Started by a launcher such as torchrun, all of its processes do this together; each calls
-    `on_event` and returns the report, the first one alone writes.
-    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError comes
-    after everything was written, and brings the report.
+    model: a file, or a module of the recipe's architecture (any module, if its code can build it again for `load`).
+    should_stop: called after every step; if it returns true or an exit code, the run writes a checkpoint and raises
+    Interrupted. Under a launcher such as torchrun all processes prune together. Each calls `on_event` and returns the
+    report; only the first one writes files.
+    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError is
+    raised after everything was written, and carries the report.
     """
     recipe, folder = resolve_recipe(recipe), Path(output)
     with join(device) as world:
@@ -54,7 +54,7 @@ def prune(
         torch_device = choose_device(device)
         precision = choose_precision(recipe.precision, torch_device)
         module, arch = load_module(model, recipe, trust_pickle)
-        # A run cannot go on with another batch.
+        # A run cannot be resumed with another batch size.
         with (
             explaining_faults(recipe.data.batch, " --overwrite"),
             _claimed(folder, world, overwrite=overwrite, resume=resume),
@@ -66,7 +66,7 @@ def prune(
             kind = SparseRun if recipe.cuts_weights else Run
             run = kind(setup, module, arch=arch, output=folder)
             if overwrite and world.is_main:
-                remove_checkpoints(folder / CHECKPOINT)  # or a later --resume would go on with the run that is given up
+                remove_checkpoints(folder / CHECKPOINT)  # otherwise a later --resume would continue the abandoned run
             if arch is None:
                 run.notes.append(
                     f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
@@ -79,7 +79,7 @@ def prune(
 
 @contextlib.contextmanager
 def _claimed(folder: Path, world: World, *, overwrite: bool, resume: bool) -> Iterator[None]:
-    """The main process keeps other runs out of the output folder, and checks that this one may write there."""
+    """Lock the output folder in the main process, and check that this run may write there."""
     if not world.is_main:
         yield
         return

@@ -1,4 +1,4 @@
-"""A model that your own loop has pruned, as a slim.pt that outlives the process."""
+"""Save a model that your own loop has pruned as slim.pt."""
 
 import copy
 from collections.abc import Sequence
@@ -23,15 +23,15 @@ def save(
     mean: Sequence[float] | None = None,
     std: Sequence[float] | None = None,
 ) -> None:
-    """Write a pruned classifier as slim.pt; what was written is read back and compared before it gets its name.
+    """Write a pruned classifier as slim.pt. The file is reloaded and compared before it gets its name.
 
         dpm_cli.save(model, "slim.pt", arch="torchvision:resnet18")
         module = dpm_cli.load("slim.pt")
 
     arch: what builds the dense module, as `model.arch` in a recipe. Without it, `load` and `export_slim` will need a
     freshly built dense module as `model`. dense, shape: such a module, and channels, height and width of one image;
-    needed for a model that no Pruner of this process was given. mean, std: of the pixels per channel, kept for those
-    who use the file; 0 and 1 by default.
+    needed for a model that no Pruner of this process has pruned. mean, std: of the pixels per channel, stored for users
+    of the file; 0 and 1 by default.
 
     Raises UsageError, UnsupportedModelError or RunError, each in one line.
     """

@@ -1,4 +1,4 @@
-"""How much accuracy each group is worth: what is left of it when that group alone loses some of its units."""
+"""Measure how much accuracy each group is worth, by removing some of its units alone."""
 
 import itertools
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from dpm_cli.results import GroupSensitivity
 
 @dataclass(frozen=True)
 class FirstBatches:
-    """Some images of a split, kept on their device: every group is judged on the same ones."""
+    """Keeps some images of a split on their device, so that all groups are judged on the same images."""
 
     kept: tuple[tuple[Tensor, Tensor], ...]
 
@@ -26,7 +26,7 @@ class FirstBatches:
 
 
 def take_images(split: Split, images: int, *, batch: int) -> FirstBatches:
-    """The first images of a split, as many whole batches as needed."""
+    """Take the first images of a split, in whole batches."""
     batch = min(batch, images)
     batches = split.batches(batch, seed=0, epoch=0, augment=None)
     return FirstBatches(tuple(itertools.islice(batches, -(-images // batch))))
@@ -35,9 +35,9 @@ def take_images(split: Split, images: int, *, batch: int) -> FirstBatches:
 def measure_sensitivity(
     model: nn.Module, groups: Groups, scores: Scores, split: FirstBatches, *, share: float
 ) -> tuple[Score, list[GroupSensitivity]]:
-    """The score of the model as it is, and of every group without a share of its lowest-scored units.
+    """Score the current model, and the model without a share of each group's lowest-scored units in turn.
 
-    share: fraction of each group's units; at least one goes, and one stays. Afterwards the weights are as before.
+    share: fraction of each group's units; at least one unit goes, and one stays. The weights are restored afterwards.
     """
     units = Units(groups, model)
     weights = [weight.clone() for weight in units.weights()]

@@ -1,4 +1,4 @@
-"""`dpm train`: the dense model of a recipe."""
+"""`dpm train`: train the dense model of a recipe."""
 
 import contextlib
 import time
@@ -44,12 +44,12 @@ def train(
     on_event: OnEvent = None,
     should_stop: Callable[[], int] | None = None,
 ) -> Trained:
-    """Train the dense model of a recipe (its `dense` section, else `train`) from scratch, or on from a file.
+    """Train the dense model of a recipe (its `dense` section, else `train`) from scratch or from a file.
 
         trained = dpm_cli.train("cifar10", output="model.pt")
 
-    While it trains, checkpoints lie beside `output`: model.checkpoint.pt. resume: go on from there, to the same bits on
-    a CPU. should_stop and several processes: as for `prune`. Raises a DpmError.
+    Checkpoints are written beside `output`: model.checkpoint.pt. resume: continue from there, bit for bit on a CPU.
+    should_stop and several processes: as for `prune`. Raises a DpmError.
     """
     recipe, path = resolve_recipe(recipe), Path(output)
     if not recipe.data.labels:
@@ -69,7 +69,7 @@ def train(
 
 
 class _Trainee:
-    """A dense model."""
+    """Holds the dense model in training."""
 
     teacher: nn.Module | None = None
 
@@ -85,7 +85,7 @@ class _Trainee:
 
 
 class _Training:
-    """The story of `dpm train`."""
+    """Tells the story of `dpm train`."""
 
     def __init__(self, setup: Setup, module: nn.Module, path: Path) -> None:
         self.setup, self.path = setup, path
@@ -111,7 +111,7 @@ class _Training:
         return trained
 
     def _finish(self, started: float) -> Trained:
-        """The main process writes the weights; all of them know the figures."""
+        """Measure the model and write its weights in the main process; return the result in all processes."""
         setup, recipe, path, module = self.setup, self.setup.recipe, self.path, self.trainee.model
         validation_accuracy = setup.validate(module)
         test = evaluate_module(module, setup.splits.test, batch=recipe.data.batch)
@@ -153,12 +153,12 @@ def _start_from(model: str | Path | None, recipe: Recipe, trust_pickle: bool) ->
 
 @contextlib.contextmanager
 def _claimed(path: Path, world: World, *, overwrite: bool, resume: bool) -> Iterator[None]:
-    """The main process keeps other trainings away from the file, and checks that this one may write it."""
+    """Lock the file in the main process, and check that this training may write it."""
     if not world.is_main:
         yield
         return
     if overwrite and resume:
-        raise OutputError("--resume continues a training and --overwrite starts it anew: give one of them")
+        raise OutputError("--resume continues a training and --overwrite starts it again: give one of them")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} is not a folder: create it, or choose another --output")
     checkpoint = checkpoint_of(path)

@@ -1,1 +1,1 @@
-"""The Decay Pruning Method for any training loop: it knows neither recipes nor the training engine."""
+"""Implement the Decay Pruning Method for any training loop, without the training engine."""

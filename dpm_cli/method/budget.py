@@ -1,4 +1,4 @@
-"""Target -> victims: which units go so that the cost just meets a limit, without touching the model."""
+"""Choose which units to remove so that the cost just meets a limit. Nothing here touches the model."""
 
 import math
 from collections import Counter
@@ -8,7 +8,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from dpm_cli.errors import TargetError
+from dpm_cli.errors import TargetError, listing
 from dpm_cli.graph import Cost, Groups
 from dpm_cli.graph.labels import Flags, Ids
 
@@ -18,30 +18,30 @@ Scores = npt.NDArray[np.floating]
 
 @dataclass(frozen=True)
 class WidthLimits:
-    """How far each group may shrink, fixed for a whole run."""
+    """Limits how far each group may shrink; fixed for a whole run."""
 
-    least: Ids  # (groups,) the fewest units a group may keep
-    step: Ids  # (groups,) survivors are a multiple of this, or all
-    sizes: Ids  # (groups,) of the dense model
+    least: Ids  # (groups,) the smallest number of units a group may keep
+    step: Ids  # (groups,) the number of survivors is a multiple of this, unless all survive
+    sizes: Ids  # (groups,) units in the dense model
 
     def lowest(self, groups: Groups) -> Flags:
-        """(units,) the smallest set of survivors (any units: the cost only depends on how many)."""
+        """Return (units,) a smallest allowed set of survivors. Any units will do: cost depends only on counts."""
         alive = np.zeros(groups.units, bool)
         for group, units in zip(groups, self.least.tolist()):
             alive[group.start : group.start + min(units, group.size)] = True
         return alive
 
     def are_widths_allowed(self, present: Ids) -> Flags:
-        """(groups,) whether a group of so many units is whole or a multiple of its step. present: (groups,)"""
+        """Tell (groups,) whether each group is whole or a multiple of its step. present: (groups,) number of units"""
         allowed: Flags = (present == self.sizes) | (present % self.step == 0)
         return allowed
 
 
-AUTO_STEPS = (8, 4, 2, 1)  # the kernels of CPUs and of CUDA devices like multiples of 8
+AUTO_STEPS = (8, 4, 2, 1)  # kernels on CPUs and GPUs are fastest at multiples of 8
 
 
 def choose_round_to(groups: Groups, asked: int | Literal["auto"], *, min_keep: float, kind: Kind, amount: float) -> int:
-    """What widths are to be multiples of. "auto": 8, or the largest smaller power of two that can meet the target."""
+    """Choose what widths must be multiples of. "auto": the largest power of two up to 8 that can meet the target."""
     if asked != "auto":
         return asked
     limit = find_limit(cost_of(groups.cost, kind, np.ones(groups.units, bool)), amount)
@@ -49,11 +49,14 @@ def choose_round_to(groups: Groups, asked: int | Literal["auto"], *, min_keep: f
         lowest = find_width_limits(groups, round_to=step, min_keep=min_keep).lowest(groups)
         if cost_of(groups.cost, kind, lowest) <= limit:
             return step
-    return AUTO_STEPS[0]  # the target is out of reach, whatever the step
+    return AUTO_STEPS[0]  # no step can reach the target
 
 
 def find_width_limits(groups: Groups, *, round_to: int, min_keep: float) -> WidthLimits:
-    """round_to: surviving channels are a multiple of it. min_keep: fraction of each group that always stays."""
+    """Find how far each group may shrink.
+
+    round_to: surviving channels are a multiple of it. min_keep: fraction of each group that always stays.
+    """
     sizes = np.array([group.size for group in groups], np.int64)
     step = np.array([round_to // math.gcd(round_to, group.channels_per_unit) for group in groups], np.int64)
     least = np.array([group.least for group in groups], np.int64)
@@ -62,7 +65,7 @@ def find_width_limits(groups: Groups, *, round_to: int, min_keep: float) -> Widt
 
 
 def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
-    """MACs, parameters or units of a set of survivors. alive: (units,)"""
+    """Count the MACs, parameters or units of a set of survivors. alive: (units,)"""
     match kind:
         case "macs":
             return cost.macs(alive)
@@ -73,12 +76,12 @@ def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
 
 
 def find_limit(dense: int, amount: float) -> int:
-    """The largest allowed cost. amount: a fraction of the dense cost below 1, else absolute."""
+    """Return the largest allowed cost. amount: a fraction of the dense cost if below 1, else an absolute number."""
     return math.floor(dense * amount * (1 + 1e-12)) if amount < 1 else math.floor(amount)  # 0.29 of 100 is 29
 
 
 def resolve_limit(groups: Groups, widths: WidthLimits, *, kind: Kind, amount: float) -> int:
-    """The largest cost that meets the target; amount as in `find_limit`.
+    """Return the largest cost that meets the target; amount as in `find_limit`.
 
     Raises TargetError with the achievable range when no allowed set of survivors meets it.
     """
@@ -99,14 +102,13 @@ def resolve_limit(groups: Groups, widths: WidthLimits, *, kind: Kind, amount: fl
 
 
 def _explain_kept(groups: Groups) -> str:
-    """The most frequent reason that keeps layers whole, with a layer that it keeps; nothing if only the output is."""
+    """Name the most frequent reason for keeping layers whole, and a layer; "" if only the output is kept."""
     inner = [kept for kept in groups.kept if kept.reason.rpartition(": ")[2] != "output of the model"]
     if not inner:
         return ""
-    reason, count = Counter(kept.reason.rpartition(": ")[2] for kept in inner).most_common(1)[0]
-    layer = next(kept.layer for kept in inner if kept.reason.endswith(reason))
-    more = f" and {count - 1} more" if count > 1 else ""
-    return f". Kept whole: {layer}{more} ({reason})"
+    ((reason, _),) = Counter(kept.reason.rpartition(": ")[2] for kept in inner).most_common(1)
+    layers = (kept.layer for kept in inner if kept.reason.rpartition(": ")[2] == reason)
+    return f". Kept whole: {listing(layers, shown=1)} ({reason})"
 
 
 def choose_victims(
@@ -119,13 +121,13 @@ def choose_victims(
     alive: Flags | None = None,
     eligible: Flags | None = None,
 ) -> Flags:
-    """(units,) the lowest-scored units whose removal brings the cost to the limit or just below it.
+    """Choose (units,) the lowest-scored units whose removal brings the cost to the limit or just below it.
 
     Ranks globally and stops at the first set that meets the limit, so one unit (or one step of `round_to`) fewer
-    would miss it. When the eligible units do not suffice, all that may go are chosen. A group whose width releases have
-    left between two allowed ones loses what is over whatever the limit.
+    would miss it. If the eligible units do not suffice, all removable ones are chosen. A group that releases left
+    between two allowed widths always loses the excess.
 
-    scores: (units,) low is redundant. alive: (units,) units that are still there. eligible: (units,) may be chosen.
+    scores: (units,) low is redundant. alive: (units,) units still present. eligible: (units,) units that may be chosen.
     """
     alive = np.ones(groups.units, bool) if alive is None else alive
     candidates = np.flatnonzero(alive if eligible is None else alive & eligible)
@@ -133,8 +135,7 @@ def choose_victims(
     group = groups.group_of_unit[candidates]
     present = np.bincount(groups.group_of_unit[alive], minlength=len(groups))
 
-    # A unit goes when its group has lost enough others to land on an allowed width: find the rank at which that
-    # happens.
+    # A unit goes once its group has lost enough others to reach an allowed width. Find the rank where that happens.
     turn = np.full(len(candidates), len(candidates))
     width_allowed = widths.are_widths_allowed(present)
     for number in np.unique(group).tolist():

@@ -1,11 +1,11 @@
 """Smooth Pruning: one state machine over all units (DPM, arXiv 2406.03879).
 
-A victim's norm follows an exactly linear envelope to zero over N optimizer steps while training goes on; only its
-direction is free. As published: L_init = ‖x‖ when the decay starts, L_s = L_init / N, and after each optimizer step
-x ← x̃ · (N − n) L_s / ‖x̃‖. Ours: every unit has its own age n, incremented before use, so the norm is zero at n = N;
+The norm of a victim falls linearly to zero over N optimizer steps while training continues; only its direction is
+free. As published: L_init = ‖x‖ when the decay starts, L_s = L_init / N, and after each optimizer step
+x ← x̃ · (N − n) L_s / ‖x̃‖. Here every unit has its own age n, incremented before use, so the norm is zero at n = N;
 x is the union of the unit's producer side (rows, biases, norm weight and bias), so that a dead unit's output is
-exactly zero. The "multiplicative" envelope is HESSO's, x ← x̃ · (N − n)/(N − n + 1): there the gradient's part survives
-in proportion, where DPM fixes the norm.
+exactly zero. The "multiplicative" envelope is HESSO's, x ← x̃ · (N − n)/(N − n + 1): it keeps
+part of each gradient step, while DPM fixes the norm.
 """
 
 from typing import Any, Literal
@@ -22,10 +22,10 @@ Envelope = Literal["exact", "shrink-only", "multiplicative"]
 
 
 class Decay:
-    """alive → decaying → dead, or back to alive if released. All state is (units,) on the device.
+    """Takes units from alive to decaying to dead, or back to alive if released. All state is (units,) on the device.
 
-    Per training step: `observe` between backward and the optimizer's step (before penalties), `advance_` after it.
-    Nothing here waits for the device; `dead`, `released` and the rest are read at rounds and epoch ends.
+    At every training step call `observe` between backward and the optimizer's step (before penalties), and `advance_`
+    after it. Nothing here waits for the device; `dead`, `released` and the rest are read at rounds and epoch ends.
     """
 
     def __init__(
@@ -37,27 +37,27 @@ class Decay:
         rectifier: Rectifier | None = None,
         whole: Units | None = None,
     ) -> None:
-        """units: what shrinks. whole: what is zero in the end, if that is more."""
+        """units: entries scaled while decaying. whole: entries zeroed at death, if these are more."""
         self.units, self.whole, self.steps = units, whole or units, steps
         self.envelope, self.rectifier = envelope, rectifier
         none = torch.zeros(units.count, dtype=torch.bool, device=units.device)
         self.decaying, self.dead = none.clone(), none.clone()
-        self.released = none.clone()  # since the last `start`: they rest until the next one is over
+        self.released = none.clone()  # since the last `start`; spared until the next round is over
         self.releases = torch.zeros(units.count, dtype=torch.int64, device=units.device)
         self.age = torch.zeros_like(self.releases)
         self.initial = torch.zeros(units.count, device=units.device)
-        self.norms = torch.zeros_like(self.initial)  # ‖x‖ while a round lasts, known from the last projection
+        self.norms = torch.zeros_like(self.initial)  # ‖x‖ during a round, from the last projection
         self.rectifying = rectifier is not None
-        self.remaining = 0  # calls of `advance_` until every decay that was started is over
+        self.remaining = 0  # calls of `advance_` until all started decays are over
 
     def start(self, victims: Flags | Tensor, *, rectify: bool = True) -> None:
-        """A round begins with these victims. rectify=False: none can be released any more, so the round surely ends."""
+        """Start a round with these victims. rectify=False: no unit is released, so the round is sure to end."""
         self.released = torch.zeros_like(self.released)
         self.rectifying = rectify and self.rectifier is not None
         self.add(victims)
 
     def add(self, victims: Flags | Tensor) -> None:
-        """Let these units decay from now on. With `steps` = 1 they are dead at once: one-step pruning.
+        """Let these units decay from now on. With `steps` = 1 they die at once (one-step pruning).
 
         victims: (units,).
         """
@@ -74,12 +74,12 @@ class Decay:
         self._zero_dead_()
 
     def observe(self) -> None:
-        """Before the optimizer's step, while gradients are those of the loss alone."""
+        """Read the gradients. Call before the optimizer's step, while gradients come from the loss alone."""
         if self.rectifier and self.rectifying:
             self.rectifier.observe(self.units, self.norms)
 
     def advance_(self) -> None:
-        """After the optimizer's step: release, shrink, kill."""
+        """Release, shrink and kill units. Call after the optimizer's step."""
         self.remaining = max(self.remaining - 1, 0)
         norms = self.units.norm()  # ‖x̃‖
         self.age = self.age + self.decaying
@@ -99,7 +99,7 @@ class Decay:
         finished = self.decaying & ((self.age >= self.steps) | (norms == 0))
         self.dead = self.dead | finished
         self.decaying = self.decaying & ~finished
-        # Momentum and weight decay keep pushing dead units, so they are zeroed after every step.
+        # Momentum and weight decay would revive dead units, so they are zeroed after every step.
         scale = torch.where(self.dead, 0.0, torch.where(self.decaying, factor, 1.0))
         self.units.scale_(scale)
         self.norms = norms * scale
@@ -110,14 +110,14 @@ class Decay:
         self.whole.scale_(torch.where(self.dead, 0.0, 1.0))
 
     def rebind(self, units: Units, survivors: Flags, whole: Units | None = None) -> None:
-        """Go on with the compacted model's units. survivors: (units before,)"""
+        """Continue with the units of the compacted model. survivors: (units before,)"""
         index = torch.from_numpy(np.flatnonzero(survivors)).to(self.units.device)
         for name in STATE:
             setattr(self, name, getattr(self, name)[index])
         if self.rectifier:
             self.rectifier.select(index)
         self.units, self.whole = units, whole or units
-        self.norms = units.norm()  # rows have lost the entries that read dead units
+        self.norms = units.norm()  # rows lost the entries that read dead units
 
     def state_dict(self) -> dict[str, Any]:
         state: dict[str, Any] = {name: getattr(self, name) for name in STATE}

@@ -1,4 +1,4 @@
-"""The Decay Pruning Method for anybody's training loop."""
+"""Run the Decay Pruning Method in your own training loop."""
 
 import copy
 import weakref
@@ -25,7 +25,7 @@ from dpm_cli.recipe.sections import Decay, Prune, Training, default_decay
 from dpm_cli.recipe.stages import number_epochs
 
 Settings = Mapping[str, Any]
-AT_ONCE = {"steps": 1, "rectify": None}  # of the decay, where no training follows
+AT_ONCE = {"steps": 1, "rectify": None}  # settings of the decay if no training follows
 
 
 class Pruner:
@@ -42,9 +42,9 @@ class Pruner:
         pruner.finish()
         dpm_cli.save(model, "slim.pt")
 
-    With gradient accumulation both calls stand around the optimizer's step alone; clip between `before_step` and the
+    With gradient accumulation, make both calls only around the optimizer's step. Clip between `before_step` and the
     step. With a `GradScaler`, unscale before `before_step`; a step that the scaler skips is skipped here too. A
-    scheduler may hold the optimizer: the optimizer stays, its parameters and momenta shrink with the model.
+    scheduler may hold the optimizer: it stays the same object while its parameters and momenta shrink.
     """
 
     def __init__(
@@ -66,9 +66,9 @@ class Pruner:
         model: trained, on any device; it is changed in place. example: inputs as the model takes them, one tensor
         (B, …), a tuple of several, or a mapping of them by name. target: {"macs": 0.5}, as in recipes; params and
         channels too. steps: optimizer steps that the loop will take; 0 cuts at once. base, prune, decay: as in recipes.
-        remove_every: steps after which the dead units of a long round leave (base otov2); None for at its end.
+        remove_every: steps between removals of dead units in a long round (base otov2); None: only at its end.
 
-        Raises RecipeError, UnsupportedModelError, TargetError or UsageError, each in one line, before anything changed.
+        Raises RecipeError, UnsupportedModelError, TargetError or UsageError, each in one line, before any change.
         """
         if steps < 0:
             raise UsageError(f"steps is {steps}; it counts the optimizer steps that are to come")
@@ -100,27 +100,27 @@ class Pruner:
 
     @property
     def groups(self) -> Groups:
-        """The groups of units that are left, and the layers that stay whole, with reasons."""
+        """Return the groups of the remaining units, and the layers that stay whole with the reasons."""
         return self._pruning.groups
 
     @property
     def base(self) -> BasePruner:
-        """The base pruner, which says what is redundant."""
+        """Return the base pruner, which decides what is redundant."""
         return self._pruning.base
 
     @property
     def is_done(self) -> bool:
-        """The target is met, and no unit is decaying. Further steps train the slim model and change no structure."""
+        """Tell whether the target is met and no unit is decaying. Further steps only train the slim model."""
         return self._pruning.is_done
 
     def cost(self) -> int:
-        """What is left, in the unit of the target: MACs of one input, parameters, or channels."""
+        """Return the remaining cost in the unit of the target: MACs for one input, parameters, or channels."""
         return self._pruning.cost()
 
     def before_step(self) -> None:
         """Call between `backward` and the optimizer's step, before gradients are clipped.
 
-        Raises UsageError at a wrong place, TargetError if all steps are over and the target is not met.
+        Raises UsageError if called out of order, TargetError if all steps are over and the target is not met.
         """
         if self._is_finished:
             raise UsageError("before_step was called after finish: make a new Pruner to prune further")
@@ -136,16 +136,16 @@ class Pruner:
         self._has_observed = True
 
     def after_step(self, *optimizers: Optimizer) -> None:
-        """Call after the optimizer's step: units decay, are released, or leave with what the optimizer remembers.
+        """Let units decay, release them or remove them. Call after the optimizer's step.
 
-        optimizers: usually one; all that hold parameters of the model. Raises UsageError at a wrong place, RunError if
-        a removal would change outputs.
+        optimizers: all that hold parameters of the model, usually one; they lose the state of removed units. Raises
+        UsageError if called out of order, RunError if a removal would change outputs.
         """
         if not self._has_observed:
             raise UsageError("after_step was called without before_step, which belongs between backward and the step")
         self._has_observed = False
         self._require_ours(optimizers)
-        if not self._rates:  # a GradScaler found a gradient that is not finite
+        if not self._rates:  # a GradScaler found a non-finite gradient and skipped the step
             self.skipped += 1
             return
         for optimizer in optimizers:
@@ -171,11 +171,11 @@ class Pruner:
         self._is_finished = True
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors and numbers of what an interrupted loop needs, beside the states of model and optimizer."""
+        """Return what an interrupted loop needs to resume, besides the states of model and optimizer."""
         return {"step": self.step, "skipped": self.skipped, "pruning": self._pruning.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue an interrupted loop, to the same bits.
+        """Continue an interrupted loop, bit for bit.
 
         Build the dense model and its Pruner as before; load this state, then the model's; then make the optimizer and
         load its state. Raises ValueError if the state belongs to another model.
@@ -184,7 +184,7 @@ class Pruner:
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
 
     def _begin_step(self, optimizers: tuple[Optimizer, ...] = ()) -> None:
-        """Start the round that is due before the next step, and end it at once if its units are cut in one step."""
+        """Start a round if one is due before the next step; end it at once if it cuts units in one step."""
         if self._pruning.is_due(self.step):
             choice = self._pruning.start_round()
             self._tell(RoundStarted(stage="train", step=self.step, **asdict(choice)))
@@ -192,7 +192,7 @@ class Pruner:
             self._remove(optimizers)
 
     def _remove(self, optimizers: tuple[Optimizer, ...]) -> None:
-        """The dead units leave the model and the optimizers."""
+        """Remove the dead units from the model and the optimizers."""
         pruning = self._pruning
         removal = pruning.finish_round(self._example) if pruning.is_over else pruning.remove_dead(self._example)
         for optimizer in optimizers:
@@ -223,7 +223,7 @@ class Pruner:
             )
 
     def _stepped(self, optimizer: Optimizer) -> None:
-        """An optimizer of this process has taken a step; a fused one also runs when it skips."""
+        """Note the step of any optimizer in this process; a fused one also runs when it skips the step."""
         ours = {id(parameter) for parameter in self._pruning.units.parameters}
         rates = [float(g["lr"]) for g in optimizer.param_groups if any(id(p) in ours for p in g["params"])]
         found_inf = getattr(optimizer, "found_inf", None)
@@ -241,14 +241,14 @@ class Pruner:
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was before it was pruned."""
+    """Remembers what a model was before it was pruned."""
 
     dense: nn.Module  # without data, on the meta device
     shape: tuple[int, int, int] | None  # channels, height and width of one image, if it takes one batch of images
 
 
 def find_origin(model: nn.Module) -> Origin | None:
-    """What a model was that a Pruner of this process was given; None for any other model."""
+    """Return what a model was before a Pruner of this process changed it; None for any other model."""
     return _origins.get(model)
 
 
@@ -256,7 +256,7 @@ _origins: "weakref.WeakKeyDictionary[nn.Module, Origin]" = weakref.WeakKeyDictio
 
 
 class _Watcher:
-    """Tells a Pruner of optimizer steps, but does not keep it alive."""
+    """Tells a Pruner about optimizer steps without keeping it alive."""
 
     def __init__(self, pruner: Pruner) -> None:
         self._pruner = weakref.ref(pruner)
@@ -268,7 +268,7 @@ class _Watcher:
 
 
 def _at_least_two(example: Example) -> Example:
-    """With a batch of two or more, which the analysis needs."""
+    """Repeat an example to a batch of at least two, which the analysis needs."""
     sizes = {len(leaf) for leaf in tree_leaves(example) if isinstance(leaf, Tensor) and leaf.dim()}
     if sizes != {1}:
         return example

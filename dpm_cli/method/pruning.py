@@ -1,4 +1,4 @@
-"""The pruning side of a run: rounds of victims that decay, are released or die, and are removed.
+"""Prune in rounds: victims decay, then are released or die, and dead units are removed.
 
 One object holds everything that changes with the structure of the model, so that a run can compact at any round's end
 and a checkpoint can restore it.
@@ -27,13 +27,15 @@ from dpm_cli.method.rectify import Rectifier
 from dpm_cli.method.rounds import Rounds
 from dpm_cli.recipe import sections
 
-FoldMeans = Callable[[Groups, Flags], None]  # (groups, alive): let the readers of units that go take their means
+FoldMeans = Callable[
+    [Groups, Flags], None
+]  # (groups, alive): fold the means of removed units into the layers that read them
 COMPACT_TOLERANCE = 1e-5  # relative to the largest output
 
 
 @dataclass(frozen=True)
 class Goal:
-    """What must be left: at most `limit` of a kind of cost, in allowed widths."""
+    """Bounds what may remain: at most `limit` of a kind of cost, in allowed widths."""
 
     kind: Kind
     limit: int
@@ -42,12 +44,12 @@ class Goal:
 
 @dataclass(frozen=True)
 class Choice:
-    """What the start of a round chose, and where that leads."""
+    """Describes what the start of a round chose, and the cost that it will lead to."""
 
     round: int
-    rounds: int  # planned ones
+    rounds: int  # number of planned rounds
     chosen: int
-    condemning: bool  # units are chosen step by step while the round lasts
+    condemning: bool  # units are chosen step by step during the round
     limit: int
     predicted_macs: int
     predicted_params: int
@@ -55,17 +57,17 @@ class Choice:
 
 @dataclass(frozen=True)
 class Removal:
-    """What a round's end removed."""
+    """Describes what the end of a round removed."""
 
     removed: int
     released: int
-    difference: float  # largest relative difference of outputs before and after
-    kept: KeptPositions  # of every tensor that lost positions
-    before: Mapping[str, nn.Parameter]  # the parameters as they were, for the optimizer
+    difference: float  # largest relative difference between outputs before and after
+    kept: KeptPositions  # for every tensor that lost positions
+    before: Mapping[str, nn.Parameter]  # the old parameters, to find the optimizer's state
 
 
 class Pruning:
-    """The structure of one model during a run. `model` is changed in place.
+    """Changes the structure of one model in place during a run.
 
     Drive it from a training loop: `start_round` when `is_due`, `before_step_` and `after_step_` around the optimizer's
     step, `finish_round` when `is_over`. Steps are counted over all stages that prune.
@@ -82,17 +84,17 @@ class Pruning:
         *,
         fold_means: FoldMeans | None = None,
     ) -> None:
-        """fold_means: called before units are cut at once; units that decay leave nothing behind."""
+        """fold_means: called before units are cut at once. Decayed units output zero, so they have no means to fold."""
         self.model, self.base, self.goal, self.rounds, self.fold_means = model, base, goal, rounds, fold_means
         self.groups = groups = base.prepare_(model, groups)
         self.is_prepared = True
         self.dense_cost = self.cost()
         self.survivors = np.ones(groups.units, bool)  # of the dense model's units
         self.round = 0  # rounds started
-        self.in_round = False  # victims were chosen, and not all of them are dead or released
-        self.is_choosing = False  # the round goes on for as long as units are wanted, until `rounds.end`
+        self.in_round = False  # some victims are neither dead nor released yet
+        self.is_choosing = False  # the round still chooses units, at most until `rounds.end`
         self.chosen = self.released = 0
-        self.topped_up = 0  # chosen beyond the planned rounds
+        self.topped_up = 0  # units chosen beyond the planned rounds
         self.units, whole = self._find_units()
         rectifier = None
         if decay.rectify:
@@ -102,17 +104,17 @@ class Pruning:
         base.bind(groups, model)
 
     def cost(self, alive: Flags | None = None) -> int:
-        """The target's kind of cost, of the model as it is or of some survivors."""
+        """Return the cost, in the unit of the target, of the current model or of some survivors."""
         return cost_of(self.groups.cost, self.goal.kind, self.all_alive if alive is None else alive)
 
     @property
     def all_alive(self) -> Flags:
-        """(units,) nothing is removed from the model as it is."""
+        """Return (units,) true for all units of the current model."""
         return np.ones(self.groups.units, bool)
 
     @property
     def is_met(self) -> bool:
-        """The model as it is meets the target, and releases have left no width between two allowed ones."""
+        """Tell whether the current model meets the target in allowed widths only."""
         return self._would_meet(self.all_alive)
 
     def _would_meet(self, alive: Flags) -> bool:
@@ -121,29 +123,28 @@ class Pruning:
 
     @property
     def is_done(self) -> bool:
-        """The target is met, and all rounds are over that would go beyond it if need be."""
+        """Tell whether the target is met and no round is in progress, nor, at pace "rounds", still planned."""
         return (
             not self.in_round and (self.base.pace != "rounds" or self.round >= len(self.rounds.starts)) and self.is_met
         )
 
     def is_due(self, step: int) -> bool:
-        """Whether a round starts before this step: a planned one, or one more to replace released units."""
+        """Tell whether a round starts before this step: a planned one, or a further one to replace released units."""
         if self.in_round or self.is_done:
             return False
         return step >= self.rounds.starts[self.round] if self.round < len(self.rounds.starts) else True
 
     @property
     def is_over(self) -> bool:
-        """Whether the current round's decays are all finished."""
+        """Tell whether all decays of the current round are finished."""
         return self.in_round and not self.is_choosing and self.decay.remaining == 0
 
     def start_round(self) -> Choice:
         """Choose victims for this round's share of the target and let them decay.
 
-        A base that marks units has its own pace, and only the target bounds it. The rounds beyond the planned ones take
-        what is missing by the scores alone, and nothing is released in them. A unit that was just released rests for
-        this round: it is short now, and would be the first to be chosen again. Only a target that cannot be met without
-        it takes it back.
+        A base that marks units sets its own pace, limited only by the target. Rounds beyond the planned ones choose the
+        missing units by score alone and release none. A unit that was just released is spared in this round: decay has
+        made it small, so it would be the first to be chosen again. It is only taken back if the target needs it.
         """
         self.round += 1
         rounds = len(self.rounds.starts)
@@ -184,13 +185,13 @@ class Pruning:
         )
 
     def before_step_(self) -> None:
-        """Between backward and the optimizer's step."""
+        """Call between backward and the optimizer's step."""
         if self.in_round:
             self.decay.observe()
         self.base.before_step_()
 
     def after_step_(self, step: int, lr: float) -> None:
-        """After the optimizer's step, with its learning rate."""
+        """Call after the optimizer's step, with its learning rate."""
         decay = self.decay
         is_wanted = self.is_choosing and not self._meets_target()
         self.base.after_step_(lr, decay.decaying | decay.dead)
@@ -203,7 +204,7 @@ class Pruning:
             self.is_choosing = False
 
     def _choose_marked(self) -> None:
-        """Let the units decay that the base has marked, as far as the target needs them."""
+        """Start the decay of units that the base has marked, as far as the target needs them."""
         present = self._present
         eligible = self.base.marked().cpu().numpy() & present & ~self.decay.released.cpu().numpy()
         if not eligible.any():
@@ -215,7 +216,7 @@ class Pruning:
 
     @property
     def _present(self) -> Flags:
-        """(units,) neither decaying nor dead. Waits for the device."""
+        """Return (units,) which units are neither decaying nor dead. Waits for the device."""
         present: Flags = (~(self.decay.decaying | self.decay.dead)).cpu().numpy()
         return present
 
@@ -234,11 +235,11 @@ class Pruning:
 
     @property
     def has_dead(self) -> bool:
-        """Whether units can be removed in the middle of a round: at the pace of steps it lasts long."""
+        """Tell whether units can be removed in the middle of a round; at pace "steps" a round lasts long."""
         return self.is_choosing and bool(self.decay.dead.any())
 
     def remove_dead(self, example: Example) -> Removal:
-        """The dead units leave; the others go on decaying. As `finish_round`."""
+        """Remove the dead units while others go on decaying. Checks and raises as `finish_round` does."""
         dead = self.decay.dead.cpu().numpy()
         if not dead.any():
             return Removal(0, 0, 0.0, {}, {})
@@ -254,13 +255,13 @@ class Pruning:
         return Removal(int(dead.sum()), 0, difference, kept, parameters)
 
     def unwrap_(self) -> None:
-        """Pruning is over: the model loses what the base pruner put into it."""
+        """Remove what the base pruner put into the model. Call when pruning is over."""
         if self.is_prepared:
             self.base.restore_(self.model)
             self.is_prepared = False
 
     def _find_units(self) -> tuple[Units, Units]:
-        """Units scaled while they decay; all entries that are zeroed at death."""
+        """Return the units scaled while decaying, and all entries zeroed at death."""
         whole = Units(self.groups, self.model)
         return self.base.decays(self.groups, self.model) or whole, whole
 
@@ -275,7 +276,7 @@ class Pruning:
         self.base.bind(self.groups, self.model, np.flatnonzero(alive))
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything but the weights."""
+        """Return all state but the weights."""
         return {
             "survivors": torch.from_numpy(self.survivors),
             "round": self.round,
@@ -290,7 +291,7 @@ class Pruning:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from a checkpoint. The model is still dense: it loses what was removed, then takes the weights."""
+        """Continue from a checkpoint: shrink the dense model to the saved structure. Load the weights afterwards."""
         alive = state["survivors"].numpy()
         if alive.shape != (self.groups.units,) or alive.dtype != bool:
             raise ValueError(f"survivors {alive.shape} of {self.groups.units} units")
@@ -307,8 +308,8 @@ class Pruning:
 
 
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
-    """Outputs in eval mode and full precision."""
+    """Compute outputs in eval mode and full precision."""
     cudnn = torch.backends.cudnn
-    exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 alone is off by 1e-3
+    exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 alone would cause differences of 1e-3
     with in_mode(model, training=False), torch.no_grad(), exact:
         return output_tensors(run_example(model, example))

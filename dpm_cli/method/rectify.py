@@ -1,9 +1,9 @@
 """Self-Rectifying: a decaying unit that training fights for is released (DPM, arXiv 2406.03879).
 
 The paper names two criteria, an escape rate and a gradient length relative to the layer; it does not print their closed
-forms, how they combine or when they are judged. Everything of that kind here is our definition and is a setting. The
-default, `significance`, has no threshold in units of the network: one mini-batch says almost nothing about a unit, so
-the escape rate is averaged over the decay and counted in its own standard errors (benchmarks/RESULTS.md compares).
+forms, how they combine or when they are judged. We define all of these here, as settings. One mini-batch says almost
+nothing about a unit, so the default, `significance`, averages the escape rate over the decay and measures it in its own
+standard errors; its threshold does not depend on the network (benchmarks/RESULTS.md compares the criteria).
 """
 
 from typing import Any
@@ -18,33 +18,33 @@ TINY = 1e-12
 
 
 def cosine_rate(dot: Tensor, weight: Tensor, gradient: Tensor) -> Tensor:
-    """(units,) −<x, g> / (‖x‖‖g‖): 1 if descent would only lengthen the unit, −1 if it would only shorten it."""
+    """Compute (units,) −<x, g> / (‖x‖‖g‖): 1 if descent only lengthens the unit, −1 if it only shortens it."""
     return -dot / (weight * gradient).clamp_min(TINY)
 
 
 def norm_per_update(updated: Tensor, weight: Tensor, update: Tensor) -> Tensor:
-    """(units,) (‖x̃‖ − ‖x‖) / ‖x̃ − x‖: growth per length of the optimizer's update, in [−1, 1]."""
+    """Compute (units,) (‖x̃‖ − ‖x‖) / ‖x̃ − x‖: growth per length of the optimizer's update, in [−1, 1]."""
     return (updated - weight) / update.clamp_min(TINY)
 
 
 def norm_per_decay(updated: Tensor, weight: Tensor, decay: Tensor) -> Tensor:
-    """(units,) (‖x̃‖ − ‖x‖) / L_s: 1 if the update undoes one step of the decay."""
+    """Compute (units,) (‖x̃‖ − ‖x‖) / L_s: 1 if the update undoes one step of the decay."""
     return (updated - weight) / decay.clamp_min(TINY)
 
 
 def norm_relative(updated: Tensor, weight: Tensor) -> Tensor:
-    """(units,) (‖x̃‖ − ‖x‖) / ‖x‖."""
+    """Compute (units,) (‖x̃‖ − ‖x‖) / ‖x‖."""
     return (updated - weight) / weight.clamp_min(TINY)
 
 
 def significance(mean: Tensor, mean_square: Tensor, count: Tensor) -> Tensor:
-    """(units,) a mean over `count` values in units of its own standard error; 0 for fewer than two."""
+    """Divide (units,) a mean over `count` values by its own standard error; 0 for fewer than two values."""
     variance = (mean_square - mean.square()).clamp_min(0) / (count - 1).clamp_min(1)
     return torch.where(count > 1, mean / variance.sqrt().clamp_min(TINY), 0.0)
 
 
 def relative_length(gradient: Tensor, group_of_unit: Tensor, groups: int) -> Tensor:
-    """(units,) ‖g‖ over its mean among the units of the same group; 1 on average."""
+    """Divide (units,) ‖g‖ by its mean over the units of the same group; 1 on average."""
     sums = gradient.new_zeros(groups).index_add_(0, group_of_unit, gradient)
     sizes = gradient.new_zeros(groups).index_add_(0, group_of_unit, torch.ones_like(gradient))
     return gradient / (sums / sizes.clamp_min(1)).clamp_min(TINY)[group_of_unit]
@@ -63,15 +63,15 @@ class Rectifier:
         zeros = torch.zeros(len(group_of_unit), device=group_of_unit.device)
         self.mean_rate, self.mean_length = zeros.clone(), zeros.clone()  # (units,) smoothed, not yet bias-corrected
         self.mean_square = zeros.clone()  # (units,) of the rate; only for "significance"
-        self.hits = torch.zeros_like(group_of_unit)  # (units,) steps in a row that called for release
+        self.hits = torch.zeros_like(group_of_unit)  # (units,) number of consecutive steps that called for release
         self._weights: list[Tensor] = []
 
     def bind(self, group_of_unit: Tensor, groups: int) -> None:
-        """group_of_unit: (units,) on the units' device."""
+        """Use these groups from now on. group_of_unit: (units,) on the units' device."""
         self.group_of_unit, self.groups = group_of_unit, groups
 
     def observe(self, units: Units, norms: Tensor) -> None:
-        """Remember what the criteria need of x and of the raw gradient g. norms: (units,) ‖x‖."""
+        """Store what the criteria need of x and of the raw gradient g. norms: (units,) ‖x‖."""
         self._norm = norms
         if self.settings.criterion in ("cosine", "significance"):
             self._gradient, self._dot = units.compare(units.gradients(), units.weights())
@@ -83,7 +83,7 @@ class Rectifier:
     def judge(
         self, units: Units, updated: Tensor, decaying: Tensor, age: Tensor, initial: Tensor, steps: int
     ) -> Tensor:
-        """(units,) which decaying units training fights for.
+        """Find (units,) the decaying units that training fights for.
 
         updated: (units,) norms after the optimizer's step. age: (units,) steps of decay including this one.
         initial: (units,) norms at the start of the decay. steps: N.
@@ -104,9 +104,8 @@ class Rectifier:
             decaying, self.settings.smoothing * self.mean_length + (1 - self.settings.smoothing) * length, 0.0
         )
         long = self.mean_length > self.settings.length * correction
-        if (
-            self.settings.criterion == "significance"
-        ):  # a plain mean over the decay so far: only that has a standard error
+        if self.settings.criterion == "significance":
+            # A plain mean over the decay so far, because a smoothed one has no simple standard error.
             share = 1 / age.clamp_min(1)
             self.mean_rate = torch.where(decaying, self.mean_rate + share * (rate - self.mean_rate), 0.0)
             squares = self.mean_square + share * (rate.square() - self.mean_square)
@@ -123,7 +122,7 @@ class Rectifier:
         return self.hits >= self.settings.hits
 
     def select(self, survivors: Tensor) -> None:
-        """Keep the state of these units only. survivors: (kept,) indices."""
+        """Keep only the state of these units. survivors: (kept,) indices."""
         for name in STATE:
             setattr(self, name, getattr(self, name)[survivors])
 

@@ -1,4 +1,4 @@
-"""When the rounds of a run start, in steps over all stages that prune."""
+"""Plan when the rounds of a run start, in steps over all stages that prune."""
 
 from dataclasses import dataclass
 
@@ -8,18 +8,18 @@ from dpm_cli.recipe.sections import Decay, Prune
 
 @dataclass(frozen=True)
 class Rounds:
-    """The first step of every planned round, and the first step at which no unit may be chosen by its marks."""
+    """Holds the first step of every planned round, and the first step at which no marked unit may be chosen."""
 
     starts: tuple[int, ...]
     end: int
 
 
 def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> Rounds:
-    """Rounds spread evenly over a stage of `steps`, between the fractions `prune.start` and `prune.end` of it.
+    """Spread rounds evenly over a stage of `steps`, between its fractions `prune.start` and `prune.end`.
 
-    Each takes `decay.steps` (one-step pruning takes none). With releases, one more round must fit after the last to top
-    up. warm_up: steps that the base pruner must see first. A stage of no steps has one round, which cuts at once.
-    Raises RecipeError if they do not fit.
+    Each round takes `decay.steps` (one-step pruning takes no steps). With releases, one more round must fit after the
+    last to replace released units. warm_up: steps that the base pruner must see first. A stage without steps has one
+    round, which cuts at once. Raises RecipeError if the rounds do not fit.
     """
     if not steps:
         if warm_up:
@@ -43,12 +43,12 @@ def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> 
 
 
 def plan_each_step(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> Rounds:
-    """One long round in which the base pruner marks units step by step, and room after it.
+    """Plan one long round in which the base pruner marks units step by step, and leave room after it.
 
-    What it marked last must decay, and what it missed is then chosen by score and decays too.
+    The units marked last must still decay, and missing ones are then chosen by score and must decay too.
     """
     first, last = max(round(prune.start * steps), warm_up), round(prune.end * steps)
-    after = 1 if decay.steps == 1 else 2 * decay.steps  # even one-step pruning happens before a step
+    after = 1 if decay.steps == 1 else 2 * decay.steps  # one-step pruning also happens before a step
     if first >= last or last + after > steps:
         raise RecipeError(
             f"units are marked from step {first} to {last} of {steps} (prune.start, prune.end), and {after} steps "
@@ -58,5 +58,5 @@ def plan_each_step(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) 
 
 
 def count_taken(decay: Decay) -> int:
-    """Steps that one round's decay takes; one-step pruning takes none."""
+    """Count the steps that the decay of one round takes; one-step pruning takes 0."""
     return 0 if decay.steps == 1 else decay.steps

@@ -1,4 +1,4 @@
-"""What can be removed from a model, before anything is trained."""
+"""Find what can be removed from a model before anything is trained."""
 
 import copy
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from dpm_cli.recipe.sections import Prune, Target
 
 @dataclass(frozen=True)
 class Survey:
-    """The groups that the base pruner can judge, and how far each may shrink."""
+    """Holds the groups that the base pruner can judge, and how far each may shrink."""
 
-    module: nn.Module  # as it was given, or with biases that will take the means of removed units
+    module: nn.Module  # as given, or with added biases that will take the means of removed units
     groups: Groups
-    shifts: Shifts  # where these means can go, if they are to be folded
+    shifts: Shifts  # where these means can go, if they are folded
     round_to: int
     widths: WidthLimits
 
     def goal(self, target: Target) -> Goal:
-        """The target as a limit of the dense model's cost. Raises TargetError with the range that can be reached."""
+        """Turn the target into a cost limit. Raises TargetError with the achievable range."""
         limit = resolve_limit(self.groups, self.widths, kind=target.kind, amount=target.amount)
         return Goal(target.kind, limit, self.widths)
 

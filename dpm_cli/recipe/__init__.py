@@ -1,4 +1,4 @@
-"""Recipes: YAML that a user owns, its sections, and how it is read."""
+"""Read and check recipes: YAML files that belong to the user."""
 
 from dpm_cli.recipe.reader import dump_recipe, hash_recipe, load_recipe, parse_recipe, shipped_recipes
 from dpm_cli.recipe.schema import Recipe

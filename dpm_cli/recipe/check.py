@@ -1,4 +1,4 @@
-"""What is wrong with settings, in lines that name the place, the value and the nearest known key."""
+"""Explain mistakes in settings, one line each, with the place, the value and the nearest known key."""
 
 import difflib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ S = TypeVar("S", bound=Section)
 
 
 def check_section(kind: type[S], values: Mapping[str, Any], name: str) -> S:
-    """One section from plain values. Raises RecipeError that names every mistake as `name.key`.
+    """Build one section from plain values. Raises RecipeError that names every mistake as `name.key`.
 
     >>> check_section(Decay, {"steps": 50}, "decay").steps
     50
@@ -25,7 +25,7 @@ def check_section(kind: type[S], values: Mapping[str, Any], name: str) -> S:
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """One line per mistake in a section or recipe of type `root`: where, what, and the nearest known key."""
+    """Write one line per mistake in a section or recipe of type `root`: where, what, and the nearest known key."""
     return [_explain_one(problem, root) for problem in error.errors(include_url=False)]
 
 
@@ -59,7 +59,7 @@ def _show(value: object) -> str:
 
 
 def _keys_at(path: Sequence[str | int], root: type[BaseModel]) -> list[str]:
-    """The known keys of the section at a path such as ("train",)."""
+    """Return the known keys of the section at a path such as ("train",)."""
     section = root
     for part in path:
         field = section.model_fields.get(str(part))

@@ -1,4 +1,4 @@
-"""YAML that a user owns -> a checked `Recipe`. Every mistake is reported at once, before torch is imported."""
+"""Read YAML into a checked `Recipe`. All mistakes are reported together, before torch is imported."""
 
 import hashlib
 import json
@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from dpm_cli.errors import RecipeError
+from dpm_cli.errors import RecipeError, flatten
 from dpm_cli.recipe.check import explain
 from dpm_cli.recipe.schema import Recipe
 
@@ -19,9 +19,9 @@ MAX_RECIPE_BYTES = 1 << 20
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Names of the recipes that come with dpm -> their files, sorted."""
+    """Map the names of the recipes that come with dpm to their files, sorted."""
     package = Path(str(resources.files("dpm_cli")))
-    folder = package / "recipes"  # in a wheel; in a checkout they lie beside the package
+    folder = package / "recipes"  # in a wheel; a checkout has them beside the package
     folder = folder if folder.is_dir() else package.parent / "recipes"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
@@ -59,12 +59,12 @@ def parse_recipe(values: object, overrides: Sequence[str] = (), *, name: str = "
 
 
 def hash_recipe(recipe: Recipe) -> str:
-    """Twelve hex digits that change with any setting."""
+    """Return twelve hex digits that change with any setting."""
     return hashlib.sha256(dump_recipe(recipe).encode()).hexdigest()[:12]
 
 
 def dump_recipe(recipe: Recipe) -> str:
-    """The resolved recipe as YAML that `load_recipe` reads back."""
+    """Write the resolved recipe as YAML that `load_recipe` can read."""
     values = json.loads(recipe.model_dump_json())
     if recipe.decay.rectify is None:
         values["decay"]["rectify"] = False
@@ -74,7 +74,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Plain YAML without aliases (a few bytes of them expand to gigabytes), repeated keys, or `5e-4` as a string."""
+    """Refuses aliases (a few bytes expand to gigabytes) and repeated keys, and reads `5e-4` as a number."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -98,13 +98,13 @@ _Loader.add_implicit_resolver(
 
 def _parse_yaml(text: str, name: str) -> object:
     try:
-        return yaml.load(text, Loader=_Loader)  # a SafeLoader
+        return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{name} is not a YAML recipe: {' '.join(str(error).split())[:200]}") from None
+        raise RecipeError(f"{name} is not a YAML recipe: {flatten(error)}") from None
 
 
 def _override(values: dict[Any, Any], override: str) -> dict[Any, Any]:
-    """`a.b=value` -> a copy of `values` with that one setting changed."""
+    """Apply `a.b=value` to a copy of `values`."""
     key, equals, text = override.partition("=")
     if not equals or not key.strip():
         raise RecipeError(f"--set {override!r} is not of the form key=value, for example --set prune.rounds=3")

@@ -1,4 +1,4 @@
-"""The whole recipe, and what its sections must have in common."""
+"""Define the whole recipe, and check that its sections agree."""
 
 from typing import Any, Literal
 
@@ -20,7 +20,7 @@ from dpm_cli.recipe.sections import (
 
 
 class Recipe(Section):
-    """Everything a run depends on besides the model file."""
+    """Holds everything a run depends on besides the model file."""
 
     model: Model
     data: Data
@@ -29,19 +29,19 @@ class Recipe(Section):
     train: Training = Training()  # while units are chosen and decay
     compact: Compact = Compact()
     finetune: Training = Training(lr=0.02)  # the slim model
-    dense: Training | None = None  # `dpm train`; none: as `train`
+    dense: Training | None = None  # for `dpm train`; default: as `train`
     export: tuple[ExportFormat, ...] = ("torchscript", "onnx")
     opset: int = Field(default=18, ge=18, le=30)  # of the ONNX files
     seed: int = Field(default=0, ge=0, lt=2**31)
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     counter: Literal["flop_counter", "thop"] = "flop_counter"
-    recalibrate_batches: NonNegative = 20  # BatchNorm statistics anew from so many batches, at the end
+    recalibrate_batches: NonNegative = 20  # batches to recompute BatchNorm statistics from at the end
     checkpoint: Checkpoint = Checkpoint()
 
     @model_validator(mode="before")
     @classmethod
     def _rectifies_where_it_helps(cls, values: Any) -> Any:
-        """Left out, `decay.rectify` is off for otov2: released units cost accuracy there (benchmarks/RESULTS.md)."""
+        """Turn `decay.rectify` off for otov2 unless set: releases cost accuracy there (benchmarks/RESULTS.md)."""
         prune, decay = (values.get(name, {}) if isinstance(values, dict) else {} for name in ("prune", "decay"))
         if isinstance(prune, dict) and isinstance(decay, dict):
             return values | {"decay": default_decay(prune.get("base"), decay)}
@@ -90,12 +90,12 @@ class Recipe(Section):
 
     @property
     def cuts_weights(self) -> bool:
-        """Single ones, rather than units."""
+        """Tell whether single weights are cut instead of units."""
         return self.prune.base == "on-the-fly"
 
     @property
     def folds_means(self) -> bool:
-        """Whether the means of removed units go into the layers that read them."""
+        """Tell whether the means of removed units are folded into the layers that read them."""
         if self.cuts_weights:
             return False
         if self.compact.fold_mean is not None:

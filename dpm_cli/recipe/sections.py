@@ -1,4 +1,4 @@
-"""The sections of a recipe: frozen values that are checked once, and handed to the one object that needs them."""
+"""Define the sections of a recipe: frozen settings, checked once, each passed to the object that needs it."""
 
 import math
 import re
@@ -14,18 +14,18 @@ Side = Annotated[int, Field(ge=1, le=8192)]
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
 
-MAX_NUMBERS = 1 << 22  # of one image; larger ones than any classifier's would only fill the memory
+MAX_NUMBERS = 1 << 22  # limit per image: a typo must not fill the memory
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
 class Section(BaseModel):
-    """A part of a recipe. Unknown keys are errors; values are never changed after loading."""
+    """All sections derive from this. Unknown keys are errors, and settings never change after loading."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def parse_amount(value: object) -> float:
-    """A kept fraction in (0, 1), or an absolute number: 60000000, "60M", "1.2G"."""
+    """Read a kept fraction in (0, 1) or an absolute number such as 60000000, "60M" or "1.2G"."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGBkmgb]?)\s*", value)):
         value = float(match[1]) * SUFFIXES.get(match[2].upper(), 1)
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
@@ -48,7 +48,7 @@ Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step)]
 
 
 class Model(Section):
-    """The architecture: built-in | torchvision:NAME | timm:NAME | package.module:function."""
+    """Names the architecture: built-in | torchvision:NAME | timm:NAME | package.module:function."""
 
     arch: str
     classes: int = Field(default=10, ge=1, le=10**5)
@@ -63,30 +63,30 @@ class Model(Section):
 
 
 class Augment(Section):
-    """Random changes of training images, drawn from (seed, epoch, index) alone."""
+    """Controls random changes of training images, which depend only on (seed, epoch, index)."""
 
-    crop: NonNegative = 4  # zero padding in pixels, then a random crop back to size; 0: none
-    flip: bool = True  # left and right
-    cutout: NonNegative = 0  # side of the zeroed square in pixels; 0: none
-    resized_crop: bool = False  # random area and aspect ratio, for larger images
+    crop: NonNegative = 4  # pixels of zero padding before a random crop back to size; 0 turns it off
+    flip: bool = True  # flip randomly from left to right
+    cutout: NonNegative = 0  # side of the zeroed square in pixels; 0 turns it off
+    resized_crop: bool = False  # crop a random area and aspect ratio, for larger images
 
 
 class Data(Section):
-    """A dataset: digits | cifar10 | cifar100 | fashion-mnist | folder."""
+    """Names a dataset (digits | cifar10 | cifar100 | fashion-mnist | folder) and how to load it."""
 
     name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder"]
     root: Path = Path("data")
     batch: Positive = 128
-    validation: float = Field(default=0.1, ge=0, lt=1)  # fraction of the training images held out for every decision
+    validation: float = Field(default=0.1, ge=0, lt=1)  # fraction of the training images held out for all decisions
     augment: Augment = Augment()
-    mean: tuple[float, ...] | None = None  # per channel, of pixels in [0, 1]; none: the dataset's own
+    mean: tuple[float, ...] | None = None  # per channel, of pixels in [0, 1]; default: of the dataset
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    workers: NonNegative = 2  # processes that decode images which do not fit in memory
+    workers: NonNegative = 2  # number of processes that decode images which do not fit in memory
     memory_limit: Positive = 2**31  # bytes of decoded images kept in memory; larger folders are streamed
-    max_corrupt: NonNegative = 0  # folder: so many unreadable images are left out; one more stops the run
+    max_corrupt: NonNegative = 0  # folder: maximum number of unreadable images to skip
     download: bool = True
     limit: Positive | None = None  # use only this many training images (a seeded subset)
-    labels: bool = True  # false: any folder of images serves; nothing is trained, no accuracy is measured
+    labels: bool = True  # false: accept any folder of images; train nothing, measure no accuracy
 
 
 def parse_sparsities(value: object) -> object:
@@ -98,8 +98,10 @@ Sparsities = Annotated[tuple[Sparsity, ...], BeforeValidator(parse_sparsities), 
 
 
 class Target(Section):
-    """What must be left: exactly one of the first three, a kept fraction or an absolute number; for the base
-    `on-the-fly` what must go instead: one share of the weights, or several from one training that aims at the first.
+    """Sets how small the model must become.
+
+    Give exactly one of macs, params and channels, as a kept fraction or an absolute number. For the base `on-the-fly`
+    give `sparsity`: the share of weights to cut, or several shares of which training aims at the first.
     """
 
     macs: Amount | None = None
@@ -115,75 +117,75 @@ class Target(Section):
 
     @property
     def kind(self) -> Literal["macs", "params", "channels"]:
-        """Of the units that are removed."""
+        """Name the cost that limits the remaining units."""
         return "macs" if self.macs is not None else "params" if self.params is not None else "channels"
 
     @property
     def amount(self) -> float:
-        """A kept fraction if below 1, else an absolute number."""
+        """Return the target: a kept fraction if below 1, else an absolute number."""
         amount = getattr(self, self.kind)
         assert isinstance(amount, float)
         return amount
 
 
 class Otov2(Section):
-    """The base `otov2`. Left out, `amplify` and `ceiling` are the reference's for the optimizer of `train`."""
+    """Configures the base `otov2`. `amplify` and `ceiling` default to the reference's values for the optimizer."""
 
     variant: Literal["dhspg", "hesso"] = "dhspg"
-    strength: float | None = Field(default=None, gt=0, le=1e4)  # of the penalty (the reference: 1e-3); none: by length
-    amplify: float | None = Field(default=None, gt=0, le=1e6)  # of what a unit that grows needs; none: 2, 20
-    ceiling: float | None = Field(default=None, ge=1, le=1e9)  # largest penalty over `strength`; none: 10, 1000
-    epsilon: float = Field(default=0.95, ge=0, lt=1)  # a unit is projected when less of it is left along itself
-    tolerance: Fraction = 0.05  # of all units marked as redundant beyond what the target needs
+    strength: float | None = Field(default=None, gt=0, le=1e4)  # of the penalty; default: from the round's length
+    amplify: float | None = Field(default=None, gt=0, le=1e6)  # × the penalty a growing unit needs; default: 2 or 20
+    ceiling: float | None = Field(default=None, ge=1, le=1e9)  # largest penalty / `strength`; default: 10 or 1000
+    epsilon: float = Field(default=0.95, ge=0, lt=1)  # project a unit if less than this is left along its direction
+    tolerance: Fraction = 0.05  # fraction of all units to mark beyond what the target needs
 
 
 class Gates(Section):
-    """The base `gate-decorator`. `prune.rounds` is the number of ticks, `train` one tock."""
+    """Configures the base `gate-decorator`. `prune.rounds` is the number of ticks; `train` describes one tock."""
 
     tick_epochs: Positive = 1
     tick_lr: LearningRate = 1e-3
     ticks_per_tock: Positive = 10
-    strength: float = Field(default=1e-3, ge=0, le=100)  # of the L1 penalty on gates in tocks
-    fraction: float | None = Field(default=None, gt=0, lt=1)  # of the gates, per tick; none: equal shares of the target
+    strength: float = Field(default=1e-3, ge=0, le=100)  # of the L1 penalty on gates during tocks
+    fraction: float | None = Field(default=None, gt=0, lt=1)  # of gates per tick; default: equal shares of the target
 
 
 class OnTheFly(Section):
-    """The base `on-the-fly`, which cuts single weights. `train` is its training; `prune.keep` names layers to spare."""
+    """Configures the base `on-the-fly`, which cuts single weights. `prune.keep` names the layers to spare."""
 
     penalty: Literal["ternary-cosine", "tail-energy"] = "ternary-cosine"
     strength: float = Field(default=2.0, ge=0, le=100)  # of the penalty, summed over the layers
-    per: Literal["filter", "layer"] = "filter"  # what lies on a sphere, and what shares a mean
-    keep_first: bool = True  # the first convolution stays whole
-    threshold: float | None = Field(default=None, gt=0, le=100)  # cut below so many root mean squares, not to a share
-    recover: Literal["none", "mean", "signed-mean", "split-mean"] = "split-mean"  # in the place of what was cut
+    per: Literal["filter", "layer"] = "filter"  # which weights share a sphere and a mean
+    keep_first: bool = True  # do not cut the first convolution
+    threshold: float | None = Field(default=None, gt=0, le=100)  # cut weights below threshold × RMS, not to a share
+    recover: Literal["none", "mean", "signed-mean", "split-mean"] = "split-mean"  # what replaces cut weights
 
 
 class Prune(Section):
-    """Which units go, and when."""
+    """Sets which units are removed, and when."""
 
     base: Literal["depgraph", "otov2", "gate-decorator", "on-the-fly"] = "depgraph"
     importance: Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"] = "group-norm"  # depgraph
-    observe_steps: Positive = 50  # taylor, mixed: training steps to average over before the first round
+    observe_steps: Positive = 50  # taylor, mixed: training steps to average over
     penalty: Literal["group-norm", "slimming", "growing", "channel-polar"] = (
-        "group-norm"  # depgraph: in sparse learning
+        "group-norm"  # depgraph: during sparse learning
     )
     otov2: Otov2 = Otov2()
     gates: Gates = Gates()
     on_the_fly: OnTheFly = OnTheFly()
     target: Target
     rounds: Annotated[int, Field(ge=1, le=10_000)] = 5
-    start: Fraction = 0.0  # of the train stage: the first round
-    end: Fraction = 0.5  # of the train stage: the last planned round is finished
-    round_to: Step = "auto"  # surviving widths are multiples of this; auto: 8, or less if the target needs it
-    min_keep: Fraction = 0.1  # of every group; never less than one unit
-    keep: tuple[str, ...] = ()  # layers whose outputs stay whole: names or patterns such as "layer4.*"
-    embedding: Literal["keep", "prune"] = "keep"  # of transformers: the width of tokens, through all blocks
-    normalizer: Literal["mean", "max"] | None = None  # of importances; none: max with sparse learning, else mean
-    sparse_epochs: NonNegative = 0  # sparse learning before the first round
+    start: Fraction = 0.0  # fraction of the train stage at which the first round starts
+    end: Fraction = 0.5  # fraction of the train stage at which the last planned round is finished
+    round_to: Step = "auto"  # surviving widths are multiples of this; auto means 8, or less if the target needs it
+    min_keep: Fraction = 0.1  # fraction of every group that must stay; at least one unit
+    keep: tuple[str, ...] = ()  # layers that keep all outputs: names or patterns such as "layer4.*"
+    embedding: Literal["keep", "prune"] = "keep"  # transformers: the width of the tokens in all blocks
+    normalizer: Literal["mean", "max"] | None = None  # of importances; default: max with sparse learning, else mean
+    sparse_epochs: NonNegative = 0  # epochs of sparse learning before the first round
     sparse_strength: float = Field(default=5e-4, ge=0, le=100)
-    sparse_growth: float = Field(default=1e-5, ge=0, le=100)  # penalty growing: added to the strength each epoch
+    sparse_growth: float = Field(default=1e-5, ge=0, le=100)  # penalty growing: added to the strength per epoch
     sparse_lr: LearningRate = 0.01
-    max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; none: no floor
+    max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; default: no floor
 
     @model_validator(mode="after")
     def _means_something_to_its_base(self) -> "Prune":
@@ -206,17 +208,17 @@ class Prune(Section):
 
 
 class Rectify(Section):
-    """When a decaying unit is released. The paper names the criteria; their closed forms are ours and selectable."""
+    """Sets when a decaying unit is released. The paper names the criteria; the formulas are ours."""
 
     # significance: `rate` counts standard errors of the mean outward direction over the decay so far
     criterion: Literal["significance", "cosine", "norm_per_update", "norm_per_decay", "norm_relative"] = "significance"
-    rate: float = 2.0  # T_rate; left out: 0.2 for the other criteria
+    rate: float = 2.0  # T_rate; default for the other criteria: 0.2
     length: float = 1.0  # T_len
     combine: Literal["and", "or"] = "and"
-    smoothing: float = Field(default=0.9, ge=0, lt=1)  # of both criteria over the steps; 0: each step alone
-    start: Fraction = 0.3  # of the decay: not judged before
-    hits: Positive = 1  # steps in a row that both criteria must hold
-    limit: NonNegative = 1  # releases per unit
+    smoothing: float = Field(default=0.9, ge=0, lt=1)  # of both criteria over the steps; 0 judges each step alone
+    start: Fraction = 0.3  # fraction of the decay before which no unit is judged
+    hits: Positive = 1  # number of consecutive steps for which the criteria must hold
+    limit: NonNegative = 1  # maximum number of releases per unit
 
     @model_validator(mode="before")
     @classmethod
@@ -228,9 +230,9 @@ class Rectify(Section):
 
 
 class Decay(Section):
-    """Smooth Pruning: N optimizer steps to zero. `steps: 1` with `rectify: false` is the base pruner."""
+    """Configures Smooth Pruning. With `steps: 1` and `rectify: false` only the base pruner acts."""
 
-    steps: Positive = 200
+    steps: Positive = 200  # optimizer steps until a unit is zero
     envelope: Literal["exact", "shrink-only", "multiplicative"] = "exact"  # multiplicative: HESSO's
     rectify: Rectify | None = Rectify()
 
@@ -241,14 +243,14 @@ class Decay(Section):
 
 
 class Compact(Section):
-    """What happens to the means of removed units, when these are cut at once rather than decay."""
+    """Sets what happens to the mean outputs of units that are cut at once instead of decaying."""
 
-    fold_mean: bool | None = None  # into the layers that read them; none: when no training follows
-    fold_batches: Positive = 20  # of training images, to measure the means; no labels are needed
+    fold_mean: bool | None = None  # into the layers that read them; default: when no training follows
+    fold_batches: Positive = 20  # training batches to measure the means on; no labels are needed
 
 
 class Training(Section):
-    """One stage of training."""
+    """Configures one stage of training."""
 
     epochs: NonNegative = 20
     optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
@@ -262,7 +264,7 @@ class Training(Section):
     warmup_epochs: float = Field(default=0, ge=0)
     weight_decay: float = Field(default=5e-4, ge=0)
     label_smoothing: float = Field(default=0, ge=0, lt=1)
-    mixup: float = Field(default=0, ge=0)  # alpha of the Beta distribution; 0: off
+    mixup: float = Field(default=0, ge=0)  # alpha of the Beta distribution; 0 turns it off
     clip_grad: float | None = Field(default=None, gt=0)  # global L2 norm
     distill: Fraction = 0.0  # weight of the dense model's softened outputs in the loss
     temperature: float = Field(default=4.0, gt=0)  # of distillation
@@ -275,13 +277,13 @@ class Training(Section):
 
 
 class Checkpoint(Section):
-    """How much an interruption may cost."""
+    """Sets how much work an interruption may lose."""
 
-    every: Positive = 500  # steps
+    every: Positive = 500  # steps between checkpoints
 
 
 def default_decay(base: object, decay: dict[str, Any]) -> dict[str, Any]:
-    """The settings of `decay`, with `rectify` off for otov2 where it is left out.
+    """Return the settings of `decay`, with `rectify` off for otov2 unless it is set.
 
     Released units cost accuracy there (benchmarks/RESULTS.md).
     """

@@ -1,4 +1,4 @@
-"""The stages of a run: stretches of training, each with settings of its own. A base pruner names those it needs."""
+"""Describe the stages of a run: stretches of training with their own settings. A base pruner names those it needs."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -8,21 +8,21 @@ from dpm_cli.recipe.sections import Training
 
 @dataclass(frozen=True)
 class Stage:
-    """One stretch of training."""
+    """Describes one stretch of training."""
 
     name: str
     training: Training
-    settings: str  # how the names of its settings begin in the recipe, for messages
-    prunes: bool = False  # units are chosen and decay in it
+    settings: str  # prefix of its settings in the recipe, for messages
+    prunes: bool = False  # units are chosen and decay in this stage
     penalises: bool = False  # the base pruner adds to the gradients, but nothing is chosen yet
-    ends_with_pruning: bool = False  # it is left out once the target is met
-    first_epoch: int = 0  # over the whole run: data order never repeats between stages
+    ends_with_pruning: bool = False  # skipped once the target is met
+    first_epoch: int = 0  # counted over the whole run, so that stages do not repeat the data order
 
 
 def number_epochs(stages: Iterable[Stage]) -> list[Stage]:
-    """The stages in order, each with its first epoch; those without epochs are left out.
+    """Give every stage its first epoch, and drop stages without epochs.
 
-    Except one that prunes to the end of the run: without epochs, all units are cut at once in it.
+    A pruning stage stays even without epochs, unless it `ends_with_pruning`: all units are then cut at once in it.
     """
     numbered: list[Stage] = []
     epoch = 0
@@ -34,6 +34,6 @@ def number_epochs(stages: Iterable[Stage]) -> list[Stage]:
 
 
 def steps_before(stages: Iterable[Stage], stage: Stage, steps_per_epoch: int) -> int:
-    """Steps of the stages that prune, before this one."""
+    """Count the steps of the pruning stages before this one."""
     earlier = (each for each in stages if each.prunes and each.first_epoch < stage.first_epoch)
     return sum(each.training.epochs for each in earlier) * steps_per_epoch

@@ -1,1 +1,1 @@
-"""The story of one pruning run, and its rooms."""
+"""Carry out one pruning run; start reading at story.py."""

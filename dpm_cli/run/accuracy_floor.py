@@ -1,4 +1,4 @@
-"""The accuracy floor of a run: what must hold on the validation images, and the way back to the state that held."""
+"""Guard the validation accuracy of a run, and return to the last good state if it falls too far."""
 
 import copy
 
@@ -9,17 +9,17 @@ from dpm_cli.run.subject import Subject
 
 
 class AccuracyFloor:
-    """How far the validation accuracy may fall below the dense model's. All accuracies are in percent.
+    """Limits how far validation accuracy may fall below the dense model's. All accuracies are in percent.
 
-    Without `prune.max_drop` there is no floor: everything holds, and nothing is remembered.
+    Without `prune.max_drop` there is no floor: every state passes, and none is remembered.
     """
 
     def __init__(self, subject: Subject) -> None:
         self.subject = subject
         self.max_drop = subject.setup.recipe.prune.max_drop  # points; None for no floor
-        self.dense = 0.0  # accuracy of the model as it was given
-        self.held: State | None = None  # the last state that held; None for the model as it was given
-        self.broken: str | None = None  # what happened, if the run had to go back: one sentence
+        self.dense = 0.0  # accuracy of the original model
+        self.held: State | None = None  # the last state that held the floor; None for the original model
+        self.broken: str | None = None  # why the run went back, if it did, in one sentence
 
     @property
     def limit(self) -> float:
@@ -31,11 +31,11 @@ class AccuracyFloor:
 
     @property
     def held_the_target(self) -> bool:
-        """Whether the state to go back to is one in which all pruning was done."""
+        """Tell whether pruning was finished in the last state that held the floor."""
         return self.held is not None and bool(self.held["is_done"])
 
     def measure(self) -> None:
-        """Call while the model is as it was given."""
+        """Measure the dense accuracy. Call while the model is unchanged."""
         if self.max_drop is not None:
             accuracy = self._validate()
             assert accuracy is not None  # a recipe with a floor has validation images
@@ -46,7 +46,7 @@ class AccuracyFloor:
         return accuracy is None or accuracy >= self.limit
 
     def remember(self) -> None:
-        """Take the state of the subject as the last one that held."""
+        """Store the state of the subject as the last one that held the floor."""
         if self.max_drop is None:
             return
         subject = self.subject
@@ -58,7 +58,7 @@ class AccuracyFloor:
         }
 
     def go_back(self, culprit: str, *, stage: str, step: int) -> WentBack:
-        """To the last state that held, for good: nothing is pruned any more."""
+        """Return to the last state that held the floor. Nothing is pruned afterwards."""
         accuracy, subject, difference = self._validate(), self.subject, self.subject.difference
         subject.begin_again(copy.deepcopy(self.held["subject"]) if self.held else None)
         subject.difference = difference
@@ -82,7 +82,7 @@ class AccuracyFloor:
         )
 
     def report(self) -> FloorReport | None:
-        """For the report; None without a floor."""
+        """Describe the floor for the report; None without a floor."""
         if self.max_drop is None:
             return None
         pruning = self.subject.pruning

@@ -1,6 +1,6 @@
-"""The stages of a run, one after the other: what `dpm train`, `dpm prune` and On-the-Fly have in common.
+"""Run stages one after the other, as `dpm train`, `dpm prune` and On-the-Fly all do.
 
-A course knows where it stands, writes checkpoints of that and of the parts that change, and goes on from them.
+A course tracks its position, saves it with all changing parts in checkpoints, and resumes from them.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ from dpm_cli.run.resume import Origin, foreign_state
 
 
 class Part(Protocol):
-    """Something that training changes."""
+    """Is anything that training changes and a checkpoint must hold."""
 
     def state_dict(self) -> State: ...
 
@@ -28,7 +28,7 @@ class Part(Protocol):
 
 
 class Trainee(Part, Protocol):
-    """The model that is trained, and all that must be the same in every process."""
+    """Holds the trained model, and all state that must be the same in every process."""
 
     model: nn.Module
     layout: torch.memory_format
@@ -36,7 +36,7 @@ class Trainee(Part, Protocol):
 
 
 class Course:
-    """All stages of one run. `stage` and `step` say which step is the next one."""
+    """Runs all stages of one run. `stage` and `step` locate the next step."""
 
     def __init__(
         self,
@@ -47,14 +47,14 @@ class Course:
         journal: Journal,
         more: Mapping[str, Part] | None = None,
     ) -> None:
-        """more: parts beside the trainee that a checkpoint must hold, by name."""
+        """more: further parts that a checkpoint must hold, by name."""
         self.setup, self.stages, self.trainee, self.origin, self.journal = setup, stages, trainee, origin, journal
         self.parts: dict[str, Part] = {"trainee": trainee, **(more or {})}
         self.stage = self.step = 0
         self.seconds: dict[str, float] = {}  # by stage
         self.notes: list[str] = []
-        self._in_stage: State | None = None  # of a checkpoint, until its stage goes on
-        self._told = 0  # images that were left out
+        self._in_stage: State | None = None  # from a checkpoint, until its stage resumes
+        self._told = 0  # number of skipped images already reported
 
     @property
     def is_over(self) -> bool:
@@ -62,16 +62,16 @@ class Course:
 
     @property
     def current(self) -> Stage:
-        """The stage that is in progress or comes next; at the end the last one."""
+        """Return the stage in progress or the next one; at the end, the last one."""
         return self.stages[min(self.stage, len(self.stages) - 1)]
 
     @property
     def unused_epoch(self) -> int:
-        """An epoch that no stage has: its images are drawn for statistics."""
+        """Return an epoch number that no stage uses, for drawing images to compute statistics."""
         return sum(stage.training.epochs for stage in self.stages)
 
     def train(self, hooks: Hooks) -> Iterator[Event]:
-        """What is left of the current stage."""
+        """Train for the rest of the current stage."""
         setup, stage = self.setup, self.current
         learner = Learner(
             self.trainee.model,
@@ -93,12 +93,12 @@ class Course:
         self._add_seconds(loop)
 
     def advance(self) -> Iterator[Event]:
-        """The current stage is over."""
+        """Move to the next stage and save a checkpoint."""
         self.stage, self.step = self.stage + 1, 0
         yield self.save()
 
     def save(self, loop: StageLoop | None = None, in_stage: State | None = None) -> CheckpointWritten:
-        """loop, in_stage: in the middle of a stage, what only matters until it is over."""
+        """Write a checkpoint. loop, in_stage: state that is only needed until the current stage is over."""
         if loop:
             self.step = loop.step
             self._add_seconds(loop)
@@ -120,7 +120,7 @@ class Course:
         return CheckpointWritten(step=self.step, path=str(setup.checkpoint))
 
     def restore(self) -> Iterator[Event]:
-        """Continue from the last whole checkpoint, if there is one. Raises OutputError if it is of another run."""
+        """Resume from the last intact checkpoint, if any. Raises OutputError if it belongs to another run."""
         setup = self.setup
         checkpoint = setup.world.share(load_checkpoint(setup.checkpoint) if setup.world.is_main else None)
         if checkpoint is None:
@@ -148,17 +148,17 @@ class Course:
         self.journal.bytes = max(0, int(state["metrics_bytes"]))
 
     def forget(self) -> None:
-        """The run is finished: its checkpoints go."""
+        """Remove the checkpoints of a finished run."""
         if self.setup.world.is_main:
             remove_checkpoints(self.setup.checkpoint)
 
     def require_agreement(self, what: str) -> None:
-        """Several processes must decide alike. Raises RunError if they do not."""
+        """Check that all processes hold the same state. Raises RunError if they do not."""
         self.setup.world.share_buffers_(self.trainee.model)
         self.setup.world.require_same(what, self.trainee.state_dict())
 
     def tell_corrupt(self) -> Iterator[Event]:
-        """If images were left out since the last call; streamed ones are found on the way."""
+        """Report images that were skipped since the last call; streaming finds them during training."""
         corrupt = self.setup.splits.corrupt
         for paths in self.setup.world.gather(corrupt.paths):
             corrupt.adopt_(paths)
@@ -173,7 +173,7 @@ class Course:
 
 
 class CourseHooks(Hooks):
-    """What every stage of a course does beside training."""
+    """Saves checkpoints, compares processes and reports skipped images in every stage of a course."""
 
     def __init__(self, course: Course) -> None:
         self.course = course

@@ -1,4 +1,4 @@
-"""What a run hands over: exported files, measurements, the report and the slim file, all in one folder."""
+"""Write the results of a run into one folder: exports, measurements, report and slim file."""
 
 import copy
 import json
@@ -16,7 +16,7 @@ from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import RunError
 from dpm_cli.events import Event, Exported, Measuring
 from dpm_cli.export import Format, export_model, open_exported
-from dpm_cli.files import write_atomic
+from dpm_cli.files import write_text_atomic
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import save_slim
 from dpm_cli.recipe import dump_recipe, hash_recipe
@@ -34,13 +34,13 @@ FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "m
 
 @dataclass(frozen=True)
 class Delivery:
-    """How the results of one run leave it. Every module that is handed over is in eval mode on the CPU."""
+    """Exports, measures and saves the results of one run. Every module passed in is in eval mode on the CPU."""
 
     setup: Setup
-    arch: str | None  # None if the model is not what `model.arch` builds
+    arch: str | None  # None unless `model.arch` builds the model
     output: Path
     dense: nn.Module
-    layout: torch.memory_format  # in which accuracy is measured
+    layout: torch.memory_format  # memory format for measuring accuracy
 
     def deliver(
         self, slim: nn.Module, outcome: Outcome, seconds: Mapping[str, float]
@@ -60,7 +60,7 @@ class Delivery:
         return report
 
     def _export(self, slim: nn.Module, image: Tensor) -> Iterator[ExportedFile]:
-        """Write each file that the recipe asks for, load it again and compare."""
+        """Write each file that the recipe asks for, reload it and compare."""
         recipe = self.setup.recipe
         for format in recipe.export:
             path = self.output / EXPORT_NAMES[format]
@@ -75,7 +75,7 @@ class Delivery:
             yield ExportedFile(format, str(path), made.bytes, made.max_difference)
 
     def _measure(self, slim: nn.Module, image: Tensor, exports: Sequence[ExportedFile]) -> tuple[Measured, Measured]:
-        """The dense and the slim model: accuracy on the test set, once, and latencies in turns."""
+        """Measure the dense and the slim model: test accuracy once, and latencies in turns."""
         dense = copy.deepcopy(self.dense).to(memory_format=torch.contiguous_format).eval()
         runs: dict[str, Callable[[Tensor], object]] = {"dense torch": dense, "slim torch": slim}
         with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
@@ -151,13 +151,13 @@ class Delivery:
         )
 
     def _save(self, slim: nn.Module, report: Report, outcome: Outcome) -> None:
-        """Write slim.pt, recipe.yaml and, last, report.json: with it the run is finished."""
+        """Write slim.pt, recipe.yaml and finally report.json, which marks the run as finished."""
         if not outcome.cuts:
             self._save_slim(self.output / "slim.pt", slim, report, {})
         for cut in outcome.cuts:
             self._save_slim(Path(cut.report.file), cut.module, report, cut.masks)
-        write_atomic(self.output / "recipe.yaml", lambda path: _write_text(path, dump_recipe(self.setup.recipe)))
-        write_atomic(self.output / "report.json", lambda path: _write_text(path, report.to_json() + "\n"))
+        write_text_atomic(self.output / "recipe.yaml", dump_recipe(self.setup.recipe))
+        write_text_atomic(self.output / "report.json", report.to_json() + "\n")
 
     def _save_slim(self, path: Path, module: nn.Module, report: Report, masks: Mapping[str, Tensor]) -> None:
         recipe, splits = self.setup.recipe, self.setup.splits
@@ -185,7 +185,3 @@ class Delivery:
             "std": json.dumps(splits.std),
             "input": json.dumps(recipe.model.input),
         }
-
-
-def _write_text(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""metrics.jsonl: one event a line, written as it happens; cut back to the checkpoint on resume."""
+"""Write metrics.jsonl: one event per line, as it happens; truncated to the checkpoint on resume."""
 
 import contextlib
 import json
@@ -14,16 +14,16 @@ T = TypeVar("T")
 
 
 class Journal:
-    """Writes the events that tell of the model. Without a path it writes nothing, as in all processes but the main."""
+    """Logs the events that describe the model. Without a path, as outside the main process, it writes nothing."""
 
     def __init__(self, path: Path | None) -> None:
         self.path = path
-        self.bytes = 0  # that count; what lies behind them was written after the last checkpoint
+        self.bytes = 0  # valid length; anything beyond was written after the last checkpoint
         self._file: IO[str] | None = None
 
     @contextlib.contextmanager
     def opened(self) -> Iterator[None]:
-        """Write to the file within, behind the bytes that count. Raises RunError if it cannot be written."""
+        """Open the file to append after the valid bytes. Raises RunError if it cannot be written."""
         if self.path is None:
             yield
             return
@@ -34,11 +34,11 @@ class Journal:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError):  # what a full disk did not take was reported when it was written
+            with contextlib.suppress(OSError):  # a full disk was already reported by the failed write
                 file.close()
 
     def follow(self, events: Generator[Event, None, T]) -> Generator[Event, None, T]:
-        """The same events and result, written on their way."""
+        """Pass on events and result, and log the events."""
         try:
             while True:
                 event = next(events)
@@ -56,7 +56,7 @@ class Journal:
                 self._file.flush()
 
     def flush_to_disk(self) -> int:
-        """Call before the checkpoint that counts on it. Returns the bytes written."""
+        """Flush the file. Call before writing a checkpoint. Returns the bytes written."""
         if self.path is None or self._file is None:
             return 0
         with self._explaining():

@@ -1,11 +1,13 @@
-"""What a run has made of a model, before anything is measured."""
+"""Describe what a run did to a model, before anything is measured."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from dpm_cli.data import Splits
+from dpm_cli.method.pruners import BasePruner
 from dpm_cli.method.pruning import Pruning
 from dpm_cli.recipe import Recipe
+from dpm_cli.recipe.sections import Decay
 from dpm_cli.report import FloorReport, KeptLayer, TargetReport, UnitCounts, Width
 from dpm_cli.run.accuracy_floor import AccuracyFloor
 from dpm_cli.run.subject import Subject
@@ -14,29 +16,29 @@ from dpm_cli.sparse.cut import CutModel
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a report says beside measurements."""
+    """Holds what a report says besides measurements."""
 
     method: str
     target: TargetReport
     units: UnitCounts
     widths: Sequence[Width]
     kept: Sequence[KeptLayer]
-    difference: float  # the largest of outputs before and after a removal
+    difference: float  # largest relative difference between outputs before and after a removal
     validation_accuracy: float | None  # percent, of the slim model
     notes: Sequence[str]
     predicted: tuple[int, int] | None = None  # MACs and parameters of the slim model
     floor: FloorReport | None = None
-    cuts: Sequence[CutModel] = ()  # of single weights; the first one is the slim model
+    cuts: Sequence[CutModel] = ()  # models with single weights cut; the first one is the slim model
 
 
 def describe_outcome(
     subject: Subject, floor: AccuracyFloor, validation_accuracy: float | None, notes: Sequence[str]
 ) -> Outcome:
-    """The outcome of a run that removed units."""
+    """Describe the outcome of a run that removed units."""
     recipe, pruning, groups = subject.setup.recipe, subject.pruning, subject.dense_groups
     target, goal, cost, alive = recipe.prune.target, pruning.goal, pruning.groups.cost, pruning.all_alive
     return Outcome(
-        method=name_method(recipe, pruning),
+        method=name_method(pruning.base, recipe.decay.model_copy(update={"steps": pruning.decay.steps})),
         target=TargetReport(target.kind, target.amount, goal.limit, pruning.dense_cost, pruning.cost()),
         units=UnitCounts(groups.units, pruning.chosen, pruning.released, groups.units - pruning.groups.units),
         widths=[Width(*width) for width in groups.widths(pruning.survivors)],
@@ -49,11 +51,10 @@ def describe_outcome(
     )
 
 
-def name_method(recipe: Recipe, pruning: Pruning) -> str:
-    """The base pruner, and DPM if it is on: one-step pruning is the base alone, as is HESSO with its own envelope."""
-    decay, name = recipe.decay, pruning.base.title
-    is_on = pruning.decay.steps > 1 and (decay.envelope != "multiplicative" or decay.rectify is not None)
-    return f"{name} + DPM" if is_on else name
+def name_method(base: BasePruner, decay: Decay) -> str:
+    """Name the base pruner, and DPM if it is on: one-step pruning is the base alone, as is HESSO's own envelope."""
+    is_on = decay.steps > 1 and (decay.envelope != "multiplicative" or decay.rectify is not None)
+    return f"{base.title} + DPM" if is_on else base.title
 
 
 def _remark_on_pruning(recipe: Recipe, pruning: Pruning) -> Iterator[str]:
@@ -65,7 +66,7 @@ def _remark_on_pruning(recipe: Recipe, pruning: Pruning) -> Iterator[str]:
 
 
 def remark_on_data(splits: Splits) -> Iterator[str]:
-    """What a reader of the figures must know of the images. Streamed ones are known when the figures are measured."""
+    """Say what a reader must know about the images. Call after measuring, which finds unreadable streamed images."""
     if not splits.labelled:
         yield "data.labels is false: no accuracy was measured"
     if len(splits.corrupt):

@@ -1,4 +1,4 @@
-"""What the stages of a pruning run do beside training: sparse learning, and the rounds in which units go."""
+"""Add sparse learning and pruning rounds to the stages of training."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
@@ -14,7 +14,7 @@ from dpm_cli.run.subject import Subject
 
 
 class SparseLearning(CourseHooks):
-    """The base pruner adds its penalty to the gradients; nothing is chosen yet."""
+    """Lets the base pruner add its penalty to the gradients, before any unit is chosen."""
 
     def __init__(self, course: Course, subject: Subject) -> None:
         super().__init__(course)
@@ -32,13 +32,13 @@ class SparseLearning(CourseHooks):
 
 
 class PruningStage(CourseHooks):
-    """Rounds begin when they are due; units decay, are released, or leave."""
+    """Starts rounds when they are due, lets units decay or releases them, and removes dead ones."""
 
     def __init__(self, course: Course, subject: Subject, floor: AccuracyFloor) -> None:
         super().__init__(course)
         self.subject, self.floor = subject, floor
         steps_per_epoch = course.setup.steps_per_epoch
-        self._first_step = steps_before(course.stages, course.current, steps_per_epoch)  # of all stages that prune
+        self._first_step = steps_before(course.stages, course.current, steps_per_epoch)  # in steps of pruning stages
 
     @property
     def _pruning(self) -> Pruning:
@@ -79,7 +79,7 @@ class PruningStage(CourseHooks):
 
     def end(self, loop: StageLoop) -> Iterator[Event]:
         pruning = self._pruning
-        if not loop.learner.steps and pruning.is_due(0):  # no training: all units are cut at once
+        if not loop.learner.steps and pruning.is_due(0):  # without training, all units are cut at once
             yield self._start_round(loop)
             yield self._remove(loop, pruning.finish_round)
         if pruning.is_done and self.floor.holds():
@@ -91,8 +91,8 @@ class PruningStage(CourseHooks):
         return RoundStarted(stage=loop.stage.name, step=loop.step, **asdict(choice))
 
     def _remove(self, loop: StageLoop, remove: Callable[[Example], Removal]) -> UnitsRemoved:
-        """The dead units, at the end of a round or in the middle of a long one."""
-        loop.require_finite()  # or the check of the outputs would blame the removal
+        """Remove dead units, at the end of a round or in the middle of a long one."""
+        loop.require_finite()  # otherwise the check of the outputs would blame the removal
         subject, pruning = self.subject, self._pruning
         removal = remove(self.course.setup.check_images())
         subject.model.to(memory_format=subject.layout)

@@ -1,4 +1,4 @@
-"""What a checkpoint must have in common with the run that goes on from it."""
+"""Check that a checkpoint belongs to the run that resumes from it."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -16,11 +16,11 @@ from dpm_cli.recipe import Recipe, dump_recipe
 
 @dataclass(frozen=True)
 class Origin:
-    """What a run starts from: a resumed one must agree on it, and all processes of one."""
+    """Identifies what a run starts from. A resumed run and all processes must agree on it."""
 
-    recipe: str  # all settings but the exports, so that an export that fails costs no training
+    recipe: str  # without the exports, so that a failed export costs no training
     weights: str  # digest
-    data: Mapping[str, str]  # which images -> their number and a digest
+    data: Mapping[str, str]  # name of a split -> number of images and digest
 
     @classmethod
     def of(cls, recipe: Recipe, model: nn.Module, splits: Splits) -> "Origin":
@@ -31,7 +31,7 @@ class Origin:
         return {"recipe": self.recipe, "weights": self.weights, "data": dict(self.data)}
 
     def require_same(self, state: Mapping[str, Any], path: Path) -> None:
-        """Raises OutputError that names what differs in the checkpoint at `path`."""
+        """Raise OutputError if the checkpoint at `path` differs, and name the difference."""
         with foreign_state(path):
             there = Origin(str(state["recipe"]), str(state["weights"]), dict(state["data"]))
         way_out = "resume with the same, or --overwrite"
@@ -48,17 +48,17 @@ class Origin:
 
 @contextlib.contextmanager
 def foreign_state(path: Path) -> Iterator[None]:
-    """Explain what goes wrong while a checkpoint is read: its checksum does not say which program wrote it."""
+    """Turn errors while reading a checkpoint into one line; a valid checksum does not prove who wrote it."""
     try:
         yield
-    except Exception as error:  # whatever stands in it instead
+    except Exception as error:  # foreign content may raise anything
         raise OutputError(
             f"{path} holds no state that this run can continue from ({one_line(error)}): start anew with --overwrite"
         ) from None
 
 
 def _changed_lines(old: str, new: str) -> str:
-    """The first setting that differs, for a message."""
+    """Find the first setting that differs, for a message."""
     for left, right in zip(old.splitlines(), new.splitlines()):
         if left != right:
             return f"{left.strip()[:100]} there, {right.strip()[:100]} here"
@@ -66,7 +66,7 @@ def _changed_lines(old: str, new: str) -> str:
 
 
 def _changed_data(old: Mapping[str, str], new: Mapping[str, str]) -> str:
-    """The first set of images that differs, for a message."""
+    """Find the first set of images that differs, for a message."""
     for name, here in new.items():
         there = str(old.get(name, "none"))
         if there != here:

@@ -1,4 +1,4 @@
-"""The story of Pruning On-the-Fly: train once on spheres, then cut single weights to every sparsity."""
+"""Run Pruning On-the-Fly: train once on spheres, then cut single weights to every sparsity."""
 
 import copy
 from collections.abc import Generator, Iterator
@@ -32,7 +32,7 @@ REMARK = (
 
 
 class SparseSubject:
-    """A model on spheres, until its training is over."""
+    """Holds a model that is trained on spheres."""
 
     teacher: nn.Module | None = None
 
@@ -51,7 +51,7 @@ class SparseSubject:
             self.is_on_spheres = False
 
     def state_dict(self) -> State:
-        """The tensors are the model's own, not copies."""
+        """Return the state; its tensors are not copied."""
         state = {"epoch": self.training.epoch, "is_on_spheres": self.is_on_spheres}
         return state | {"model": self.model.state_dict()}
 
@@ -63,7 +63,7 @@ class SparseSubject:
 
 
 class SphereStage(CourseHooks):
-    """The penalty joins every step."""
+    """Adds the penalty at every step."""
 
     def __init__(self, course: Course, training: SphereTraining) -> None:
         super().__init__(course)
@@ -78,10 +78,10 @@ class SphereStage(CourseHooks):
 
 
 class SparseRun:
-    """One run of Pruning On-the-Fly. `events()` does the work, yields what happens, and returns the report."""
+    """Carries out one run of Pruning On-the-Fly. `events()` does the work, yields events and returns the report."""
 
     def __init__(self, setup: Setup, model: nn.Module, *, arch: str | None, output: Path) -> None:
-        """As `Run`."""
+        """Takes the same arguments as `Run`."""
         setup.require_enough_images()
         recipe = setup.recipe
         torch.manual_seed(recipe.seed)
@@ -98,11 +98,11 @@ class SparseRun:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know, one sentence each."""
+        """Return notes for the user, one sentence each."""
         return self.course.notes
 
     def events(self, *, resume: bool = False) -> Generator[Event, None, Report]:
-        """resume: go on from the checkpoint of the output folder."""
+        """Do the run. resume: continue from the checkpoint in the output folder."""
         course, world = self.course, self.setup.world
         yield self._started()
         world.require_same("the recipe, the model file or the data", course.origin.to_dict())
@@ -147,7 +147,7 @@ class SparseRun:
         return shared
 
     def _cut(self) -> Iterator[CutModel]:
-        """The trained model, cut to every sparsity that the recipe names."""
+        """Cut the trained model to every sparsity that the recipe names."""
         recipe = self.setup.recipe
         sparsities = recipe.prune.target.sparsity or ()
         for number, sparsity in enumerate(sparsities if recipe.prune.on_the_fly.threshold is None else sparsities[:1]):
@@ -193,7 +193,7 @@ class SparseRun:
 
 
 def _report_cut(cut: CutModel, threshold: float | None) -> TargetReport:
-    """As weights that are left, of those that may be cut. With a threshold, whatever it leaves is what was asked."""
+    """Count the remaining weights among those that may be cut. With a threshold, any result meets the target."""
     weights = sum(mask.numel() for mask in cut.masks.values())
     kept = sum(int(mask.sum()) for mask in cut.masks.values())
     if threshold is not None:

@@ -1,4 +1,4 @@
-"""The story of a run: train while units decay and die, remove them, fine-tune, export, measure, report."""
+"""Tell the story of a run: train while units decay and die, remove them, fine-tune, export, measure, report."""
 
 import copy
 from collections.abc import Generator
@@ -26,7 +26,7 @@ Events = Generator[Event, None, None]
 
 
 class Run:
-    """One pruning run. `events()` does the work, yields what happens, and returns the report."""
+    """Carries out one pruning run. `events()` does the work, yields events and returns the report."""
 
     def __init__(self, setup: Setup, model: nn.Module, *, arch: str | None, output: Path) -> None:
         """model: dense (or slim from an earlier run), in eval mode on the CPU. It is copied, not changed.
@@ -52,11 +52,11 @@ class Run:
 
     @property
     def notes(self) -> list[str]:
-        """What a user should know, one sentence each."""
+        """Return notes for the user, one sentence each."""
         return self.course.notes
 
     def events(self, *, resume: bool = False) -> Generator[Event, None, Report]:
-        """resume: go on from the checkpoint of the output folder. Raises AccuracyError after all files were written."""
+        """Do the run. resume: continue from the checkpoint. Raises AccuracyError after writing all files."""
         course, world = self.course, self.setup.world
         yield self._started()
         world.require_same("the recipe, the model file or the data", course.origin.to_dict())
@@ -65,7 +65,7 @@ class Run:
             yield from course.restore()
         yield from course.tell_corrupt()
         with course.journal.opened():
-            with keeping_freed_memory():  # not while latency is measured: nobody else's process does that
+            with keeping_freed_memory():  # not while measuring latency, as deployed processes do not do this
                 yield from course.journal.follow(self._train_and_prune())
             report = yield from course.journal.follow(self._finish())
         course.forget()
@@ -77,21 +77,21 @@ class Run:
         return report
 
     def _train_and_prune(self) -> Events:
-        """All stages, and those after pruning once more where the accuracy floor demands it."""
+        """Train all stages, and repeat those after pruning if the accuracy floor demands it."""
         floor, course = self.floor, self.course
         yield from self._train_stages()
         while not floor.holds():
             is_final = floor.went_back or floor.held_the_target
             culprit = "fine-tuning" if is_final else f"round {self.subject.pruning.round}"
             yield floor.go_back(culprit, stage=course.current.name, step=course.step)
-            if is_final:  # fine-tuning from here did not help
+            if is_final:  # fine-tuning from this state did not help
                 break
             course.stage = self._stage_after_pruning
             yield course.save()
             yield from self._train_stages()
 
     def _train_stages(self) -> Events:
-        """What is left of the stages; then the BatchNorm statistics are recomputed."""
+        """Train the remaining stages, then recompute the BatchNorm statistics."""
         course = self.course
         while not course.is_over:
             is_pruned = self.subject.pruning.is_done or self.floor.went_back
@@ -122,7 +122,7 @@ class Run:
         return max(stages, default=len(self.subject.stages))
 
     def _finish(self) -> Generator[Event, None, Report]:
-        """The model is slim and trained: the main process exports, measures, reports and saves."""
+        """Export, measure, report and save the trained slim model, in the main process."""
         setup, subject = self.setup, self.subject
         validation_accuracy = setup.validate(subject.model)
         report = None

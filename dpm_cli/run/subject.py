@@ -1,4 +1,4 @@
-"""The model that a run prunes, with everything that changes as its structure does."""
+"""Hold the model that a run prunes, with everything that changes with its structure."""
 
 import copy
 from itertools import islice
@@ -21,13 +21,13 @@ from dpm_cli.recipe.stages import Stage, number_epochs
 
 
 class Subject:
-    """A model under pruning. It begins dense, and can begin again."""
+    """Holds a model during pruning. It starts dense and can be reset."""
 
     def __init__(self, module: nn.Module, setup: Setup) -> None:
         """module: dense, in eval mode on the CPU; it is copied. Raises what `survey`, `rounds` and `goal` raise."""
         self.setup, recipe = setup, setup.recipe
         self.notes: list[str] = []
-        self.difference = 0.0  # the largest of outputs before and after any removal
+        self.difference = 0.0  # largest difference between outputs before and after any removal
         base = self._make_base()
         found = survey(module, torch.zeros(2, *recipe.model.input), recipe.prune, base, folds_means=recipe.folds_means)
         self._start, self._shifts = found.module, found.shifts
@@ -60,26 +60,26 @@ class Subject:
         )
 
     def begin_again(self, state: State | None) -> None:
-        """From an earlier state, or from the dense model; the base pruner's changes of the model are undone."""
+        """Return to an earlier state or to the dense model, and undo the base pruner's changes."""
         self.model, self.pruning = self._begin()
         if state:
             self.load_state_dict(state)
         self.pruning.unwrap_()
 
     def state_dict(self) -> State:
-        """The tensors are the model's own, not copies."""
+        """Return the state; its tensors are not copied."""
         return {"pruning": self.pruning.state_dict(), "model": self.model.state_dict(), "difference": self.difference}
 
     def load_state_dict(self, state: State) -> None:
-        """An earlier state of a model that is dense now."""
+        """Load an earlier state into the dense model."""
         self.pruning.load_state_dict(state["pruning"])
         self.model.to(memory_format=self.layout)
         self.model.load_state_dict(state["model"])
         self.difference = float(state["difference"])
 
     def _fold_means(self, groups: Groups, alive: Flags) -> None:
-        """Before units are cut at once: what they gave on average goes into the layers that read them."""
-        epoch = sum(stage.training.epochs for stage in self.stages)  # one that no stage has
+        """Fold the mean outputs of units into the layers that read them, before the units are cut at once."""
+        epoch = sum(stage.training.epochs for stage in self.stages)  # one that no stage uses
         batches = islice(self.setup.epoch_batches(epoch), self.setup.recipe.compact.fold_batches)
         left = fold_means_(self.model, groups, alive, (images for images, _ in batches), self._shifts)
         if left:

@@ -1,1 +1,1 @@
-"""Single weights instead of units: Pruning On-the-Fly."""
+"""Cut single weights instead of units, with Pruning On-the-Fly."""

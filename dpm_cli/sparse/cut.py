@@ -1,4 +1,4 @@
-"""One trained model, cut to several sparsities: what each costs, what recovery wins back, how small the file gets."""
+"""Cut a trained model to a sparsity, and measure the lost accuracy, the recovery and the file size."""
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
@@ -15,10 +15,10 @@ from dpm_cli.sparse.polarise import Recovery
 
 @dataclass(frozen=True)
 class CutModel:
-    """A model with the small weights of some layers cut."""
+    """Holds a model in which the small weights of some layers are cut."""
 
     module: nn.Module
-    masks: Mapping[str, Tensor]  # by parameter: what was kept
+    masks: Mapping[str, Tensor]  # by parameter; true where a weight was kept
     report: SparsityReport
 
 
@@ -32,7 +32,7 @@ def cut_model(
     score: Callable[[nn.Module], float | None],
     file: str,
 ) -> CutModel:
-    """Cut a copy, with and without recovery, and measure both. recalibrate_: settles BatchNorm statistics, or none."""
+    """Cut a copy, with and without recovery, and measure both. recalibrate_: recomputes BatchNorm statistics."""
 
     def cut(how: Recovery) -> tuple[nn.Module, dict[str, Tensor]]:
         module = copy.deepcopy(trained)

@@ -1,8 +1,8 @@
-"""Hyperspherical layers: only the direction of a filter, or of a whole layer's weights, is trained.
+"""Train only the direction of each filter, or of a whole layer's weights, in hyperspherical layers.
 
-After Pruning On-the-Fly (arXiv 2212.12651), which names the layers but not their form. Here the sphere's radius is the
-norm that the weights had, so a trained model is the same before and after; behind a BatchNorm the radius is of no
-consequence anyway. Folding back writes the weights as they are used into plain layers.
+After Pruning On-the-Fly (arXiv 2212.12651), which names the layers but not their form. Here the radius is the
+original norm of the weights, so putting a trained model on spheres does not change it. Behind a BatchNorm the radius
+has no effect. Folding back writes the effective weights into plain layers.
 """
 
 from collections.abc import Iterable
@@ -12,16 +12,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-Per = Literal["filter", "layer"]  # what is normalised, and what shares a mean: a row of the weight, or all of it
+Per = Literal["filter", "layer"]  # whether each row of a weight shares a norm and a mean, or all of it
 
 
 def rows_of(weight: Tensor, per: Per) -> Tensor:
-    """(filters, entries), or (1, entries) for the whole layer."""
+    """View a weight as (filters, entries), or as (1, entries) for the whole layer."""
     return weight.flatten(1) if per == "filter" else weight.reshape(1, -1)
 
 
 def normalise(weight: Tensor, per: Per) -> Tensor:
-    """The direction, on the unit sphere; zeros stay zeros."""
+    """Project onto the unit sphere; zeros stay zeros."""
     rows = rows_of(weight, per)
     norms: Tensor = torch.linalg.vector_norm(rows, dim=1, keepdim=True)
     direction = rows / norms.clamp_min(torch.finfo(norms.dtype).tiny)
@@ -29,7 +29,7 @@ def normalise(weight: Tensor, per: Per) -> Tensor:
 
 
 class OnSphere(nn.Module):
-    """The parametrization w -> radius · w / ‖w‖ of a weight."""
+    """Parametrizes a weight as radius · w / ‖w‖."""
 
     radius: Tensor  # (filters, 1, …), or all ones for a layer
 
@@ -53,13 +53,13 @@ def put_on_sphere_(model: nn.Module, layers: Iterable[str], per: Per) -> None:
 
 
 def take_off_sphere_(model: nn.Module, layers: Iterable[str]) -> None:
-    """Plain layers again, with the weights that were used."""
+    """Turn the layers into plain ones with their effective weights."""
     for layer in layers:
         parametrize.remove_parametrizations(model.get_submodule(layer), "weight", leave_parametrized=True)
 
 
 def trained_weight(module: nn.Module) -> Tensor:
-    """The parameter behind a weight, on a sphere or not."""
+    """Return the trained parameter behind a weight, on a sphere or not."""
     if parametrize.is_parametrized(module, "weight"):
         weight = module.parametrizations["weight"].original  # type: ignore[union-attr, index]
     else:

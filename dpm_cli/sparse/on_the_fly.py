@@ -1,8 +1,8 @@
-"""Pruning On-the-Fly (arXiv 2212.12651): train once so that single weights can be cut afterwards at no cost.
+"""Pruning On-the-Fly (arXiv 2212.12651): train once so that single weights can be cut later without retraining.
 
-Hyperspherical layers are trained with a penalty that pushes part of their weights away from zero and the rest to it
-(polarise.py has the formulas, which are ours). What is then cut needs no retraining; one training serves every
-sparsity. It removes no units: the model stays as wide as it was, with zeros or means in it.
+A penalty pushes part of the weights of hyperspherical layers away from zero and the rest towards it (polarise.py has
+the formulas, which are ours). One training serves every sparsity. No units are removed: the model keeps its widths, and
+cut weights become zeros or means.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,10 +31,10 @@ WHY_WHOLE = "on-the-fly cuts single weights, so all channels stay"
 
 
 def find_sparse_layers(model: nn.Module, keep: Sequence[str], *, keep_first: bool) -> list[str]:
-    """Convolutions and linear layers whose weights may be cut, in order; weights that layers share are left alone.
+    """List the convolutions and linear layers whose weights may be cut; shared weights are left alone.
 
-    keep: names or patterns of layers that stay whole; a name covers the layers below it. keep_first: so does the first
-    convolution.
+    keep: names or patterns of layers that stay whole; a name covers the layers below it. keep_first: the first
+    convolution stays whole too.
     """
     names = [name for name, module in model.named_modules() if type(module) in (nn.Conv1d, nn.Conv2d, nn.Conv3d)]
     first = names[:1] if keep_first else []
@@ -55,10 +55,10 @@ def find_sparse_layers(model: nn.Module, keep: Sequence[str], *, keep_first: boo
 def cut_(
     model: nn.Module, layers: Sequence[str], *, sparsity: float, threshold: float | None, how: Recovery, per: Per
 ) -> dict[str, Tensor]:
-    """Cut the small weights of plain layers and put in their place what is remembered of them.
+    """Cut the small weights of plain layers and fill in recovered values.
 
-    threshold: cut below so many root mean squares, rather than to a sparsity. Returns the mask of what was kept, by
-    parameter.
+    threshold: cut weights below threshold × RMS of their filter (or layer), not to a sparsity. Returns the mask of kept
+    weights by parameter.
     """
     masks = {}
     for layer in layers:
@@ -71,27 +71,27 @@ def cut_(
 
 
 def measure_sparsity(masks: Mapping[str, Tensor]) -> float:
-    """The share of weights that the masks leave out."""
+    """Compute the share of weights that the masks cut."""
     return 1 - sum(int(mask.sum()) for mask in masks.values()) / sum(mask.numel() for mask in masks.values())
 
 
 def find_whole_groups(model: nn.Module, example: Example, prune: Prune) -> Groups:
-    """The groups of a model of which no unit goes: none are left, and every layer has its reason."""
+    """Find the groups of a model and keep every layer whole, each with a reason."""
     groups = find_groups(model, example, prune.keep, prune_embedding=prune.embedding == "prune")
     return groups.without(dict.fromkeys(range(len(groups)), WHY_WHOLE))
 
 
 class SphereTraining:
-    """The training of Pruning On-the-Fly: some layers of a model on spheres, and a penalty on their directions.
+    """Trains for Pruning On-the-Fly: puts layers on spheres and penalises their directions.
 
-    It pushes the share `target.sparsity` (the first of several) to zero when its ramp is over.
+    After its ramp the penalty pushes the share `target.sparsity` (the first of several) of the weights to zero.
     """
 
     def __init__(self, model: nn.Module, prune: Prune, training: Training) -> None:
-        """Puts the layers on spheres. Make the optimizer afterwards."""
+        """Put the layers on spheres. Make the optimizer afterwards."""
         self.settings, self.training = prune.on_the_fly, training
         self.sparsity = (prune.target.sparsity or (0.0,))[0]
-        self.epoch = 0  # those that are over
+        self.epoch = 0  # number of finished epochs
         self.layers = find_sparse_layers(model, prune.keep, keep_first=self.settings.keep_first)
         put_on_sphere_(model, self.layers, self.settings.per)
         self.weights = [trained_weight(model.get_submodule(layer)) for layer in self.layers]
@@ -104,7 +104,7 @@ class SphereTraining:
             self.value(ramp_sparsity(progress, self.sparsity)).mul(strength).backward()  # type: ignore[no-untyped-call]
 
     def value(self, sparsity: float) -> Tensor:
-        """() the sum of the penalty over the layers."""
+        """Sum () the penalty over the layers."""
         values, per = [], self.settings.per
         for weight in self.weights:
             mask, direction = keep_largest(weight, sparsity, per), normalise(weight, per)
@@ -118,5 +118,5 @@ class SphereTraining:
         return torch.stack(values).sum()
 
     def unwrap_(self, model: nn.Module) -> None:
-        """Plain layers again, with the weights that were used."""
+        """Turn the layers into plain ones with their effective weights."""
         take_off_sphere_(model, self.layers)

@@ -1,7 +1,7 @@
 """Pruning On-the-Fly (arXiv 2212.12651) as pure functions: penalties, masks, cuts and recoveries.
 
-The abstract says what is done: a penalty pushes part of the weights far from zero and the rest to zero; the small ones
-are cut after training, and replaced by their mean. The formulas are ours, none was published: see each function.
+The abstract describes the method: a penalty pushes part of the weights far from zero and the rest to zero, and after
+training the small ones are cut and replaced by their mean. No formulas were published, so those here are ours.
 """
 
 import math
@@ -17,7 +17,7 @@ Recovery = Literal["none", "mean", "signed-mean", "split-mean"]
 
 
 def keep_largest(weight: Tensor, sparsity: float, per: Per) -> Tensor:
-    """The mask of the (1 − sparsity) · n entries whose directions are largest in the layer; at least one."""
+    """Mask the (1 − sparsity) · n entries with the largest directions in the layer; at least one."""
     size = normalise(weight.detach(), per).abs().flatten()
     mask = torch.zeros_like(size, dtype=torch.bool)
     mask[size.topk(count_kept([weight], sparsity), sorted=False).indices] = True
@@ -25,19 +25,19 @@ def keep_largest(weight: Tensor, sparsity: float, per: Per) -> Tensor:
 
 
 def count_kept(tensors: Iterable[Tensor], sparsity: float) -> int:
-    """How many entries `keep_largest` keeps of all of them."""
+    """Count the entries that `keep_largest` keeps in all tensors."""
     return sum(max(1, tensor.numel() - round(sparsity * tensor.numel())) for tensor in tensors)
 
 
 def keep_above(weight: Tensor, threshold: float, per: Per) -> Tensor:
-    """The mask of the entries of at least `threshold` times the root mean square of their filter (or layer)."""
+    """Mask the entries that are at least threshold × RMS of their filter (or layer)."""
     rows = rows_of(normalise(weight.detach(), per), per)
     kept: Tensor = (rows.abs() * math.sqrt(rows.shape[1])).ge(threshold)
     return kept.view_as(weight)
 
 
 def ternary_cosine(weight: Tensor, mask: Tensor) -> Tensor:
-    """1 − cos(w, sign(w)·mask), in [0, 1]: 0 when the kept entries are all ±c and the others 0. Of any one scale."""
+    """Compute 1 − cos(w, sign(w)·mask) in [0, 1]: 0 if kept entries are all ±c and the others 0, for any c."""
     kept = weight.abs().masked_fill(~mask, 0).sum()
     norm = torch.linalg.vector_norm(weight) * mask.sum().to(weight.dtype).sqrt()
     cosine: Tensor = kept / norm.clamp_min(torch.finfo(weight.dtype).tiny)
@@ -45,16 +45,16 @@ def ternary_cosine(weight: Tensor, mask: Tensor) -> Tensor:
 
 
 def tail_energy(weight: Tensor, mask: Tensor) -> Tensor:
-    """The share of Σ w² that lies outside of the mask, in [0, 1]."""
+    """Compute the share of Σ w² outside the mask, in [0, 1]."""
     squares = weight.square()
     return squares.masked_fill(mask, 0).sum() / squares.sum().clamp_min(torch.finfo(weight.dtype).tiny)
 
 
 def recover(weight: Tensor, mask: Tensor, how: Recovery, per: Per) -> Tensor:
-    """The weight with its entries outside of the mask cut, and replaced by what is remembered of them.
+    """Replace the entries outside the mask by recovered values.
 
     none: zeros. mean: their mean, as the abstract reads. signed-mean: their own signs times the mean of their absolute
-    values. split-mean: the mean of the positive or of the negative ones. Each over a filter or over the layer.
+    values. split-mean: separate means of positive and negative ones. Each is taken over a filter or the layer.
     """
     rows = rows_of(weight, per)
     cut = ~mask.view(rows.shape)
@@ -70,20 +70,20 @@ def recover(weight: Tensor, mask: Tensor, how: Recovery, per: Per) -> Tensor:
             filling = torch.where(negative, _mean(rows, cut & negative), _mean(rows, cut & ~negative))
         case _:
             assert_never(how)
-    return torch.where(cut, filling + 0.0, rows).view_as(weight)  # the sum turns −0 into 0
+    return torch.where(cut, filling + 0.0, rows).view_as(weight)  # adding 0 turns −0 into 0
 
 
 def _mean(rows: Tensor, chosen: Tensor) -> Tensor:
-    """(rows, 1) mean of the chosen entries, 0 of none; in fp64, so that the mean of equal numbers is that number."""
+    """Average (rows, 1) the chosen entries, 0 without any; in fp64, so that equal numbers average exactly."""
     total = rows.double().masked_fill(~chosen, 0).sum(1, keepdim=True)
     return (total / chosen.sum(1, keepdim=True).clamp_min(1)).to(rows.dtype)
 
 
 def ramp_sparsity(progress: float, sparsity: float, end: float = 0.5) -> float:
-    """From 0 to the whole sparsity at `end` of training, cubically (Zhu & Gupta 2017). progress: in [0, 1]."""
+    """Ramp cubically from 0 to the sparsity at `end` of training (Zhu & Gupta 2017). progress: in [0, 1]."""
     return sparsity * (1 - (1 - min(progress / end, 1)) ** 3)
 
 
 def ramp_strength(progress: float, strength: float, start: float = 0.1, end: float = 0.5) -> float:
-    """From 0 at `start` of training to the whole strength at `end`, in a straight line."""
+    """Ramp linearly from 0 at `start` of training to the strength at `end`."""
     return strength * min(max((progress - start) / (end - start), 0), 1)

@@ -1,1 +1,1 @@
-"""What a model is trained for: one file a task."""
+"""Define what a model is trained for, one task per file."""

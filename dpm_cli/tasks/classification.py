@@ -1,4 +1,4 @@
-"""What training minimises: cross-entropy with soft or mixed labels and auxiliary heads, and distillation."""
+"""Define the training loss: cross-entropy with soft or mixed labels and auxiliary heads, and distillation."""
 
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -16,7 +16,7 @@ def _roll(batch: Tensor) -> Tensor:
 
 
 class Mixed(NamedTuple):
-    """A batch of blended images. Each is `share` of its own label and 1 - `share` of its partner's."""
+    """Holds blended images, each labelled `share` of its own label and 1 - `share` of its partner's."""
 
     images: Tensor  # (B, C, H, W)
     labels: Tensor  # (B,)
@@ -46,9 +46,9 @@ def classification_loss(
     partners: Tensor | None = None,
     share: float = 1.0,
 ) -> Tensor:
-    """Mean cross-entropy in fp32, plus 0.4 of one auxiliary head's (Inception v3) or 0.3 of each of two (GoogLeNet).
+    """Average cross-entropy in fp32, plus 0.4 × that of one auxiliary head (Inception v3) or 0.3 × of two (GoogLeNet).
 
-    `partners` and `share`: mixed labels, as `mixup` returns them.
+    partners, share: mixed labels, as `mixup` returns them.
     """
     logits, auxiliary = _heads(outputs)
     weight = 0.4 if len(auxiliary) == 1 else 0.3
@@ -63,19 +63,19 @@ def classification_loss(
 
 
 def distillation_loss(student: object, teacher: object, temperature: float) -> Tensor:
-    """T² · KL(teacher ‖ student) of outputs softened by `temperature`, mean over the batch (Hinton et al. 2015, §2)."""
+    """Average T² · KL(teacher ‖ student) over the batch, softened by `temperature` (Hinton et al. 2015, §2)."""
     student_log = F.log_softmax(main_output(student).float() / temperature, dim=1)  # (B, classes)
     teacher_log = F.log_softmax(main_output(teacher).float().detach() / temperature, dim=1)  # (B, classes)
     return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) * temperature**2
 
 
 def main_output(outputs: object) -> Tensor:
-    """The logits (B, classes) among whatever a model returned. Raises UnsupportedModelError."""
+    """Find the logits (B, classes) in the outputs of a model. Raises UnsupportedModelError."""
     return _heads(outputs)[0]
 
 
 def _heads(outputs: object) -> tuple[Tensor, list[Tensor]]:
-    """The logits, and the logits of auxiliary heads (absent in eval mode)."""
+    """Split outputs into logits and the logits of auxiliary heads (absent in eval mode)."""
     match outputs:
         case Tensor():
             heads = [outputs]
@@ -90,5 +90,5 @@ def _heads(outputs: object) -> tuple[Tensor, list[Tensor]]:
     if not heads or heads[0].dim() != 2:
         shapes = [tuple(head.shape) for head in heads] or type(outputs).__name__
         raise UnsupportedModelError(f"the model returns {shapes}; logits of shape (batch, classes) are expected")
-    # Only what is shaped like the logits can be a head; a feature map beside them is not.
+    # Only a tensor shaped like the logits can be a head; a feature map is not.
     return heads[0], [head for head in heads[1:] if head.shape == heads[0].shape]

@@ -71,10 +71,3 @@ def test_milliseconds_have_three_digits(value: float | None, text: str) -> None:
 def test_agreement_is_exact_or_a_power_of_ten() -> None:
     assert numbers.agreement(0.0) == "exactly"
     assert numbers.agreement(3.14e-7) == "to 3e-07"
-
-
-def test_a_long_list_is_cut_and_its_rest_counted() -> None:
-    assert numbers.listing(["a", "b", "c"]) == "a, b, c"
-    assert numbers.listing(["a", "b", "c", "d", "e"]) == "a, b, c and 2 more"
-    assert numbers.listing(["a", "b"], shown=1) == "a and 1 more"
-    assert numbers.listing([]) == ""

@@ -7,9 +7,7 @@ import pytest
 from made_up_report import make_report
 
 from dpm_cli.cli.tables import describe_kept, describe_widths, disappointments, print_report, rows, title, wrap
-from dpm_cli.recipe import parse_recipe
 from dpm_cli.report import KeptLayer, Measured, Milliseconds, Report, TargetReport, Width
-from dpm_cli.run.delivery import name_method
 
 
 def printed(report: Report, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
@@ -65,20 +63,6 @@ def test_the_title_says_what_was_asked_and_reached(report: Report) -> None:
     assert title(report) == ("resnet56, depgraph + DPM, target macs 0.47: 46.9 % left (59.0 M of at most 59.1 M)")
     channels = replace(report, arch=None, target=TargetReport("channels", 600, 600, 1120, 592))
     assert title(channels) == "model, depgraph + DPM, target channels 600: 52.9 % left (592 of at most 600)"
-
-
-def test_the_title_claims_dpm_only_where_units_decay() -> None:
-    def method(*overrides: str, decay_steps: int = 9) -> str:
-        settings = {"model": {"arch": "digits"}, "data": {"name": "digits"}, "prune": {"target": {"macs": 0.5}}}
-        return name_method(parse_recipe(settings, overrides), decay_steps)
-
-    assert method() == "depgraph + DPM"
-    assert method(decay_steps=1) == "depgraph"
-    assert method("prune.importance=mixed") == "depgraph (mixed) + DPM"
-    assert method("prune.base=gate-decorator", decay_steps=1) == "gate-decorator"
-    hesso = ("prune.base=otov2", "prune.otov2.variant=hesso", "decay.envelope=multiplicative")
-    assert method(*hesso, "decay.rectify=true") == "otov2 (hesso) + DPM"  # units can be released
-    assert method(*hesso) == "otov2 (hesso)"
 
 
 def test_a_speed_up_far_below_the_macs_is_said(report: Report) -> None:

@@ -1,4 +1,4 @@
-"""Base pruners: one method, one file; they never import each other."""
+"""Collect the base pruners: one method per file; methods never import each other."""
 
 from dpm_cli.errors import UsageError
 from dpm_cli.method.pruners.base import BasePruner, Pace
@@ -11,7 +11,7 @@ __all__ = ["BasePruner", "DepGraph", "GateDecorator", "Otov2", "Pace", "make_bas
 
 
 def make_base(prune: Prune, training: Training, *, seed: int) -> BasePruner:
-    """The base pruner that `prune.base` names. training: the settings of its main stage."""
+    """Make the base pruner that `prune.base` names. training: settings of its main stage."""
     match prune.base:
         case "depgraph":
             return DepGraph(prune, training, seed=seed)

@@ -2,10 +2,10 @@
 
 Importance: for every layer of a group, Σ w² of the unit's rows, of its columns, or γ²; averaged over the layers;
 divided by the group's mean or maximum so that groups can be ranked together. Biases are not counted. Other importances
-and penalties go by name: they need the same groups. `mixed` is ours: the sum of the ranks by group norm and by Taylor.
+and penalties can be selected by name. `mixed` is ours: the sum of the ranks by group norm and by Taylor importance.
 
-How this differs from the reference implementation: victims of a round are taken from one ranking, where the reference
-removes in up to 400 small steps and ranks anew after each; and equal importances within a group give a finite penalty.
+How this differs from the reference implementation: the victims of a round come from one ranking, while the reference
+ranks again after each of up to 400 small steps; and equal importances within a group give a finite penalty.
 """
 
 from collections.abc import Sequence
@@ -28,16 +28,17 @@ Normalizer = Literal["mean", "max"]
 
 
 class GroupImportance:
-    """Importances and the sparse-learning gradient of every unit at once. Bind anew after compaction.
+    """Computes importances and the sparse-learning gradient of all units. Make a new one after compaction.
 
-    Both sides of a unit count: what makes its values and what reads them (the full group of the paper, §3).
+    Both sides of a unit count: the weights that produce its values and those that read them (full group of the paper,
+    §3).
     """
 
     def __init__(self, groups: Groups, model: nn.Module) -> None:
         counted = (Role.PRODUCER, Role.NORM, Role.CONSUMER)
         slices: dict[str, list[Slice]] = {}
         for part in groups.slices:
-            # Depthwise rows are not counted, as in the reference; vectors count only as normalisation weights.
+            # As in the reference, depthwise rows do not count, and vectors only count as normalisation weights.
             is_vector = part.role in counted and model.get_parameter(part.tensor).dim() == 1
             if part.role in counted and (part.role is Role.NORM) == is_vector:
                 slices.setdefault(part.tensor, []).append(part)
@@ -52,7 +53,7 @@ class GroupImportance:
         self.count, self.groups = groups.units, len(groups)
         device = self._stacks[0].parameters[0].device if self._stacks else torch.device("cpu")
         units = [torch.from_numpy(part.units) for part in parts] or [torch.zeros(0, dtype=torch.int64)]
-        self._units = torch.cat(units).to(device)  # (entries,) every index along every axis -> its unit
+        self._units = torch.cat(units).to(device)  # (entries,) the unit of every index along every axis
         self.group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
         layers = np.zeros(len(groups), np.int64)
         for part in parts:
@@ -60,7 +61,7 @@ class GroupImportance:
         self._layers = torch.from_numpy(layers).to(device)[self.group_of_unit].clamp_min(1)  # (units,)
 
     def importance(self, power: Literal[1, 2] = 2) -> Tensor:
-        """(units,) mean over the group's layers of the unit's sum of |w|^power; not normalised."""
+        """Compute (units,) the unit's sum of |w|^power, averaged over the layers of its group; not normalised."""
         sums = torch.zeros(self.count + 1, device=self._units.device)
         if self._stacks:
             entries = [part for stack in self._stacks for part in stack.sums(power)]
@@ -68,7 +69,7 @@ class GroupImportance:
         return sums[: self.count] / self._layers
 
     def scores(self, normalizer: Normalizer, power: Literal[1, 2] = 2) -> Scores:
-        """(units,) importance relative to its group's mean or maximum; low is redundant. Waits for the device."""
+        """Divide (units,) importance by its group's mean or maximum; low is redundant. Waits for the device."""
         importance = self.importance(power).double()
         scale = torch.zeros(self.groups, dtype=importance.dtype, device=importance.device)
         scale = scale.scatter_reduce(
@@ -77,7 +78,7 @@ class GroupImportance:
         return (importance / scale.clamp_min(1e-30)[self.group_of_unit]).cpu().numpy()
 
     def extremes(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """(units,) twice: the largest and the smallest value of each unit's group. values: (units,)"""
+        """Return the largest and the smallest value in each unit's group, each (units,). values: (units,)"""
         zeros = torch.zeros(self.groups, dtype=values.dtype, device=values.device)
         top, bottom = (
             zeros.scatter_reduce(0, self.group_of_unit, values, extreme, include_self=False)[self.group_of_unit]
@@ -105,9 +106,9 @@ class GroupImportance:
 
 
 class DepGraph(BasePruner):
-    """The base pruner `depgraph`: one ranking over all groups, with or without sparse learning before the first round.
+    """Implements the base `depgraph`: one ranking over all groups, optionally after sparse learning.
 
-    Over `prune.observe_steps` training steps `taylor` and `mixed` average, before the first round and later.
+    `taylor` and `mixed` average over `prune.observe_steps` training steps, before the first round and later.
     """
 
     def __init__(self, prune: Prune, training: Training, *, seed: int) -> None:
@@ -116,11 +117,11 @@ class DepGraph(BasePruner):
         self.normalizer: Normalizer = prune.normalizer or ("max" if prune.sparse_epochs else "mean")
         self.observes = prune.importance in ("taylor", "mixed")
         self.title = prune.base if prune.importance == "group-norm" else f"{prune.base} ({prune.importance})"
-        self._is_sparse = False  # in sparse learning
+        self._is_sparse = False  # during sparse learning
 
     def stages(self) -> Sequence[Stage]:
         prune = self.settings
-        # The penalty takes the place of weight decay, as in DepGraph's own sparse learning.
+        # The penalty replaces weight decay, as in DepGraph's own sparse learning.
         changes = {"epochs": prune.sparse_epochs, "lr": prune.sparse_lr, "weight_decay": 0.0}
         sparse = self.training.model_copy(update=changes)
         return [
@@ -133,7 +134,7 @@ class DepGraph(BasePruner):
         return plan_rounds(steps, self.settings, decay, warm_up=self.settings.observe_steps if self.observes else 0)
 
     def choosable(self, groups: Groups, model: nn.Module) -> Groups:
-        """`bn-scale` only judges units behind a normalisation with a weight."""
+        """Keep groups whole that `bn-scale` cannot judge: those without a normalisation weight on every unit."""
         if self.importance != "bn-scale":
             return groups
         scaled = Scales(groups, model).per_unit.cpu().numpy() > 0
@@ -150,13 +151,12 @@ class DepGraph(BasePruner):
         self.scales = Scales(groups, model)
         if survivors is None:
             device = self.units.device
-            self.taylor = torch.zeros(groups.units, device=device)  # mean |<x, g>|
-            self.seen = 0  # steps in it
-            self.pulls = torch.full(
-                (groups.units,), self.settings.sparse_strength, device=device
-            )  # of the penalty "growing"
+            self.taylor = torch.zeros(groups.units, device=device)  # running mean of |<x, g>|
+            self.seen = 0  # steps in the mean
+            # Strengths of the penalty "growing".
+            self.pulls = torch.full((groups.units,), self.settings.sparse_strength, device=device)
             drawn = torch.rand(groups.units, generator=torch.Generator().manual_seed(self.seed))
-            self.drawn = drawn.to(device)  # the scores of "random"
+            self.drawn = drawn.to(device)  # scores of "random"
         else:
             index = torch.from_numpy(survivors).to(self.units.device)
             self.taylor, self.pulls, self.drawn = self.taylor[index], self.pulls[index], self.drawn[index]
@@ -187,7 +187,7 @@ class DepGraph(BasePruner):
                 )
 
     def end_epoch(self) -> None:
-        """Pull harder at what is smaller, each epoch of sparse learning (Wang et al., ICLR 2021)."""
+        """Pull small units harder after each epoch of sparse learning (Wang et al., ICLR 2021)."""
         if self._is_sparse and self.penalty == "growing":
             importance = self.norms.importance()
             top, bottom = self.norms.extremes(importance)
@@ -221,7 +221,7 @@ class DepGraph(BasePruner):
 
 
 class Scales:
-    """The normalisation weights of every unit: what network slimming ranks by and shrinks (Liu et al., ICCV 2017)."""
+    """Ranks and shrinks units by their normalisation weights, as network slimming does (Liu et al., ICCV 2017)."""
 
     def __init__(self, groups: Groups, model: nn.Module) -> None:
         vectors = {
@@ -230,10 +230,10 @@ class Scales:
             if part.role is Role.NORM and model.get_parameter(part.tensor).dim() == 1
         }
         self.units = Units(groups, model, only=vectors)
-        self.per_unit = self.units.entries()  # (units,) how many share a unit
+        self.per_unit = self.units.entries()  # (units,) number of weights that share a unit
 
     def mean(self) -> Tensor:
-        """(units,) mean of |γ| over the layers that share the unit."""
+        """Average (units,) |γ| over the layers that share the unit."""
         return self.units.total([weight.abs() for weight in self.units.weights()]) / self.per_unit.clamp_min(1)
 
     def penalise_(self, strength: float) -> None:
@@ -247,7 +247,7 @@ class Scales:
 
 
 def ranks(scores: Scores) -> Scores:
-    """(units,) 0 for the lowest."""
+    """Rank (units,) scores, from 0 for the lowest."""
     order = np.empty(len(scores))
     order[np.argsort(scores, kind="stable")] = np.arange(len(scores))
     return order

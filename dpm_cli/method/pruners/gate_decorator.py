@@ -1,15 +1,15 @@
-"""Gate Decorator (You et al., NeurIPS 2019): a gate on every channel, judged by what the loss would lose without it.
+"""Gate Decorator (You et al., NeurIPS 2019): put a gate on every channel and judge it by its effect on the loss.
 
 BatchNorm's scale becomes a gate g that multiplies the whole channel, y = g · (x̂ + β/γ). Short "ticks" train only
-gates, shifts and classifier and sum |∂L/∂g · g| over their batches; a round after each tick names victims by that sum,
+gates, shifts and classifier and sum |∂L/∂g · g| over their batches. A round after each tick picks victims by that sum,
 added up over all gates that share a unit (residual joins). Longer "tocks" train everything, with an L1 penalty on the
-gates. What decays is the gate; when it is zero, what it gates is removed.
+gates. Only the gate decays; once it is zero, its channel is removed.
 
-How this differs from the reference implementation: a tick takes an equal share of the MACs that must go, or, as there,
-a fixed fraction of the gates (`fraction`); the target is exact, because the last tick takes no more than it needs.
-Where |β/γ| > 10 the reference clamps and so changes the function; here a fixed inner scale carries the rest exactly.
-Optimizers start anew with each tick and tock, and the penalty on expensive feature maps (`flops_eta`, zero in the
-reference's experiments) is left out. `round_to` and `min_keep` bound the widths.
+How this differs from the reference implementation: a tick removes an equal share of the MACs that must go or, as there,
+a fixed fraction of the gates (`fraction`). The target is exact, as the last tick removes no more than needed. Where
+|β/γ| > 10 the reference clamps and so changes the function; here a fixed inner scale keeps it exact. Each tick and tock
+has a new optimizer, and the penalty on expensive feature maps (`flops_eta`, zero in the reference's experiments) is
+left out. `round_to` and `min_keep` bound the widths.
 """
 
 from collections.abc import Sequence
@@ -32,12 +32,12 @@ from dpm_cli.recipe.stages import Stage
 
 
 def below_threshold(scores: Scores, gates: Ids, group_of_unit: Ids, least: Ids, fraction: float) -> Flags:
-    """(units,) which a tick of the reference masks: all below the score of the `fraction`-th part of the gates.
+    """Find (units,) what a tick of the reference masks: units that score below the `fraction` quantile of gates.
 
-    gates: (units,) how many share a unit; each counts in the ranking. least: (groups,) units that stay whatever their
-    score. Units that score zero go too, without counting.
+    gates: (units,) number of gates per unit; each counts in the ranking. least: (groups,) number of units that must
+    stay. Units that score zero are masked too, but do not count.
     """
-    free = np.zeros(len(scores), bool)  # those that their group can spare
+    free = np.zeros(len(scores), bool)  # units that their group can spare
     for group in np.unique(group_of_unit).tolist():
         units = np.flatnonzero(group_of_unit == group)
         free[units[np.argsort(scores[units], kind="stable")[: max(0, len(units) - int(least[group]))]]] = True
@@ -51,9 +51,9 @@ def below_threshold(scores: Scores, gates: Ids, group_of_unit: Ids, least: Ids, 
 
 
 def plan_ticks(stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int, may_miss: bool) -> Rounds:
-    """A round after every tick, in the stage that follows. Raises RecipeError if its decay does not fit there.
+    """Plan a round in the stage after every tick. Raises RecipeError if its decay does not fit there.
 
-    may_miss: the planned rounds may miss the target, so one more must fit after the last.
+    may_miss: the planned rounds may miss the target, so a further one must fit after the last.
     """
     taken = count_taken(decay)
     starts, step, last = [], 0, 0
@@ -70,7 +70,7 @@ def plan_ticks(stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int, m
                 )
     if not starts or starts[-1] == step:
         raise RecipeError("train.epochs is 0, but that is a tock, in which the last units decay: raise it")
-    after = 2 if decay.steps == 1 else 2 * decay.steps  # even one-step pruning happens before a step
+    after = 2 if decay.steps == 1 else 2 * decay.steps  # one-step pruning also happens before a step
     if may_miss and starts[-1] + after > step:
         raise RecipeError(
             f"a tock of {step - starts[-1]} steps has no room for two times {decay.steps} decay steps, of the last "
@@ -80,9 +80,9 @@ def plan_ticks(stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int, m
 
 
 class GateDecorator(BasePruner):
-    """The base pruner `gate-decorator`.
+    """Implements the base `gate-decorator`.
 
-    With `prune.gates.fraction` each tick marks so large a part of the gates, else it takes its share of the target.
+    Each tick marks `prune.gates.fraction` of the gates if that is set, else its share of the target.
     """
 
     def __init__(self, prune: Prune, training: Training) -> None:
@@ -90,11 +90,11 @@ class GateDecorator(BasePruner):
         self.pace = "rounds" if prune.gates.fraction is None else "ticks"
         self.title = prune.base
         self._is_tick = False
-        self._is_new = True  # no step of this stage was taken yet
+        self._is_new = True  # before the first step of this stage
         self._frozen: list[str] = []  # names of parameters
 
     def stages(self) -> Sequence[Stage]:
-        """A tock, then a tick for every round and a tock after each so many, and at the end (Gate Decorator, §3.3)."""
+        """Alternate ticks, one per round, with tocks: first, last and every `ticks_per_tock` (Gate Decorator, §3.3)."""
         rounds, gates = self.settings.rounds, self.settings.gates
         changes = {"epochs": gates.tick_epochs, "lr": gates.tick_lr, "schedule": "constant", "warmup_epochs": 0.0}
         tick = Stage(
@@ -139,11 +139,11 @@ class GateDecorator(BasePruner):
     def bind(self, groups: Groups, model: nn.Module, survivors: Indices | None = None) -> None:
         gates = self.decays(groups, model)
         self.gates, self._group_of_unit = gates, groups.group_of_unit
-        self._sharing = gates.entries().cpu().numpy().astype(np.int64)  # (units,) gates of each
+        self._sharing = gates.entries().cpu().numpy().astype(np.int64)  # (units,) number of gates
         if survivors is None:
             sizes = np.array([group.size for group in groups], np.int64)
             self._least = np.maximum(1, (self.settings.min_keep * sizes).astype(np.int64))  # (groups,)
-            # Before the first tick: a gate's size stands for its worth.
+            # Before the first tick, score a gate by its size.
             self.sums = gates.total([gate.detach().abs() for gate in gates.parameters])
             self.marks = torch.zeros(groups.units, dtype=torch.bool, device=gates.device)
         else:
@@ -151,7 +151,7 @@ class GateDecorator(BasePruner):
             self.sums, self.marks = self.sums[index], self.marks[index]
 
     def decays(self, groups: Groups, model: nn.Module) -> Units:
-        """The gates alone: with them the channel is zero, whatever its filters are."""
+        """Let only the gates decay: a zero gate makes the channel zero, whatever its filters are."""
         names = {
             f"{name}.weight"
             for name, module in model.named_modules()
@@ -173,7 +173,7 @@ class GateDecorator(BasePruner):
     def before_step_(self) -> None:
         weights, gradients = self.gates.weights(), self.gates.gradients()
         if self._is_tick:
-            if self._is_new:  # the round after the tick before may have been in between
+            if self._is_new:  # the round of the previous tick may have come in between
                 self.sums, self._is_new = torch.zeros_like(self.sums), False
             self.sums = self.sums + self.gates.total([(w * g).abs() for w, g in zip(weights, gradients)])
         else:

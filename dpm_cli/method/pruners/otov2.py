@@ -1,16 +1,15 @@
 """OTOv2's dual half-space projected gradient (Chen et al., ICLR 2023), and the selection of its successor HESSO.
 
-DHSPG trains with any optimizer. Once, it marks as redundant the groups that descent already shrinks and that are
-small; from then on these are pushed towards zero, each as strongly as its own gradient asks, and one that a step turns
-away from where it was (less than ε of its length is left along its old direction) is projected to zero: it is
-condemned. At the target both stop.
+DHSPG trains with any optimizer. It first marks as redundant the groups that are small and that descent already shrinks.
+From then on a penalty pushes each of them towards zero, as strongly as its gradient requires. A group is projected to
+zero, or condemned, when a step leaves less than ε of its length along its old direction. Both stop at the target.
 
-How this differs from the reference implementation: the optimizer is PyTorch's own, and the update that it made,
-(x − x̂)/lr, stands for the paper's gradient variant ĝ (AdamW's decoupled decay taken out); the partition uses the
-gradient of the step before the first penalised one; how many groups are redundant is found from the target, in MACs,
-parameters or units, by the same scores; `upper_group_sparsity` (off by default there) is left out. A unit that is zero
-without any projection is condemned at once. Of the units that are condemned in one step no more go than the target
-needs. Dead units leave at epoch ends, and with them the weights that read them: other units' norms count these no more.
+How this differs from the reference implementation: the optimizer is PyTorch's own, and its update (x − x̂)/lr, without
+AdamW's decoupled decay, replaces the paper's gradient variant ĝ. The partition uses the gradient of the last step
+before the penalty. The number of redundant groups follows from the target (MACs, parameters or units) by the same
+scores. `upper_group_sparsity`, off by default there, is left out. A unit that is already zero is condemned at once. Of
+the units condemned in one step, only as many go as the target needs. Dead units are removed at epoch ends, with the
+weights that read them: removed consumer weights no longer count in other units' norms.
 """
 
 from collections.abc import Sequence
@@ -29,16 +28,16 @@ from dpm_cli.recipe.sections import Decay, Prune, Training
 from dpm_cli.recipe.stages import Stage
 
 TINY = 1e-8
-WARM_UP = 1  # training steps that it must see before the first round
-MOST = 0.999  # of all units may be marked as redundant
+WARM_UP = 1  # training steps to see before the first round
+MOST = 0.999  # largest fraction of all units that may be marked as redundant
 
 
 def salience(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor, live: Tensor) -> Tensor:
-    """(units,) DHSPG's redundancy, high is redundant: descent shrinks the unit, and it is small (OTOv2, §3.2).
+    """Score (units,) by DHSPG; high is redundant: the unit is small and descent shrinks it (OTOv2, §3.2).
 
     weight, gradient: (units,) ‖x‖ and ‖ĝ‖. dot: (units,) <x, ĝ>. entries: (units,) scalars per unit. live: (units,)
-    neither decaying nor dead; only these weigh the two criteria against each other, for what is almost zero would make
-    all others look equally large.
+    neither decaying nor dead; only these balance the two criteria, as units near zero would make all others look
+    equally large.
     """
     cosine = dot / (weight * gradient).clamp_min(TINY)
     smallness = 1 / (weight / entries.clamp_min(1) + 1e-6)
@@ -49,9 +48,9 @@ def salience(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor, liv
 
 
 def hesso_importance(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Tensor, live: Tensor) -> Tensor:
-    """(units,) HESSO's importance, low is redundant: the mean of five criteria, each of unit length over live units.
+    """Score (units,) by HESSO; low is redundant: the mean of five criteria, each of unit length over live units.
 
-    The cosine has the opposite orientation to DHSPG's, as in the reference code. Arguments as of `salience`.
+    The cosine has the opposite sign to DHSPG's, as in the reference code. Arguments as for `salience`.
     """
     criteria = (
         weight,
@@ -66,8 +65,9 @@ def hesso_importance(weight: Tensor, gradient: Tensor, dot: Tensor, entries: Ten
 def penalty_strengths(
     weight: Tensor, gradient: Tensor, dot: Tensor, *, strength: float, amplify: float, ceiling: float
 ) -> Tensor:
-    """(units,) λ of every unit: at least `strength`, and where descent alone would lengthen the unit, enough to shorten
-    it while the loss still falls (OTOv2, §3.3): λ_min < λ < λ_max, clipped to strength · ceiling.
+    """Compute (units,) λ of every unit: at least `strength`, clipped to strength · ceiling.
+
+    Where descent would lengthen the unit, λ_min < λ < λ_max shortens it while the loss still falls (OTOv2, §3.3).
     """
     grows = dot < 0
     outward = torch.where(grows, -dot, 1.0)
@@ -79,11 +79,11 @@ def penalty_strengths(
 
 
 class Otov2(BasePruner):
-    """The base pruner `otov2`; `variant: hesso` chooses by HESSO's importance at each round instead of projecting.
+    """Implements the base `otov2`. `variant: hesso` chooses by HESSO's importance at each round, without projection.
 
-    Its settings `strength`, `amplify` and `ceiling` are lmbda, lmbda_amplify and hat_lmbda_coeff in the reference.
-    Without a strength it is ours: three times what shrinks a typical marked unit to zero within its round at a constant
-    learning rate, but at least `least_strength`; the reference's own number is made for hundreds of epochs.
+    The settings `strength`, `amplify` and `ceiling` are lmbda, lmbda_amplify and hat_lmbda_coeff in the reference. The
+    default strength is ours: three times what shrinks a typical marked unit to zero within its round at a constant
+    learning rate, but at least `least_strength`. The reference's default assumes hundreds of epochs.
     `tolerance` is the fraction of all units that are marked as redundant beyond what the target needs.
     """
 
@@ -95,12 +95,12 @@ class Otov2(BasePruner):
         self.is_partitioned = False
         self.used_strength = prune.otov2.strength or 0.0
         self._seen: dict[str, Tensor] = {}
-        self._lr = 0.0  # of the last step that moved anything
-        self._has_moved = False  # in the last step
+        self._lr = 0.0  # of the last step with a non-zero learning rate
+        self._has_moved = False  # whether the last step had a non-zero learning rate
         self._set_defaults(by_adam=training.optimizer != "sgd", decoupled_decay=0.0)
 
     def _set_defaults(self, *, by_adam: bool, decoupled_decay: float) -> None:
-        """The reference's numbers for the kind of optimizer. decoupled_decay: weight decay beside the gradient."""
+        """Take the reference's defaults for the optimizer. decoupled_decay: weight decay that bypasses the gradient."""
         self.least_strength = 1e-2 if by_adam else 1e-3
         self.amplify = self.settings.otov2.amplify or (20.0 if by_adam else 2.0)
         self.ceiling = self.settings.otov2.ceiling or (1e3 if by_adam else 10.0)
@@ -128,7 +128,7 @@ class Otov2(BasePruner):
             self.redundant = torch.zeros(groups.units, dtype=torch.bool, device=self.units.device)
             self.hits = torch.zeros_like(self.redundant)
             zeros = torch.zeros(groups.units, device=self.units.device)
-            # Before any training (`dpm inspect`) there is no gradient: scores are those of the weights alone.
+            # Before any training (`dpm inspect`) there is no gradient, so the scores depend on the weights alone.
             self._seen = {"weight": self.units.norm(), "gradient": zeros, "dot": zeros, "live": zeros == 0}
         else:
             index = torch.from_numpy(survivors).to(self.units.device)
@@ -139,7 +139,7 @@ class Otov2(BasePruner):
         self._before = [weight.clone() for weight in self.units.weights()]  # x
 
     def start_round(self, redundant: int, steps: int) -> None:
-        """The partition (OTOv2, §3.2): mark the units with the highest salience, but never a whole group."""
+        """Mark the units with the highest salience, but never a whole group (the partition of OTOv2, §3.2)."""
         if self.pace != "steps" or self.is_partitioned:
             return
         count = len(self._group_of_unit)
@@ -159,7 +159,7 @@ class Otov2(BasePruner):
 
     @torch.no_grad()
     def after_step_(self, lr: float, going: Tensor) -> None:
-        self._has_moved = lr > 0  # not if a schedule fell below the smallest number
+        self._has_moved = lr > 0  # false if the schedule reached (almost) zero
         if not self._has_moved:
             return
         self._lr = lr
@@ -174,7 +174,7 @@ class Otov2(BasePruner):
 
     @torch.no_grad()
     def mark_(self, spared: Tensor) -> None:
-        """The half-space step (OTOv2, §3.3): push, and mark what a step turned away from where it was."""
+        """Push redundant units, and mark those that a step turned from their old direction (half-space step, §3.3)."""
         if not (self._has_moved and self.is_partitioned):
             return
         weight, dot, lr = self._seen["weight"], self._seen["dot"], self._lr
@@ -189,7 +189,7 @@ class Otov2(BasePruner):
         )
         push = torch.where(pushed, lr * strengths / (weight + TINY), 0.0)  # (units,) of x, taken from x̂
         self.units.add_(self._before, -push)
-        # <x̂, x> after the push, without reading the weights again.
+        # Computes <x̂, x> after the push without reading the weights again.
         square = weight.square()
         along = square - lr * (dot + self.decoupled_decay * square) - push * square
         self.hits |= pushed & (along < self.settings.otov2.epsilon * square)

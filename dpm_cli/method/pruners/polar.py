@@ -1,14 +1,14 @@
-"""The penalty `channel-polar`: whole units are pulled to zero or pushed away from it (after arXiv 2212.12651)."""
+"""Compute the penalty `channel-polar`, which pulls units to zero or pushes them away (after arXiv 2212.12651)."""
 
 import torch
 from torch import Tensor
 
 
 def polar_pulls(norms: Tensor, group_of_unit: Tensor, groups: int) -> Tensor:
-    """(units,) by how much of itself each unit is pulled to zero; negative where it is pushed away.
+    """Compute (units,) the fraction of itself by which each unit is pulled to zero; negative if pushed away.
 
-    Descent on the ternary cosine of every group's norms, the units above their group's mean being kept, times the
-    squared length of these norms, so that a strength means what it does for weight decay.
+    This is descent on the ternary cosine of every group's norms, keeping units above their group's mean. It is scaled
+    by the squared length of these norms, so that a strength means the same as for weight decay.
     """
     zeros = torch.zeros(groups, dtype=norms.dtype, device=norms.device)
 

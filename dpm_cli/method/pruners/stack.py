@@ -1,4 +1,4 @@
-"""Many small parameters taken by few kernels: a kernel's start costs as much as thousands of entries."""
+"""Process many small parameters with few kernels: launching one costs as much as thousands of entries."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import reduce
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from dpm_cli.graph import Slice
 
-STACKED = 1 << 18  # entries of a stack: a copy of 1 MB stays in a core's cache
+STACKED = 1 << 18  # maximum entries of a stack; a copy of 1 MB stays in a core's cache
 
 
 def stackable(slices: Mapping[str, Sequence[Slice]], model: nn.Module) -> Iterator[list[str]]:
-    """Names of what one `Stack` may hold: all vectors, and some tensors of the same shape and axes."""
+    """Yield names that one `Stack` may hold: all vectors, or some tensors of the same shape and axes."""
     alike: dict[object, list[str]] = {}
     for name, parts in slices.items():
         parameter = model.get_parameter(name)
@@ -25,18 +25,16 @@ def stackable(slices: Mapping[str, Sequence[Slice]], model: nn.Module) -> Iterat
 
 
 class Stack:
-    """Some parameters of one shape, end to end along their first axis, so that one kernel takes them all; or vectors
-    of any length.
-    """
+    """Joins parameters of one shape, or vectors of any length, along their first axis for a single kernel."""
 
     def __init__(self, parameters: Sequence[nn.Parameter], axes: Sequence[int]) -> None:
-        """axes: of each parameter, those whose indices belong to units."""
+        """axes: the axes of each parameter whose indices belong to units."""
         self.parameters, self.axes = list(parameters), list(axes)
         self.sizes = [sum(parameter.shape[axis] for parameter in parameters) for axis in axes]
         self._rows = [len(parameter) for parameter in parameters]
 
     def sums(self, power: Literal[1, 2]) -> list[Tensor]:
-        """For each axis the sums of |w|^power over all others, (its size in all parameters,)."""
+        """Sum |w|^power over all other axes, for each axis: (total size of the axis over all parameters,)."""
         tensors = [parameter.detach() for parameter in self.parameters]
         weights = torch.cat(tensors) if len(tensors) > 1 else tensors[0]  # (sum of rows, …)
         copy = weights if len(tensors) > 1 else None
@@ -49,9 +47,9 @@ class Stack:
         return [each.sum([k for k in range(1, each.dim()) if k != axis + 1]).flatten() for axis in self.axes]
 
     def pull_(self, factors: Sequence[Tensor]) -> None:
-        """Add to each gradient its weight times a factor per index of each axis, as long as in `sums`.
+        """Add to each gradient its weight times a factor per index of each axis, sized as in `sums`.
 
-        A weight that makes one unit and reads another is pulled by both at once.
+        A weight that produces one unit and reads another is pulled by both.
         """
         first, count = self.parameters[0], len(self.parameters)
         if first.dim() == 1:
