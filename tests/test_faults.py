@@ -143,7 +143,7 @@ def test_disk_full_while_an_export_is_written(model, whole, tmp_path, format):
 
 @pytest.mark.parametrize("name", ["slim.pt", "recipe.yaml", "report.json"])
 def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch, name):
-    from dpm_cli.run import delivery
+    from dpm_cli import files
 
     with contextlib.ExitStack() as stack:
 
@@ -152,12 +152,12 @@ def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch
                 stack.enter_context(no_more_than(100))
             write_atomic(path, write)
 
-        write_atomic = delivery.write_atomic
-        monkeypatch.setattr("dpm_cli.run.delivery.write_atomic", fill_disk_before)
+        write_atomic = files.write_atomic
+        monkeypatch.setattr("dpm_cli.files.write_atomic", fill_disk_before)
         monkeypatch.setattr("dpm_cli.models.slim.write_atomic", fill_disk_before)
         with pytest.raises(RunError, match=rf"{name} cannot be written: File too large") as error:
             dpm_cli.prune(model, recipe(), output=tmp_path)
-    monkeypatch.setattr("dpm_cli.run.delivery.write_atomic", write_atomic)
+    monkeypatch.setattr("dpm_cli.files.write_atomic", write_atomic)
     monkeypatch.setattr("dpm_cli.models.slim.write_atomic", write_atomic)
     assert_one_line(error.value, 1)
     assert_tidy(tmp_path)

@@ -16,25 +16,28 @@ SCRIPT = """
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 
 import dpm_cli
 from dpm_cli import DpmError, Recipe, Report
+from dpm_cli.events import Event
+from dpm_cli.results import Evaluated, Inspected, Trained
 
 recipe: Recipe = dpm_cli.load_recipe("cifar10", ["prune.target.macs=0.5"])
 network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 values: dict[str, Any] = {"prune": {"target": {"macs": 0.5}}}
 
 try:
-    trained: dict[str, Any] = dpm_cli.train(recipe, output=Path("model.pt"), model="first.pt", device="cpu")
+    trained: Trained = dpm_cli.train(recipe, output=Path("model.pt"), model="first.pt", device="cpu", resume=True)
     report: Report = dpm_cli.prune(network, values, output="out", resume=True, should_stop=lambda: 0)
     report = dpm_cli.prune(Path("model.pt"), "cifar10", on_event=print)
 except DpmError as error:
     code: int = error.exit_code
-plan: dict[str, Any] = dpm_cli.inspect("model.pt", Path("recipe.yaml"), sensitivity=0.5)
+plan: Inspected = dpm_cli.inspect("model.pt", Path("recipe.yaml"), sensitivity=0.5)
 slim: nn.Module = dpm_cli.load("out/slim.pt")
 slim = dpm_cli.load(Path("out/slim.pt"), model=network)
-measured: dict[str, Any] = dpm_cli.evaluate("out/slim.pt", recipe, latency=False)
+measured: Evaluated = dpm_cli.evaluate("out/slim.pt", recipe, latency=False)
 largest: float = max(made.max_difference for made in dpm_cli.export_slim("out/slim.pt", formats=["onnx"]))
 
 reread: Report = Report.from_json(report.to_json())
@@ -42,6 +45,19 @@ faster: float = reread.dense.latency["torch"].median / reread.slim.latency["torc
 is_met: bool = reread.target.is_met
 layers: list[str] = [width.layer for width in reread.widths]
 target: float = recipe.prune.target.amount
+
+told: list[Event] = []
+pruner = dpm_cli.Pruner(
+    network, torch.zeros(2, 1, 8, 8), target={"macs": 0.5}, steps=9, base="otov2", on_event=told.append, seed=1
+)
+optimizer = torch.optim.SGD(network.parameters(), 0.1)
+pruner.before_step()
+pruner.after_step(optimizer)
+state: dict[str, Any] = pruner.state_dict()
+pruner.load_state_dict(state)
+left: int = pruner.cost()
+pruner.finish()
+dpm_cli.save(network, "slim.pt", arch="digits", mean=[0.5], std=(0.5,))
 """
 
 

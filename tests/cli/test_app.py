@@ -20,7 +20,7 @@ COMMANDS = ("demo", "train", "prune", "inspect", "evaluate", "export", "compare"
 SHARED = {"--recipe", "--set", "--json"}
 OPTIONS = {
     "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust-pickle", "--quiet"},
-    "train": SHARED | {"--output", "--device", "--seed", "--overwrite", "--trust-pickle", "--quiet"},
+    "train": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust-pickle", "--quiet"},
     "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust-pickle"},
     "evaluate": SHARED | {"--batch", "--device", "--trust-pickle"},
     "export": {"--format", "--opset", "--output", "--arch", "--overwrite", "--json"},

@@ -53,7 +53,7 @@ def test_a_group_keeps_as_many_units_as_the_code_needs():
     model = Squeezed().eval()
     groups = find_groups(model, EXAMPLE)
     assert [(group.name, group.size, group.least) for group in groups] == [("stem", 8, 2)]
-    assert find_width_limits(groups, round_to=1, min_keep=0).units.tolist() == [2]
+    assert find_width_limits(groups, round_to=1, min_keep=0).least.tolist() == [2]
     randomise_(model, EXAMPLE)
     assert_removable(model, EXAMPLE, groups, np.arange(8) < 3)
 
