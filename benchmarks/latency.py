@@ -24,7 +24,7 @@ from dpm_cli import load_recipe
 from dpm_cli.export import export_model, open_exported
 from dpm_cli.graph import compact_
 from dpm_cli.jobs.plan import Plan
-from dpm_cli.measure import flushing_denormals
+from dpm_cli.measure import Run, flushing_denormals
 from dpm_cli.models import build
 
 
@@ -69,7 +69,7 @@ def measure(
         for kind, module in (("dense", dense), ("slim", slim)):
             files[kind] = Path(folder) / f"{kind}.onnx"
             export_model(module, images[:1], format="onnx", path=files[kind], metadata={})
-        runtimes = {
+        runtimes: dict[str, dict[str, Run]] = {
             "torch": {"dense": dense, "slim": slim},
             "onnxruntime": {kind: open_exported(path).outputs for kind, path in files.items()},
         }

@@ -93,8 +93,8 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
         "round_to": 1,
         "rounds": 1,
     }
-    train = {"epochs": scale.epochs, "lr": 0.05}
-    finetune = {"epochs": 0}
+    train: dict[str, Any] = {"epochs": scale.epochs, "lr": 0.05}
+    finetune: dict[str, Any] = {"epochs": 0}
     match prune["base"]:
         case "depgraph":
             observed = 0

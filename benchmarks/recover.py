@@ -26,16 +26,16 @@ from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision
-from dpm_cli.graph import find_groups
 from dpm_cli.jobs.loading import load_splits
-from dpm_cli.method.pruners import OnTheFly
 from dpm_cli.models import load_model
 from dpm_cli.recipe import Recipe
-from dpm_cli.sparse.on_the_fly import cut_, find_sparse_layers
+from dpm_cli.recipe.sections import Target
+from dpm_cli.sparse.on_the_fly import SphereTraining, cut_, find_sparse_layers
+from dpm_cli.sparse.polarise import Recovery
 
 MACS = (0.75, 0.5)
 SPARSITIES = (0.3, 0.5, 0.7, 0.9)
-RECOVERIES = ("none", "mean", "signed-mean", "split-mean")
+RECOVERIES: tuple[Recovery, ...] = ("none", "mean", "signed-mean", "split-mean")
 BATCHES = 20  # of training images, for means and BatchNorm statistics
 CPU = torch.device("cpu")
 Row = dict[str, Any]
@@ -65,36 +65,21 @@ def cut_units(model: Path, recipe: str, seed: int, overrides: list[str]) -> Iter
 def train(model: nn.Module, recipe: Recipe, splits: Splits, strength: float) -> nn.Module:
     """On spheres, with the penalty, or with a strength of 0 the control; returned in plain layers."""
     model, precision = copy.deepcopy(model), choose_precision(recipe.precision, CPU)
-    sparse, batch = recipe.prune.on_the_fly, recipe.data.batch
-    base = OnTheFly(
-        penalty=sparse.penalty,
-        strength=strength,
-        sparsity=(recipe.prune.target.sparsity or (0.5,))[0],
-        per=sparse.per,
-        epochs=recipe.train.epochs,
-        keep=recipe.prune.keep,
-        keep_first=sparse.keep_first,
-    )
+    target = Target(sparsity=recipe.prune.target.sparsity or (0.5,))
+    sparse, batch = recipe.prune.on_the_fly.model_copy(update={"strength": strength}), recipe.data.batch
     model.to(memory_format=torch.channels_last)
-    groups = find_groups(model, torch.zeros(2, *recipe.model.input))
-    base.bind(base.prepare_(model, groups), model)
+    prune = recipe.prune.model_copy(update={"target": target, "on_the_fly": sparse})
+    training = SphereTraining(model, prune, recipe.train)
     per_epoch = len(splits.train) // batch
-    learner = Learner(
-        model,
-        precision=precision,
-        steps=recipe.train.epochs * per_epoch,
-        steps_per_epoch=per_epoch,
-        seed=recipe.seed,
-        **recipe.train.model_dump(exclude={"epochs"}),
-    )
+    learner = Learner(model, recipe.train, precision=precision, steps_per_epoch=per_epoch, seed=recipe.seed)
     augment = Augmentation(**recipe.data.augment.model_dump())
     model.train()
     for epoch in range(recipe.train.epochs):
         batches = splits.train.batches(batch, seed=recipe.seed, epoch=epoch, augment=augment, drop_last=True)
         for step, (images, labels) in enumerate(batches, epoch * per_epoch):
-            learner.step_(images, labels, step=step, before=[base.before_step_])
-        base.end_epoch()
-    base.restore_(model)
+            learner.step_(images, labels, step=step, before=[training.penalise_])
+        training.epoch += 1
+    training.unwrap_(model)
     return model.eval()
 
 

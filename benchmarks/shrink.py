@@ -10,7 +10,7 @@ machine does; seconds of CPU time suffer less.
 import argparse
 import copy
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -19,14 +19,13 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from common import print_table, save
-from torch import Tensor
 
 import dpm_cli
-import dpm_cli.run.story
 from dpm_cli.events import Event
 from dpm_cli.graph import compact_
-from dpm_cli.method.pruners.depgraph import GroupNorm
-from dpm_cli.method.pruning import Pruning, Removal
+from dpm_cli.graph.program import Example
+from dpm_cli.method.pruners.depgraph import GroupImportance
+from dpm_cli.method.pruning import Choice, Pruning, Removal
 from dpm_cli.models import build
 from dpm_cli.recipe.stages import Stage
 from dpm_cli.run.story import Run
@@ -49,40 +48,41 @@ class LatePruning(Pruning):
         return not self.is_late and super().is_done
 
     def is_due(self, step: int) -> bool:
-        return super().is_due(step) and not (self.round >= len(self.starts) and self.is_met)
+        return super().is_due(step) and not (self.round >= len(self.rounds.starts) and self.is_met)
 
-    def start_round(self) -> dict[str, int]:
+    def start_round(self) -> Choice:
         """By the importances of what is still alive, as if the rest were gone."""
         present = self._present
         shadow = copy.deepcopy(self.model)
         compact_(shadow, self.groups, present)
         scores = np.full(len(present), np.inf)
-        scores[present] = GroupNorm(self.groups.survivors(present), shadow).scores("mean")
+        scores[present] = GroupImportance(self.groups.survivors(present), shadow).scores("mean")
         with patch.object(self.base, "scores", lambda: scores):
             return super().start_round()
 
-    def finish_round(self, images: Tensor) -> Removal:
+    def finish_round(self, example: Example) -> Removal:
         self.in_round = False
         released = int(self.decay.released.sum())
         self.released += released
-        return Removal(0, released, 0.0, {})
+        return Removal(0, released, 0.0, {}, {})
 
     def after_step_(self, step: int, lr: float) -> None:
         super().after_step_(step, lr)
         self.units.scale_(torch.where(self.decay.dead, 0.0, 1.0))  # momentum goes on pushing them
 
-    def remove_late(self, images: Tensor) -> Removal:
+    def remove_late(self, example: Example) -> Removal:
         self.is_late = False
-        return self.remove_dead(images)
+        return self.remove_dead(example)
 
 
 class LateRun(Run):
-    def _train(self, stage: Stage) -> Iterator[Event]:
+    def _train(self, stage: Stage) -> Generator[Event, None, None]:
         yield from super()._train(stage)
-        if isinstance(self.pruning, LatePruning) and stage is self.stages[-1]:
-            removal = self.pruning.remove_late(self._check_images())
-            self.model.to(memory_format=self.layout)
-            self.progress.difference = removal.difference
+        subject = self.subject
+        if isinstance(subject.pruning, LatePruning) and stage is subject.stages[-1]:
+            removal = subject.pruning.remove_late(self.setup.check_images())
+            subject.model.to(memory_format=subject.layout)
+            subject.difference = removal.difference
 
 
 def prune(
@@ -106,7 +106,7 @@ def prune(
     with (
         TemporaryDirectory() as folder,
         patch("dpm_cli.jobs.prune.Run", kinds[0]),
-        patch("dpm_cli.run.story.Pruning", kinds[1]),
+        patch("dpm_cli.run.subject.Pruning", kinds[1]),
     ):
         report = dpm_cli.prune(model, recipe, output=folder)
     return {

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from dpm_cli.data import Augmentation
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
@@ -25,7 +26,6 @@ from dpm_cli.method.pruners import DepGraph
 from dpm_cli.method.survey import survey
 from dpm_cli.models import load_model
 from dpm_cli.recipe import parse_recipe
-from dpm_cli.run.story import augmentation
 
 
 def prune_softly(dense: Path, values: dict[str, Any], *, epochs: int, asymptotic: bool, output: Path) -> None:
@@ -39,25 +39,28 @@ def prune_softly(dense: Path, values: dict[str, Any], *, epochs: int, asymptotic
     spec = recipe.model
     model = load_model(dense, arch=spec.arch, classes=spec.classes, shape=spec.input).module
     torch.manual_seed(recipe.seed)
-    found, amount = survey(model, recipe), recipe.prune.target.amount
+    base = DepGraph(recipe.prune, recipe.train, seed=recipe.seed)
+    found = survey(model, torch.zeros(2, *spec.input), recipe.prune, base)
     groups, widths = found.groups, found.widths
     everything = np.ones(groups.units, bool)
     dense_macs, dense_params = groups.cost.macs(everything), count_parameters(model)
     dense_accuracy = evaluate_module(model, splits.test, batch=512).accuracy
     model.to(memory_format=torch.channels_last)
-    limit = resolve_limit(groups, widths, kind="macs", amount=amount)
-    base, units, batch = DepGraph(), Units(groups, model), recipe.data.batch
+    limit = resolve_limit(groups, widths, kind="macs", amount=recipe.prune.target.amount)
+    units, batch = Units(groups, model), recipe.data.batch
     base.bind(groups, model)
     per_epoch = len(splits.train) // batch
     learner = Learner(
-        model, precision=precision, steps=epochs * per_epoch, steps_per_epoch=per_epoch, seed=recipe.seed,
-        **recipe.train.model_dump(exclude={"epochs"}),
-    )  # fmt: skip
+        model,
+        recipe.train.model_copy(update={"epochs": epochs}),
+        precision=precision,
+        steps_per_epoch=per_epoch,
+        seed=recipe.seed,
+    )
+    augment = Augmentation(**recipe.data.augment.model_dump())
     model.train()
     for epoch in range(epochs):
-        batches = splits.train.batches(
-            batch, seed=recipe.seed, epoch=epoch, augment=augmentation(recipe), drop_last=True
-        )
+        batches = splits.train.batches(batch, seed=recipe.seed, epoch=epoch, augment=augment, drop_last=True)
         for step, (images, labels) in enumerate(batches, epoch * per_epoch):
             learner.step_(images, labels, step=step)
         # ASFP: three quarters of the way to the target after a third of the epochs, all of it at the end.
@@ -68,7 +71,7 @@ def prune_softly(dense: Path, values: dict[str, Any], *, epochs: int, asymptotic
         victims = choose_victims(groups, widths, base.scores(), kind="macs", limit=now)
         units.scale_(torch.from_numpy(np.where(victims, 0.0, 1.0)).float())
     compact_(model, groups, ~victims)
-    batches = splits.train.batches(batch, seed=recipe.seed, epoch=epochs, augment=augmentation(recipe))
+    batches = splits.train.batches(batch, seed=recipe.seed, epoch=epochs, augment=augment)
     recalibrate_batchnorm_(model, batches, count=recipe.recalibrate_batches, precision=precision)
     seconds = time.monotonic() - started
     report = {

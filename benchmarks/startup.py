@@ -21,8 +21,9 @@ from torch import nn
 
 import dpm_cli.graph.analysis as tracing
 from dpm_cli.graph import compact_, find_groups
+from dpm_cli.graph.program import export as export_program
 from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
-from dpm_cli.method.pruners.depgraph import GroupNorm
+from dpm_cli.method.pruners.depgraph import GroupImportance
 from dpm_cli.models import build
 
 SHAPE = (3, 224, 224)
@@ -49,14 +50,14 @@ def measure(arch: str, turns: int) -> dict[str, Any]:
     example = torch.zeros(2, *SHAPE)
     exports, analyses, choices = [], [], []
     for _ in range(turns + 1):
-        with patch.object(tracing, "export", Stopwatch(tracing.export)) as export:
+        with patch.object(tracing, "export", Stopwatch(export_program)) as export:
             watch = Stopwatch(find_groups)
             groups = watch(model, example)
         exports.append(export.seconds)
         analyses.append(watch.seconds - export.seconds)
         widths = find_width_limits(groups, round_to=8, min_keep=0.1)
         limit = resolve_limit(groups, widths, kind="macs", amount=0.5)
-        scores = GroupNorm(groups, model).scores("mean")
+        scores = GroupImportance(groups, model).scores("mean")
         watch = Stopwatch(choose_victims)
         watch(groups, widths, scores, kind="macs", limit=limit)
         choices.append(watch.seconds)
@@ -74,12 +75,12 @@ def prune(model: nn.Module) -> None:
     groups = find_groups(model, example)
     widths = find_width_limits(groups, round_to=8, min_keep=0.1)
     limit = resolve_limit(groups, widths, kind="macs", amount=0.5)
-    victims = choose_victims(groups, widths, GroupNorm(groups, model).scores("mean"), kind="macs", limit=limit)
+    victims = choose_victims(groups, widths, GroupImportance(groups, model).scores("mean"), kind="macs", limit=limit)
     compact_(model, groups, ~victims)
 
 
 def prune_by_peer(model: nn.Module) -> None:
-    import torch_pruning as tp
+    import torch_pruning as tp  # type: ignore[import-untyped]
 
     tp.pruner.GroupNormPruner(
         model,

@@ -15,12 +15,13 @@ import statistics
 import time
 from contextlib import ExitStack
 from functools import partial
+from typing import Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from common import paired_ratio, print_table, save, time_in_turns
-from torch import nn
+from torch import Tensor, nn
 
 from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.optimizer import make_optimizer
@@ -28,9 +29,11 @@ from dpm_cli.engine.precision import Precision, choose_precision
 from dpm_cli.engine.step import train_step
 from dpm_cli.graph import Groups, Units, compact_, find_groups
 from dpm_cli.method.decay import Decay
-from dpm_cli.method.pruners.depgraph import GroupNorm
+from dpm_cli.method.pruners.depgraph import GroupImportance
 from dpm_cli.method.rectify import Rectifier
 from dpm_cli.models import build
+from dpm_cli.recipe import Training
+from dpm_cli.recipe.sections import Rectify
 
 PRECISIONS = (
     ("resnet20", 32, 64),
@@ -47,31 +50,36 @@ ALLOCATIONS = (("resnet20", 32, 128), ("resnet56", 32, 128), ("torchvision:resne
 CASES = {"resnet56": ("resnet56", (3, 32, 32), 128), "resnet50": ("torchvision:resnet50", (3, 224, 224), 16)}
 
 
+def cross_entropy(outputs: object, labels: Tensor) -> Tensor:
+    assert isinstance(outputs, Tensor)
+    return F.cross_entropy(outputs.float(), labels)
+
+
 class Contender:
     """A model with its optimizer, and the hooks of a training step."""
 
     def __init__(self, model: nn.Module, groups: Groups | None, device: torch.device) -> None:
         self.model = copy.deepcopy(model).to(device).train()
         self.model.to(memory_format=torch.channels_last)
-        self.optimizer = make_optimizer(self.model, name="sgd", lr=1e-3, weight_decay=5e-4)
+        self.optimizer = make_optimizer(self.model, Training(lr=1e-3, weight_decay=5e-4))
         self.precision = choose_precision("auto", device)
         self.decay = None
         if groups is not None:
             units = Units(groups, self.model)
             group_of_unit = torch.from_numpy(groups.group_of_unit).to(device)
             # No release at this rate, so every unit goes on decaying and nothing is skipped.
-            rectifier = Rectifier(group_of_unit, len(groups), rate=float("inf"), length=1.0)
+            rectifier = Rectifier(group_of_unit, len(groups), Rectify(rate=1e30, length=1.0))
             self.decay = Decay(units, steps=1_000_000, rectifier=rectifier)
             self.decay.start(np.ones(groups.units, bool))
 
-    def step(self, images: torch.Tensor, labels: torch.Tensor, *, plain: bool = False) -> None:
+    def step(self, images: Tensor, labels: Tensor, *, plain: bool = False) -> None:
         decay = None if plain else self.decay
         train_step(
             self.model,
             self.optimizer,
             images,
             labels,
-            objective=lambda outputs, labels: F.cross_entropy(outputs.float(), labels),
+            objective=cross_entropy,
             precision=self.precision,
             before_step=[decay.observe] if decay else [],
             after_step=[decay.advance_] if decay else [],
@@ -119,7 +127,7 @@ def measure(case: str, turns: int, device: torch.device) -> dict[str, object]:
 
 
 def compare_penalties(turns: int) -> dict[str, object]:
-    import torch_pruning as tp
+    import torch_pruning as tp  # type: ignore[import-untyped]
 
     model = build("resnet56", classes=10, shape=(3, 32, 32)).train()
     example = torch.zeros(2, 3, 32, 32)
@@ -130,7 +138,7 @@ def compare_penalties(turns: int) -> dict[str, object]:
     peer.update_regularizer()
     twin = copy.deepcopy(model)
     twin.to(memory_format=torch.channels_last)  # each as it runs in training
-    ours = GroupNorm(find_groups(twin, example), twin)
+    ours = GroupImportance(find_groups(twin, example), twin)
     for parameter in [*model.parameters(), *twin.parameters()]:
         parameter.grad = torch.zeros_like(parameter)
     threads = torch.get_num_threads()
@@ -206,7 +214,8 @@ def compare_widths(arch: str, turns: int) -> list[dict[str, object]]:
     contenders = {"dense": Contender(dense, None, device), "slim": Contender(slim, None, device)}
     images, labels = torch.randn(128, 3, 32, 32), torch.randint(0, 10, (128,))
     rows: list[dict[str, object]] = []
-    for precision, threads in itertools.product(("bf16", "fp32"), sorted({1, every})):
+    precisions: tuple[Literal["bf16", "fp32"], ...] = ("bf16", "fp32")
+    for precision, threads in itertools.product(precisions, sorted({1, every})):
         torch.set_num_threads(threads)
         for contender in contenders.values():
             contender.precision = choose_precision(precision, device)

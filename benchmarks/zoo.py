@@ -153,7 +153,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     from dpm_cli.graph import Units, compact_, find_groups
     from dpm_cli.measure import count_macs, count_parameters
     from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
-    from dpm_cli.method.pruners.depgraph import GroupNorm
+    from dpm_cli.method.pruners.depgraph import GroupImportance
     from dpm_cli.models import build, save_slim
 
     limit_memory()
@@ -195,7 +195,7 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         dense = groups.cost.macs(np.ones(groups.units, bool))
         row["lowest"] = round(groups.cost.macs(widths.lowest(groups)) / dense, 3)
         limit = resolve_limit(groups, widths, kind="macs", amount=0.5)
-        scores = GroupNorm(groups, model).scores("mean")
+        scores = GroupImportance(groups, model).scores("mean")
         started = time.process_time()
         victims = choose_victims(groups, widths, scores, kind="macs", limit=limit)
         row["choose_s"] = time.process_time() - started
@@ -260,7 +260,7 @@ def reload(folder: Path) -> dict[str, Any]:
 def measure_peer(name: str) -> dict[str, Any]:
     """The same by Torch-Pruning: seconds from model to compacted model, and whether it runs and trains afterwards."""
     import torch
-    import torch_pruning as tp
+    import torch_pruning as tp  # type: ignore[import-untyped]
 
     from dpm_cli.models import build
 
@@ -319,6 +319,7 @@ def make_lively_(model: Any, images: Any) -> None:
         model(images)
         for module in model.modules():
             if isinstance(module, nn.modules.batchnorm._BatchNorm):  # pooled noise hardly varies: it would be blown up
+                assert module.running_var is not None
                 module.running_var.clamp_(min=1e-2)
                 module.momentum = 0.1
     model.eval()
