@@ -10,7 +10,7 @@ from torch import nn
 
 from dpm_cli.graph import Groups, Units, compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
-from dpm_cli.method.pruners.depgraph import GroupNorm
+from dpm_cli.method.pruners.depgraph import GroupImportance
 from dpm_cli.models import build
 
 ARCHITECTURES = [
@@ -52,7 +52,7 @@ def test_groups_units_and_importances_are_those_of_torch_pruning(arch, size, cou
     model, example, classifier = make(arch, size)
     groups = find_groups(model, example)
     assert (len(groups), groups.units) == (count, units)
-    importance = GroupNorm(groups, model).importance().numpy()
+    importance = GroupImportance(groups, model).importance().numpy()
     measure = torch_pruning.importance.GroupMagnitudeImportance(p=2, normalizer=None)
     _, references = reference_groups(model, example, classifier)
     assert len(references) == count
@@ -75,7 +75,7 @@ def test_penalty_is_the_sparse_learning_gradient_of_torch_pruning(arch, size, co
     )
     groups = find_groups(model, example)
     gradients = []
-    for penalise_ in (lambda: pruner.regularize(model), lambda: GroupNorm(groups, model).penalise_(1e-3)):
+    for penalise_ in (lambda: pruner.regularize(model), lambda: GroupImportance(groups, model).penalise_(1e-3)):
         for parameter in model.parameters():
             parameter.grad = torch.zeros_like(parameter)
         penalise_()

@@ -11,7 +11,7 @@ from dpm_cli.export import export_model
 from dpm_cli.graph import Groups, Units, compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
 from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
-from dpm_cli.method.pruners.depgraph import GroupNorm
+from dpm_cli.method.pruners.depgraph import GroupImportance
 from dpm_cli.models import build, load, save_slim
 
 pytest.importorskip("timm")
@@ -45,7 +45,7 @@ def prune_to_half_(model: nn.Module, images: torch.Tensor) -> tuple[Groups, np.n
     groups = find_groups(model, images)
     widths = find_width_limits(groups, round_to=8, min_keep=0.1)
     limit = resolve_limit(groups, widths, kind="macs", amount=0.5)
-    victims = choose_victims(groups, widths, GroupNorm(groups, model).scores("mean"), kind="macs", limit=limit)
+    victims = choose_victims(groups, widths, GroupImportance(groups, model).scores("mean"), kind="macs", limit=limit)
     Units(groups, model).scale_(torch.from_numpy(~victims).float())
     return groups, ~victims
 
