@@ -26,6 +26,7 @@ from torch import nn
 import dpm_cli
 from dpm_cli.cli.outcome import explain
 from dpm_cli.data import load_data
+from dpm_cli.engine import checkpoint
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.errors import DataError, DpmError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.files import CHECKPOINT
@@ -303,6 +304,15 @@ def test_corrupt_images_are_named_counted_and_left_out_up_to_a_limit(model, phot
 
 
 @pytest.mark.parametrize("memory_limit", [2**31, 1])
+def test_training_tells_of_corrupt_test_images_too(photos, tmp_path, memory_limit):
+    damage(photos, "train/3/4.png", "test/5/1.png")
+    settings, told = folder_recipe(photos, max_corrupt=2, memory_limit=memory_limit, workers=0, validation=0), []
+    dpm_cli.train(settings, output=tmp_path / "model.pt", on_event=told.append)
+    notes = [event.text for event in told if event.kind == "note"]
+    assert notes[-1].startswith("2 images are unreadable and left out: ")
+
+
+@pytest.mark.parametrize("memory_limit", [2**31, 1])
 @pytest.mark.parametrize("limit", [0, 1])
 def test_one_corrupt_image_too_many_stops(model, photos, tmp_path, memory_limit, limit):
     damage(photos, "train/3/4.png", "train/5/1.png")
@@ -376,6 +386,20 @@ def test_killed_worker_is_one_line_and_the_run_goes_on_later(model, photos, tmp_
     assert_tidy(out)
     dpm_cli.prune(model, settings, output=out, resume=True)
     assert_same_bits(load(out / "slim.pt").state_dict(), load(whole / "slim.pt").state_dict())
+
+
+def test_worker_killed_while_a_checkpoint_is_written_is_told_as_such(model, tmp_path, monkeypatch):
+    class Killed(checkpoint._HashingFile):
+        def write(self, data):
+            if len(data) > 1000:
+                raise RuntimeError("DataLoader worker (pid 1) is killed by signal: Killed.")  # by torch's SIGCHLD
+            return super().write(data)
+
+    monkeypatch.setattr("dpm_cli.engine.checkpoint._HashingFile", Killed)
+    with pytest.raises(RunError, match="a process that decodes images was killed") as error:
+        dpm_cli.prune(model, recipe(), output=tmp_path)
+    assert_one_line(error.value, 1)
+    assert_tidy(tmp_path)
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")

@@ -17,7 +17,8 @@ def explaining_faults(batch: int, more: str = "") -> Iterator[None]:
     try:
         yield
     except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        if "DataLoader worker" in str(error):  # raised by a signal handler, at any point of the run
+        # raised by a signal handler, at any point of the run: torch.save may turn it into an error of its own
+        if any("DataLoader worker" in str(each) for each in (error, error.__context__)):
             raise RunError(
                 "a process that decodes images was killed, maybe for its memory; lower data.workers"
             ) from None

@@ -54,7 +54,7 @@ def train(
     recipe, path = resolve_recipe(recipe), Path(output)
     if not recipe.data.labels:
         raise RecipeError("data.labels is false, but training needs labels: set it to true")
-    with join(device) as world, explaining_faults(recipe.data.batch):
+    with join(device) as world, explaining_faults(recipe.data.batch, " --overwrite"):  # not resumed with another batch
         torch_device = choose_device(device)
         precision = choose_precision(recipe.precision, torch_device)
         with _claimed(path, world, overwrite=overwrite, resume=resume):
@@ -65,7 +65,10 @@ def train(
             stop = should_stop or (lambda: False)
             setup = Setup(recipe, splits, checkpoint_of(path), torch_device, precision, stop, world)
             setup.require_enough_images()
-            return follow(_Training(setup, module, path).events(resume=resume), on_event)
+            training = _Training(setup, module, path)
+            if overwrite and world.is_main:
+                remove_checkpoints(setup.checkpoint)  # otherwise a later --resume would continue the abandoned training
+            return follow(training.events(resume=resume), on_event)
 
 
 class _Trainee:
@@ -106,6 +109,7 @@ class _Training:
                 yield from course.train(CourseHooks(course))
             yield from course.advance()
         trained = self._finish(started)
+        yield from course.tell_corrupt()  # streamed test images are read only now
         for note in course.notes:
             yield Note(note)
         return trained
@@ -162,13 +166,13 @@ def _claimed(path: Path, world: World, *, overwrite: bool, resume: bool) -> Iter
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} is not a folder: create it, or choose another --output")
     checkpoint = checkpoint_of(path)
-    is_unfinished = any(each.exists() for each in (checkpoint, previous_of(checkpoint)))
-    if path.exists() and not overwrite and not (resume and is_unfinished):
-        raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
-    if is_unfinished and not (overwrite or resume):
-        raise OutputError(f"{checkpoint} is of an unfinished training: --resume continues it, --overwrite starts anew")
-    with locked(path.parent, f"{LOCK}-{path.name}"):
+    with locked(path.parent, f"{LOCK}-{path.stem}"):  # model.pt and model.pth have the same checkpoints
+        is_unfinished = any(each.exists() for each in (checkpoint, previous_of(checkpoint)))
+        if path.exists() and not overwrite and not (resume and is_unfinished):
+            raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
+        if is_unfinished and not (overwrite or resume):
+            raise OutputError(
+                f"{checkpoint} is of an unfinished training: --resume continues it, --overwrite starts anew"
+            )
         remove_leftovers(path.parent, (checkpoint.name, path.name))
-        if overwrite:
-            remove_checkpoints(checkpoint)
         yield

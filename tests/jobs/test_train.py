@@ -13,7 +13,7 @@ from killed import start_killed
 import dpm_cli
 from dpm_cli.data.digits import read_digits
 from dpm_cli.engine.checkpoint import load_checkpoint
-from dpm_cli.errors import Interrupted, OutputError, RunError
+from dpm_cli.errors import DataError, Interrupted, OutputError, RecipeError, RunError
 from dpm_cli.models import build
 from dpm_cli.run.course import Course
 
@@ -285,21 +285,54 @@ def interrupted(course):
     raise KeyboardInterrupt
 
 
+@pytest.mark.parametrize("when", [1, 4])  # before the first checkpoint, and after it
 @pytest.mark.parametrize("settings", [{}, {"resume": True}, {"overwrite": True}])
-def test_a_second_training_of_the_same_file_is_refused_and_harms_nothing(tmp_path, whole, settings):
+def test_a_second_training_of_the_same_file_is_refused_and_harms_nothing(tmp_path, whole, settings, when):
     path, refusals = tmp_path / "model.pt", []
 
     def disturb(event):
-        if event.kind == "step" and not refusals:
+        if event.kind == "step" and event.step == when and not refusals:
             with pytest.raises(OutputError, match=r"in use by process .*: wait until that run is over") as refusal:
                 dpm_cli.train(settings_of(), output=path, **settings)
             refusals.append(refusal)
-            assert names_in(tmp_path) == [".dpm-lock-model.pt"]
+            assert ".dpm-lock-model" in names_in(tmp_path)
 
     dpm_cli.train(settings_of(), output=path, on_event=disturb)
     assert refusals
     assert_same_bits(weights_of(path), weights_of(whole()[0]))
     assert names_in(tmp_path) == ["model.pt"]
+
+
+def test_a_file_with_the_same_checkpoints_is_not_trained_at_once(tmp_path, whole):
+    path, refusals = tmp_path / "model.pt", []
+
+    def disturb(event):
+        if event.kind == "step" and event.step == 4:
+            with pytest.raises(OutputError, match="in use by process") as refusal:
+                dpm_cli.train(settings_of(), output=path.with_suffix(".pth"), overwrite=True)
+            refusals.append(refusal)
+
+    dpm_cli.train(settings_of(), output=path, on_event=disturb)
+    assert refusals
+    assert_same_bits(weights_of(path), weights_of(whole()[0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"data": {"name": "folder", "root": "absent"}}, DataError),
+        ({"model": {"arch": "nothing"}}, RecipeError),
+    ],
+)
+def test_overwriting_training_that_cannot_begin_costs_no_checkpoint(tmp_path, whole, change, error):
+    path = tmp_path / "model.pt"
+    interrupt(path, 5)
+    before = {each.name: each.read_bytes() for each in tmp_path.iterdir()}
+    with pytest.raises(error):
+        dpm_cli.train(settings_of(**change), output=path, overwrite=True)
+    assert {each.name: each.read_bytes() for each in tmp_path.iterdir()} == before
+    dpm_cli.train(settings_of(), output=path, resume=True)
+    assert_same_bits(weights_of(path), weights_of(whole()[0]))
 
 
 def test_two_files_of_one_folder_can_be_trained_at_once(tmp_path, whole):
