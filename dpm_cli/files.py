@@ -12,7 +12,6 @@ from dpm_cli.errors import OutputError, RunError
 
 REPORT = "report.json"  # written last, so its presence means that the run is finished
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
-PREVIOUS = "checkpoint.previous.pt"  # the one before; briefly the only one, while a new one is renamed into place
 LOCK = ".dpm-lock"  # exists while a run writes here
 OUTPUTS = (
     "slim.pt",
@@ -82,7 +81,7 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     remove_leftovers(folder, (*OUTPUTS, CHECKPOINT))
     if overwrite:
         return  # old files are replaced when the new run writes its own
-    if is_unfinished(folder):
+    if is_unfinished(folder / CHECKPOINT):
         if not resume:
             raise OutputError(f"{folder} holds an unfinished run: --resume continues it, --overwrite starts anew")
         return
@@ -95,9 +94,9 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
         )
 
 
-def is_unfinished(folder: Path) -> bool:
+def is_unfinished(checkpoint: Path) -> bool:
     """Tell whether a run was stopped here and can be resumed."""
-    return any((folder / name).exists() for name in (CHECKPOINT, PREVIOUS))
+    return checkpoint.exists() or previous_of(checkpoint).exists()
 
 
 def require_writable(folder: Path) -> None:

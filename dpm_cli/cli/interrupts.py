@@ -8,7 +8,7 @@ from types import FrameType
 
 from dpm_cli.errors import Interrupted
 from dpm_cli.events import CheckpointWritten, Event, Note, StepTaken
-from dpm_cli.files import previous_of
+from dpm_cli.files import is_unfinished
 
 EXIT_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 
@@ -83,6 +83,7 @@ def explaining_hard_stops(stop: Stop, checkpoint: Path) -> Iterator[None]:
         is_dead_worker = stop.is_wanted() and "DataLoader worker" in str(error)
         if isinstance(error, RuntimeError) and not is_dead_worker:
             raise
-        is_resumable = checkpoint.exists() or previous_of(checkpoint).exists()
-        way_out = "continue from its last checkpoint with --resume" if is_resumable else "nothing was saved yet"
+        way_out = "nothing was saved yet"
+        if is_unfinished(checkpoint):
+            way_out = "continue from its last checkpoint with --resume"
         raise Interrupted(f"stopped at once; {way_out}", stop.exit_code) from None

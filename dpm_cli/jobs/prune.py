@@ -49,7 +49,7 @@ def prune(
     """
     recipe, folder = resolve_recipe(recipe), Path(output)
     with join(device) as world:
-        if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder)):
+        if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder / CHECKPOINT)):
             return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
         torch_device = choose_device(device)
         precision = choose_precision(recipe.precision, torch_device)

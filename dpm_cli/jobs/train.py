@@ -19,7 +19,7 @@ from dpm_cli.engine.precision import choose_layout, choose_precision
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import OutputError, RecipeError
 from dpm_cli.events import Event, Note
-from dpm_cli.files import LOCK, checkpoint_of, locked, previous_of, remove_leftovers, write_atomic
+from dpm_cli.files import LOCK, checkpoint_of, is_unfinished, locked, remove_leftovers, write_atomic
 from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, resolve_recipe
 from dpm_cli.measure import count_parameters, flushing_denormals
 from dpm_cli.models import build
@@ -167,10 +167,10 @@ def _claimed(path: Path, world: World, *, overwrite: bool, resume: bool) -> Iter
         raise OutputError(f"{path.parent} is not a folder: create it, or choose another --output")
     checkpoint = checkpoint_of(path)
     with locked(path.parent, f"{LOCK}-{path.stem}"):  # model.pt and model.pth have the same checkpoints
-        is_unfinished = any(each.exists() for each in (checkpoint, previous_of(checkpoint)))
-        if path.exists() and not overwrite and not (resume and is_unfinished):
+        has_begun = is_unfinished(checkpoint)
+        if path.exists() and not overwrite and not (resume and has_begun):
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
-        if is_unfinished and not (overwrite or resume):
+        if has_begun and not (overwrite or resume):
             raise OutputError(
                 f"{checkpoint} is of an unfinished training: --resume continues it, --overwrite starts anew"
             )

@@ -15,7 +15,9 @@ from dpm_cli.engine.checkpoint import (
     save_checkpoint,
 )
 from dpm_cli.errors import RunError
-from dpm_cli.files import CHECKPOINT, PREVIOUS
+from dpm_cli.files import CHECKPOINT
+
+PREVIOUS = "checkpoint.previous.pt"
 
 
 def make_state(step):
