@@ -13,12 +13,12 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from dpm_cli.errors import TargetError, UsageError
-from dpm_cli.events import Event, RoundStarted, UnitsRemoved
+from dpm_cli.events import Event, RoundStarted
 from dpm_cli.graph import Groups
 from dpm_cli.graph.optimizer_state import shrink_optimizer_
 from dpm_cli.graph.program import Example
 from dpm_cli.method.pruners import BasePruner, make_base
-from dpm_cli.method.pruning import Pruning
+from dpm_cli.method.pruning import Pruning, tell_removal
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe.check import check_section
 from dpm_cli.recipe.sections import Decay, Prune, Training, default_decay
@@ -197,20 +197,7 @@ class Pruner:
         removal = pruning.finish_round(self._example) if pruning.is_over else pruning.remove_dead(self._example)
         for optimizer in optimizers:
             shrink_optimizer_(optimizer, self.model, removal.before, removal.kept)
-        cost, alive = pruning.groups.cost, pruning.all_alive
-        self._tell(
-            UnitsRemoved(
-                stage="train",
-                round=pruning.round,
-                step=self.step,
-                removed=removal.removed,
-                released=removal.released,
-                macs=cost.macs(alive),
-                params=cost.parameters(alive),
-                units=pruning.groups.units,
-                difference=removal.difference,
-            )
-        )
+        self._tell(tell_removal(pruning, removal, stage="train", step=self.step))
 
     def _require_ours(self, optimizers: tuple[Optimizer, ...]) -> None:
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

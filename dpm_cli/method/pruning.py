@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.errors import RunError
+from dpm_cli.events import UnitsRemoved
 from dpm_cli.graph import Groups, Units, compact_
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.labels import Flags
@@ -305,6 +306,22 @@ class Pruning:
         self.base.load_state_dict(state["base"])
         if not state["is_prepared"]:
             self.unwrap_()
+
+
+def tell_removal(pruning: Pruning, removal: Removal, *, stage: str, step: int) -> UnitsRemoved:
+    """Make the event of a removal, with what is left of the model."""
+    cost, alive = pruning.groups.cost, pruning.all_alive
+    return UnitsRemoved(
+        stage=stage,
+        round=pruning.round,
+        step=step,
+        removed=removal.removed,
+        released=removal.released,
+        macs=cost.macs(alive),
+        params=cost.parameters(alive),
+        units=pruning.groups.units,
+        difference=removal.difference,
+    )
 
 
 def _outputs(model: nn.Module, example: Example) -> list[Tensor]:

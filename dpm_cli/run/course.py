@@ -3,20 +3,25 @@
 A course tracks its position, saves it with all changing parts in checkpoints, and resumes from them.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar
 
+import numpy as np
 import torch
 from torch import nn
 
+from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.loop import Hooks, StageLoop, State
 from dpm_cli.engine.setup import Setup
-from dpm_cli.events import CheckpointWritten, Event, Note, Resumed
+from dpm_cli.events import CheckpointWritten, Costs, Event, Note, Resumed, StagePlan, Started, Wanted
+from dpm_cli.graph import Groups
 from dpm_cli.recipe.stages import Stage
 from dpm_cli.run.journal import Journal
 from dpm_cli.run.resume import Origin, foreign_state
+
+T = TypeVar("T")
 
 
 class Part(Protocol):
@@ -69,6 +74,47 @@ class Course:
     def unused_epoch(self) -> int:
         """Return an epoch number that no stage uses, for drawing images to compute statistics."""
         return sum(stage.training.epochs for stage in self.stages)
+
+    def describe_start(self, arch: str | None, groups: Groups, target: Wanted, *, round_to: int) -> Started:
+        """Make the first event of a pruning run. arch: as `Run` is given. groups: of the dense model."""
+        setup, cost, alive = self.setup, groups.cost, np.ones(groups.units, bool)
+        return Started(
+            arch=arch,
+            device=str(setup.device),
+            precision=setup.precision.name,
+            stages=tuple(
+                StagePlan(stage.name, stage.training.epochs, stage.training.epochs * setup.steps_per_epoch)
+                for stage in self.stages
+            ),
+            round_to=round_to,
+            target=target,
+            dense=Costs(cost.macs(alive), cost.parameters(alive), groups.units),
+        )
+
+    def carry_out(
+        self,
+        train: Generator[Event, None, None],
+        finish: Generator[Event, None, T],
+        *,
+        resume: bool,
+        prepare: Callable[[], None] | None = None,
+    ) -> Generator[Event, None, T]:
+        """Do a whole run, log its events, and return what `finish` returns. Its checkpoints are then removed.
+
+        prepare: called before anything is resumed, while the model is as it was given.
+        """
+        self.setup.world.require_same("the recipe, the model file or the data", self.origin.to_dict())
+        if prepare:
+            prepare()
+        if resume:
+            yield from self.restore()
+        yield from self.tell_corrupt()
+        with self.journal.opened():
+            with keeping_freed_memory():  # not while measuring latency, as deployed processes do not do this
+                yield from self.journal.follow(train)
+            result = yield from self.journal.follow(finish)
+        self.forget()
+        return result
 
     def train(self, hooks: Hooks) -> Iterator[Event]:
         """Train for the rest of the current stage."""

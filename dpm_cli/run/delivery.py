@@ -34,18 +34,33 @@ FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "m
 
 @dataclass(frozen=True)
 class Delivery:
-    """Exports, measures and saves the results of one run. Every module passed in is in eval mode on the CPU."""
+    """Exports, measures and saves the results of one run, in the main process."""
 
     setup: Setup
     arch: str | None  # None unless `model.arch` builds the model
     output: Path
-    dense: nn.Module
+    dense: nn.Module  # in eval mode on the CPU
     layout: torch.memory_format  # memory format for measuring accuracy
 
     def deliver(
+        self, model: nn.Module, outcome: Outcome, seconds: Mapping[str, float]
+    ) -> Generator[Event, None, Report]:
+        """Export, measure, report and save a trained model; all processes get the report.
+
+        seconds: by stage. Raises RunError.
+        """
+        world, report = self.setup.world, None
+        if world.is_main:
+            slim = copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval()
+            report = yield from self._deliver(slim, outcome, seconds)
+        shared = world.share(report)
+        assert shared is not None
+        return shared
+
+    def _deliver(
         self, slim: nn.Module, outcome: Outcome, seconds: Mapping[str, float]
     ) -> Generator[Event, None, Report]:
-        """Export, measure, report, save. seconds: by stage. Raises RunError."""
+        """slim: in eval mode on the CPU."""
         image, started = self.setup.check_images()[:1].cpu(), time.monotonic()
         exports = []
         for made in self._export(slim, image):

@@ -6,7 +6,7 @@ from dataclasses import asdict
 from dpm_cli.engine.loop import EndStage, StageLoop
 from dpm_cli.events import Event, RoundStarted, UnitsRemoved
 from dpm_cli.graph.program import Example
-from dpm_cli.method.pruning import Pruning, Removal
+from dpm_cli.method.pruning import Pruning, Removal, tell_removal
 from dpm_cli.recipe.stages import steps_before
 from dpm_cli.run.accuracy_floor import AccuracyFloor
 from dpm_cli.run.course import Course, CourseHooks
@@ -99,15 +99,4 @@ class PruningStage(CourseHooks):
         loop.learner.shrink_(removal.before, removal.kept)
         self.require_agreement(f"what round {pruning.round} removed")
         subject.difference = max(subject.difference, removal.difference)
-        cost, alive = pruning.groups.cost, pruning.all_alive
-        return UnitsRemoved(
-            stage=loop.stage.name,
-            round=pruning.round,
-            step=loop.step,
-            removed=removal.removed,
-            released=removal.released,
-            macs=cost.macs(alive),
-            params=cost.parameters(alive),
-            units=pruning.groups.units,
-            difference=removal.difference,
-        )
+        return tell_removal(pruning, removal, stage=loop.stage.name, step=loop.step)

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.loop import StageLoop, State
 from dpm_cli.engine.precision import choose_layout
 from dpm_cli.engine.setup import Setup
-from dpm_cli.events import Costs, Done, Event, Note, Started, Wanted, WeightsCut
+from dpm_cli.events import Done, Event, Note, Wanted, WeightsCut
 from dpm_cli.recipe.stages import Stage, number_epochs
 from dpm_cli.report import KeptLayer, Report, TargetReport, UnitCounts, Width
 from dpm_cli.run.course import Course, CourseHooks
@@ -20,7 +19,6 @@ from dpm_cli.run.delivery import Delivery
 from dpm_cli.run.journal import Journal
 from dpm_cli.run.outcome import Outcome
 from dpm_cli.run.resume import Origin
-from dpm_cli.run.story import plan_of
 from dpm_cli.sparse.cut import CutModel, cut_model
 from dpm_cli.sparse.on_the_fly import SphereTraining, find_whole_groups
 from dpm_cli.sparse.polarise import count_kept
@@ -103,17 +101,9 @@ class SparseRun:
 
     def events(self, *, resume: bool = False) -> Generator[Event, None, Report]:
         """Do the run. resume: continue from the checkpoint in the output folder."""
-        course, world = self.course, self.setup.world
-        yield self._started()
-        world.require_same("the recipe, the model file or the data", course.origin.to_dict())
-        if resume:
-            yield from course.restore()
-        yield from course.tell_corrupt()
-        with course.journal.opened():
-            with keeping_freed_memory():
-                yield from course.journal.follow(self._train())
-            report = yield from course.journal.follow(self._finish())
-        course.forget()
+        target = Wanted("sparsity", asked=self.setup.recipe.prune.target.sparsity or ())
+        yield self.course.describe_start(self.arch, self.groups, target, round_to=1)
+        report = yield from self.course.carry_out(self._train(), self._finish(), resume=resume)
         for note in self.notes:
             yield Note(note)
         yield Done()
@@ -133,18 +123,10 @@ class SparseRun:
         for cut in self._cut():
             cuts.append(cut)
             yield WeightsCut(**vars(cut.report))
-        slim_model = cuts[0].module
-        validation_accuracy = setup.validate(slim_model)
-        report = None
-        if setup.world.is_main:
-            slim = copy.deepcopy(slim_model).cpu().to(memory_format=torch.contiguous_format).eval()
-            layout = self.subject.layout
-            delivery = Delivery(setup, arch=self.arch, output=self.output, dense=self.dense, layout=layout)
-            outcome = self._describe_outcome(cuts, validation_accuracy)
-            report = yield from delivery.deliver(slim, outcome, self.course.seconds)
-        shared = setup.world.share(report)
-        assert shared is not None
-        return shared
+        slim = cuts[0].module
+        outcome, layout = self._describe_outcome(cuts, setup.validate(slim)), self.subject.layout
+        delivery = Delivery(setup, arch=self.arch, output=self.output, dense=self.dense, layout=layout)
+        return (yield from delivery.deliver(slim, outcome, self.course.seconds))
 
     def _cut(self) -> Iterator[CutModel]:
         """Cut the trained model to every sparsity that the recipe names."""
@@ -176,19 +158,6 @@ class SparseRun:
             validation_accuracy=validation_accuracy,
             notes=[*self.notes, REMARK],
             cuts=cuts,
-        )
-
-    def _started(self) -> Started:
-        setup, cost = self.setup, self.groups.cost
-        alive = np.ones(self.groups.units, bool)
-        return Started(
-            arch=self.arch,
-            device=str(setup.device),
-            precision=setup.precision.name,
-            stages=tuple(plan_of(stage, setup) for stage in self.course.stages),
-            round_to=1,
-            target=Wanted("sparsity", asked=setup.recipe.prune.target.sparsity or ()),
-            dense=Costs(cost.macs(alive), cost.parameters(alive), self.groups.units),
         )
 
 

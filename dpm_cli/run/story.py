@@ -1,16 +1,14 @@
 """Tell the story of a run: train while units decay and die, remove them, fine-tune, export, measure, report."""
 
-import copy
 from collections.abc import Generator
 from pathlib import Path
 
 import torch
 from torch import nn
 
-from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, TargetError
-from dpm_cli.events import Costs, Done, Event, Note, StagePlan, Started, Wanted
+from dpm_cli.events import Done, Event, Note, Wanted
 from dpm_cli.recipe.stages import Stage
 from dpm_cli.report import Report
 from dpm_cli.run.accuracy_floor import AccuracyFloor
@@ -57,19 +55,13 @@ class Run:
 
     def events(self, *, resume: bool = False) -> Generator[Event, None, Report]:
         """Do the run. resume: continue from the checkpoint. Raises AccuracyError after writing all files."""
-        course, world = self.course, self.setup.world
-        yield self._started()
-        world.require_same("the recipe, the model file or the data", course.origin.to_dict())
-        self.floor.measure()
-        if resume:
-            yield from course.restore()
-        yield from course.tell_corrupt()
-        with course.journal.opened():
-            with keeping_freed_memory():  # not while measuring latency, as deployed processes do not do this
-                yield from course.journal.follow(self._train_and_prune())
-            report = yield from course.journal.follow(self._finish())
-        course.forget()
-        for note in self.notes + self.subject.notes:
+        subject, goal = self.subject, self.subject.pruning.goal
+        target = Wanted(goal.kind, goal.limit, subject.pruning.dense_cost)
+        yield self.course.describe_start(self.arch, subject.dense_groups, target, round_to=subject.round_to)
+        report = yield from self.course.carry_out(
+            self._train_and_prune(), self._finish(), resume=resume, prepare=self.floor.measure
+        )
+        for note in self.notes + subject.notes:
             yield Note(note)
         yield Done()
         if report.floor and report.floor.is_broken:
@@ -122,32 +114,9 @@ class Run:
         return max(stages, default=len(self.subject.stages))
 
     def _finish(self) -> Generator[Event, None, Report]:
-        """Export, measure, report and save the trained slim model, in the main process."""
+        """Export, measure, report and save the trained slim model."""
         setup, subject = self.setup, self.subject
         validation_accuracy = setup.validate(subject.model)
-        report = None
-        if setup.world.is_main:
-            slim = copy.deepcopy(subject.model).cpu().to(memory_format=torch.contiguous_format).eval()
-            delivery = Delivery(setup, arch=self.arch, output=self.output, dense=self.dense, layout=subject.layout)
-            outcome = describe_outcome(subject, self.floor, validation_accuracy, [*self.notes, *subject.notes])
-            report = yield from delivery.deliver(slim, outcome, self.course.seconds)
-        shared = setup.world.share(report)
-        assert shared is not None
-        return shared
-
-    def _started(self) -> Started:
-        setup, pruning, groups = self.setup, self.subject.pruning, self.subject.dense_groups
-        alive = pruning.all_alive
-        return Started(
-            arch=self.arch,
-            device=str(setup.device),
-            precision=setup.precision.name,
-            stages=tuple(plan_of(stage, setup) for stage in self.subject.stages),
-            round_to=self.subject.round_to,
-            target=Wanted(pruning.goal.kind, pruning.goal.limit, pruning.dense_cost),
-            dense=Costs(groups.cost.macs(alive), groups.cost.parameters(alive), groups.units),
-        )
-
-
-def plan_of(stage: Stage, setup: Setup) -> StagePlan:
-    return StagePlan(stage.name, stage.training.epochs, stage.training.epochs * setup.steps_per_epoch)
+        outcome = describe_outcome(subject, self.floor, validation_accuracy, [*self.notes, *subject.notes])
+        delivery = Delivery(setup, arch=self.arch, output=self.output, dense=self.dense, layout=subject.layout)
+        return (yield from delivery.deliver(subject.model, outcome, self.course.seconds))
