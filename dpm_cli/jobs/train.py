@@ -104,6 +104,7 @@ class _Training:
         setup.world.require_same("the recipe, the model file or the data", course.origin.to_dict())
         if resume:
             yield from course.restore()
+        started -= sum(course.seconds.values())  # of earlier sessions
         if not course.is_over:
             with keeping_freed_memory():
                 yield from course.train(CourseHooks(course))

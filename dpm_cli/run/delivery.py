@@ -21,7 +21,7 @@ from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware,
 from dpm_cli.models import save_slim
 from dpm_cli.recipe import dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
-from dpm_cli.run.outcome import Outcome, remark_on_data
+from dpm_cli.run.outcome import Outcome, remark_on_cost, remark_on_data
 
 EXPORT_NAMES: dict[Format, str] = {
     "torchscript": "model.ts",
@@ -132,14 +132,10 @@ class Delivery:
         seconds: Mapping[str, float],
     ) -> Report:
         setup, recipe = self.setup, self.setup.recipe
-        notes = [*outcome.notes, *remark_on_data(setup.splits)]
-        if outcome.floor and outcome.floor.text:
-            notes.append(outcome.floor.text)
+        floor = [outcome.floor.text] if outcome.floor and outcome.floor.text else []
         if outcome.cuts:
             slim = replace(slim, bytes=outcome.cuts[0].report.bytes)
-        measured = slim.macs, slim.params
-        if outcome.predicted not in (None, measured) and recipe.counter == "flop_counter":
-            notes.append(f"predicted cost {outcome.predicted} differs from the measured one {measured}")
+        cost = remark_on_cost(recipe, outcome.predicted, (slim.macs, slim.params))
         return Report(
             arch=self.arch,
             base=recipe.prune.base,
@@ -160,7 +156,7 @@ class Delivery:
             recipe_hash=hash_recipe(recipe),
             versions=dict(hardware()),
             validation_accuracy=outcome.validation_accuracy,
-            notes=notes,
+            notes=[*outcome.notes, *cost, *outcome.remarks, *remark_on_data(setup.splits), *floor],
             floor=outcome.floor,
             sparsities=[cut.report for cut in outcome.cuts],
         )

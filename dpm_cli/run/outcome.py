@@ -26,7 +26,8 @@ class Outcome:
     difference: float  # largest relative difference between outputs before and after a removal
     validation_accuracy: float | None  # percent, of the slim model
     notes: Sequence[str]
-    predicted: tuple[int, int] | None = None  # MACs and parameters of the slim model
+    predicted: tuple[int, int]  # MACs and parameters of the slim model
+    remarks: Sequence[str] = ()  # to follow those on the cost
     floor: FloorReport | None = None
     cuts: Sequence[CutModel] = ()  # models with single weights cut; the first one is the slim model
 
@@ -45,7 +46,8 @@ def describe_outcome(
         kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
         difference=subject.difference,
         validation_accuracy=validation_accuracy,
-        notes=[*notes, *_remark_on_pruning(recipe, pruning)],
+        notes=notes,
+        remarks=[*_remark_on_pruning(recipe, pruning)],
         predicted=(cost.macs(alive), cost.parameters(alive)),
         floor=floor.report(),
     )
@@ -58,11 +60,17 @@ def name_method(base: BasePruner, decay: Decay) -> str:
 
 
 def _remark_on_pruning(recipe: Recipe, pruning: Pruning) -> Iterator[str]:
-    if recipe.counter != "flop_counter":
-        yield f"MACs are counted by {recipe.counter}; the target is held by flop_counter's"
     if pruning.topped_up:
         why = "others were released" if pruning.released else f"{recipe.prune.base} marked too few in time"
         yield f"{pruning.topped_up} units were chosen by score alone, after the planned rounds: {why}"
+
+
+def remark_on_cost(recipe: Recipe, predicted: tuple[int, int], measured: tuple[int, int]) -> Iterator[str]:
+    """Yield what readers must know about MACs and parameters, predicted and measured."""
+    if recipe.counter != "flop_counter":
+        yield f"MACs are counted by {recipe.counter}; the target is held by flop_counter's"
+    elif predicted != measured:
+        yield f"predicted cost {predicted} differs from the measured one {measured}"
 
 
 def remark_on_data(splits: Splits) -> Iterator[str]:

@@ -148,15 +148,17 @@ class SparseRun:
 
     def _describe_outcome(self, cuts: list[CutModel], validation_accuracy: float | None) -> Outcome:
         recipe, groups = self.setup.recipe, self.groups
+        everything = np.ones(groups.units, bool)
         return Outcome(
             method=recipe.prune.base,
             target=_report_cut(cuts[0], recipe.prune.on_the_fly.threshold),
             units=UnitCounts(groups.units, 0, 0, 0),
-            widths=[Width(*width) for width in groups.widths(np.ones(groups.units, bool))],
+            widths=[Width(*width) for width in groups.widths(everything)],
             kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
             difference=0.0,
             validation_accuracy=validation_accuracy,
             notes=[*self.notes, REMARK],
+            predicted=(groups.cost.macs(everything), groups.cost.parameters(everything)),
             cuts=cuts,
         )
 

@@ -12,7 +12,7 @@ from killed import start_killed
 
 import dpm_cli
 from dpm_cli.data.digits import read_digits
-from dpm_cli.engine.checkpoint import load_checkpoint
+from dpm_cli.engine.checkpoint import load_checkpoint, save_checkpoint
 from dpm_cli.errors import DataError, Interrupted, OutputError, RecipeError, RunError
 from dpm_cli.models import build
 from dpm_cli.run.course import Course
@@ -151,6 +151,15 @@ def test_stopped_training_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, w
     assert timeless_epochs(events) == epochs
     assert replace(result, path="", seconds=0.0) == replace(expected, path="", seconds=0.0)
     assert names_in(tmp_path) == ["model.pt"]
+
+
+def test_seconds_are_those_of_all_sessions(tmp_path):
+    path = tmp_path / "model.pt"
+    interrupt(path, 2)
+    checkpoint = tmp_path / "model.checkpoint.pt"
+    state = load_checkpoint(checkpoint).state
+    save_checkpoint(checkpoint, state | {"seconds": {"dense": 1000.0}})
+    assert 1000 < dpm_cli.train(settings_of(), output=path, resume=True).seconds < 1100
 
 
 def test_training_from_a_file_is_resumed_too(tmp_path, whole):

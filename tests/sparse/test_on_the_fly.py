@@ -189,6 +189,11 @@ def test_weights_can_be_cut_without_training_and_without_labels(tmp_path, dense)
     assert torch.allclose(load(tmp_path / "slim.pt").linear.weight, expected.linear.weight, atol=1e-6)
 
 
+def test_another_counter_is_named_in_the_report(tmp_path, dense):
+    report = dpm_cli.prune(dense, recipe("train.epochs=0", "counter=thop"), output=tmp_path)
+    assert any(note.startswith("MACs are counted by thop") for note in report.notes)
+
+
 def test_events_tell_every_cut(tmp_path, dense):
     dpm_cli.prune(dense, recipe(), output=tmp_path)
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
