@@ -2,7 +2,8 @@
 
 from dpm_cli.recipe.reader import dump_recipe, hash_recipe, load_recipe, parse_recipe, shipped_recipes
 from dpm_cli.recipe.schema import Recipe
-from dpm_cli.recipe.sections import ExportFormat, Section, Training
+from dpm_cli.recipe.sections import Training
+from dpm_cli.recipe.values import ExportFormat, Section
 
 __all__ = [
     "ExportFormat",

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from dpm_cli.errors import RecipeError
-from dpm_cli.recipe.sections import Section
+from dpm_cli.recipe.values import Section
 
 S = TypeVar("S", bound=Section)
 

@@ -9,34 +9,40 @@ from dpm_cli.recipe.sections import (
     Compact,
     Data,
     Decay,
-    ExportFormat,
     Model,
-    NonNegative,
     Prune,
-    Section,
     Training,
     default_decay,
 )
+from dpm_cli.recipe.values import ExportFormat, NonNegative, Section
 
 
 class Recipe(Section):
     """Holds everything a run depends on besides the model file."""
 
-    model: Model
-    data: Data
-    prune: Prune
-    decay: Decay = Decay()
-    train: Training = Training()  # while units are chosen and decay
-    compact: Compact = Compact()
-    finetune: Training = Training(lr=0.02)  # the slim model
-    dense: Training | None = None  # for `dpm train`; default: as `train`
-    export: tuple[ExportFormat, ...] = ("torchscript", "onnx")
-    opset: int = Field(default=18, ge=18, le=30)  # of the ONNX files
-    seed: int = Field(default=0, ge=0, lt=2**31)
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
-    counter: Literal["flop_counter", "thop"] = "flop_counter"
-    recalibrate_batches: NonNegative = 20  # batches to recompute BatchNorm statistics from at the end
-    checkpoint: Checkpoint = Checkpoint()
+    model: Model = Field(description="the architecture, and the images it takes")
+    data: Data = Field(description="the images")
+    prune: Prune = Field(description="which units are removed, and when")
+    decay: Decay = Field(default=Decay(), description="how chosen units shrink to zero, and when they are released")
+    train: Training = Field(default=Training(), description="the training while units are chosen and decay")
+    compact: Compact = Field(default=Compact(), description="what happens to the means of units that are cut at once")
+    finetune: Training = Field(default=Training(lr=0.02), description="the training of the slim model")
+    dense: Training | None = Field(default=None, description="the training of `dpm train`; null: as train")
+    export: tuple[ExportFormat, ...] = Field(
+        default=("torchscript", "onnx"), description="the files to write: torchscript, onnx, onnx-fp16, pt2"
+    )
+    opset: int = Field(default=18, ge=18, le=30, description="of the ONNX files")
+    seed: int = Field(default=0, ge=0, lt=2**31, description="of everything random")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
+        default="auto", description="numbers to train with; auto: bf16 where the device is fast at it"
+    )
+    counter: Literal["flop_counter", "thop"] = Field(
+        default="flop_counter", description="what counts MACs for the report; thop for comparing with papers"
+    )
+    recalibrate_batches: NonNegative = Field(
+        default=20, description="batches to recompute BatchNorm statistics from at the end; 0: none"
+    )
+    checkpoint: Checkpoint = Field(default=Checkpoint(), description="how much work an interruption may lose")
 
     @model_validator(mode="before")
     @classmethod

@@ -1,58 +1,36 @@
-"""Define the sections of a recipe: frozen settings, checked once, each passed to the object that needs it."""
+"""Define the sections of a recipe: frozen settings, checked once, each passed to the object that needs it.
+
+Every field has a description, which `dpm schema`, editors and the comments of written recipes show.
+"""
 
 import math
-import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Positive = Annotated[int, Field(ge=1, le=10**12)]
-NonNegative = Annotated[int, Field(ge=0, le=10**12)]
-Side = Annotated[int, Field(ge=1, le=8192)]
-LearningRate = Annotated[float, Field(gt=0, le=100)]
-ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
+from dpm_cli.recipe.bases import Gates, OnTheFly, Otov2
+from dpm_cli.recipe.values import (
+    Amount,
+    Fraction,
+    LearningRate,
+    NonNegative,
+    Positive,
+    Section,
+    Side,
+    Sparsities,
+    Step,
+)
 
 MAX_NUMBERS = 1 << 22  # limit per image: a typo must not fill the memory
-SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
-
-
-class Section(BaseModel):
-    """All sections derive from this. Unknown keys are errors, and settings never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
-
-
-def parse_amount(value: object) -> float:
-    """Read a kept fraction in (0, 1) or an absolute number such as 60000000, "60M" or "1.2G"."""
-    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGBkmgb]?)\s*", value)):
-        value = float(match[1]) * SUFFIXES.get(match[2].upper(), 1)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ValueError("must be a fraction to keep such as 0.47, or an absolute such as 60M")
-    if 1 <= value < 2:
-        raise ValueError(f"{value} keeps everything: a fraction to keep lies below 1, an absolute is 2 or more")
-    return float(value)
-
-
-Amount = Annotated[float, BeforeValidator(parse_amount)]
-
-
-def parse_step(value: object) -> object:
-    if value == "auto" or (type(value) is int and 1 <= value <= 10**6):
-        return value
-    raise ValueError("must be a number of channels such as 8, or auto")
-
-
-Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step)]
 
 
 class Model(Section):
-    """Names the architecture: built-in | torchvision:NAME | timm:NAME | package.module:function."""
+    """Names the architecture."""
 
-    arch: str
-    classes: int = Field(default=10, ge=1, le=10**5)
-    input: tuple[Side, Side, Side] = (3, 32, 32)  # one image: channels, height, width
+    arch: str = Field(description="a built-in name, torchvision:NAME, timm:NAME, or package.module:function")
+    classes: int = Field(default=10, ge=1, le=10**5, description="number of classes")
+    input: tuple[Side, Side, Side] = Field(default=(3, 32, 32), description="one image: channels, height, width")
 
     @field_validator("input")
     @classmethod
@@ -65,36 +43,42 @@ class Model(Section):
 class Augment(Section):
     """Controls random changes of training images, which depend only on (seed, epoch, index)."""
 
-    crop: NonNegative = 4  # pixels of zero padding before a random crop back to size; 0 turns it off
-    flip: bool = True  # flip randomly from left to right
-    cutout: NonNegative = 0  # side of the zeroed square in pixels; 0 turns it off
-    resized_crop: bool = False  # crop a random area and aspect ratio, for larger images
+    crop: NonNegative = Field(
+        default=4, description="pixels of zero padding before a random crop back to size; 0: no crop"
+    )
+    flip: bool = Field(default=True, description="flip randomly from left to right")
+    cutout: NonNegative = Field(default=0, description="side of the zeroed square in pixels; 0: none")
+    resized_crop: bool = Field(default=False, description="crop a random area and aspect ratio, for larger images")
 
 
 class Data(Section):
-    """Names a dataset (digits | cifar10 | cifar100 | fashion-mnist | folder) and how to load it."""
+    """Names a dataset and how to load it."""
 
-    name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder"]
-    root: Path = Path("data")
-    batch: Positive = 128
-    validation: float = Field(default=0.1, ge=0, lt=1)  # fraction of the training images held out for all decisions
-    augment: Augment = Augment()
-    mean: tuple[float, ...] | None = None  # per channel, of pixels in [0, 1]; default: of the dataset
-    std: tuple[Annotated[float, Field(gt=0)], ...] | None = None
-    workers: NonNegative = 2  # number of processes that decode images which do not fit in memory
-    memory_limit: Positive = 2**31  # bytes of decoded images kept in memory; larger folders are streamed
-    max_corrupt: NonNegative = 0  # folder: maximum number of unreadable images to skip
-    download: bool = True
-    limit: Positive | None = None  # use only this many training images (a seeded subset)
-    labels: bool = True  # false: accept any folder of images; train nothing, measure no accuracy
-
-
-def parse_sparsities(value: object) -> object:
-    return value if isinstance(value, list | tuple) else [value]
-
-
-Sparsity = Annotated[float, Field(gt=0, lt=1)]
-Sparsities = Annotated[tuple[Sparsity, ...], BeforeValidator(parse_sparsities), Field(min_length=1, max_length=20)]
+    name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder"] = Field(
+        description="folder for your own images, or a dataset known by name"
+    )
+    root: Path = Field(
+        default=Path("data"), description="folder of the images, or where a known dataset is downloaded to"
+    )
+    batch: Positive = Field(default=128, description="images per optimizer step, over all processes together")
+    validation: float = Field(
+        default=0.1, ge=0, lt=1, description="fraction of the training images held out for all decisions"
+    )
+    augment: Augment = Field(default=Augment(), description="random changes of training images")
+    mean: tuple[float, ...] | None = Field(
+        default=None, description="per channel, of pixels in [0, 1]; null: of the dataset (folders: ImageNet's)"
+    )
+    std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(default=None, description="per channel, as mean")
+    workers: NonNegative = Field(default=2, description="processes that decode images which do not fit in memory")
+    memory_limit: Positive = Field(
+        default=2**31, description="bytes of decoded images kept in memory; larger folders stream"
+    )
+    max_corrupt: NonNegative = Field(default=0, description="folder: unreadable images to skip before the run stops")
+    download: bool = Field(default=True, description="download a known dataset that is not in root")
+    limit: Positive | None = Field(
+        default=None, description="use only this many training images, a seeded subset; null: all"
+    )
+    labels: bool = Field(default=True, description="false: any folder of images will do; nothing is trained or scored")
 
 
 class Target(Section):
@@ -104,10 +88,14 @@ class Target(Section):
     give `sparsity`: the share of weights to cut, or several shares of which training aims at the first.
     """
 
-    macs: Amount | None = None
-    params: Amount | None = None
-    channels: Amount | None = None
-    sparsity: Sparsities | None = None
+    macs: Amount | None = Field(
+        default=None, description="multiply-accumulates to keep: a fraction, or an absolute like 60M"
+    )
+    params: Amount | None = Field(default=None, description="parameters to keep: a fraction, or an absolute like 2M")
+    channels: Amount | None = Field(default=None, description="units to keep: a fraction, or an absolute number")
+    sparsity: Sparsities | None = Field(
+        default=None, description="on-the-fly: the share of weights to cut, or several; training aims at the first"
+    )
 
     @model_validator(mode="after")
     def _is_one(self) -> "Target":
@@ -128,64 +116,52 @@ class Target(Section):
         return amount
 
 
-class Otov2(Section):
-    """Configures the base `otov2`. `amplify` and `ceiling` default to the reference's values for the optimizer."""
-
-    variant: Literal["dhspg", "hesso"] = "dhspg"
-    strength: float | None = Field(default=None, gt=0, le=1e4)  # of the penalty; default: from the round's length
-    amplify: float | None = Field(default=None, gt=0, le=1e6)  # × the penalty a growing unit needs; default: 2 or 20
-    ceiling: float | None = Field(default=None, ge=1, le=1e9)  # largest penalty / `strength`; default: 10 or 1000
-    epsilon: float = Field(default=0.95, ge=0, lt=1)  # project a unit if less than this is left along its direction
-    tolerance: Fraction = 0.05  # fraction of all units to mark beyond what the target needs
-
-
-class Gates(Section):
-    """Configures the base `gate-decorator`. `prune.rounds` is the number of ticks; `train` describes one tock."""
-
-    tick_epochs: Positive = 1
-    tick_lr: LearningRate = 1e-3
-    ticks_per_tock: Positive = 10
-    strength: float = Field(default=1e-3, ge=0, le=100)  # of the L1 penalty on gates during tocks
-    fraction: float | None = Field(default=None, gt=0, lt=1)  # of gates per tick; default: equal shares of the target
-
-
-class OnTheFly(Section):
-    """Configures the base `on-the-fly`, which cuts single weights. `prune.keep` names the layers to spare."""
-
-    penalty: Literal["ternary-cosine", "tail-energy"] = "ternary-cosine"
-    strength: float = Field(default=2.0, ge=0, le=100)  # of the penalty, summed over the layers
-    per: Literal["filter", "layer"] = "filter"  # which weights share a sphere and a mean
-    keep_first: bool = True  # do not cut the first convolution
-    threshold: float | None = Field(default=None, gt=0, le=100)  # cut weights below threshold × RMS, not to a share
-    recover: Literal["none", "mean", "signed-mean", "split-mean"] = "split-mean"  # what replaces cut weights
-
-
 class Prune(Section):
     """Sets which units are removed, and when."""
 
-    base: Literal["depgraph", "otov2", "gate-decorator", "on-the-fly"] = "depgraph"
-    importance: Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"] = "group-norm"  # depgraph
-    observe_steps: Positive = 50  # taylor, mixed: training steps to average over
-    penalty: Literal["group-norm", "slimming", "growing", "channel-polar"] = (
-        "group-norm"  # depgraph: during sparse learning
+    base: Literal["depgraph", "otov2", "gate-decorator", "on-the-fly"] = Field(
+        default="depgraph", description="the base pruner, which says which units are redundant"
     )
-    otov2: Otov2 = Otov2()
-    gates: Gates = Gates()
-    on_the_fly: OnTheFly = OnTheFly()
-    target: Target
-    rounds: Annotated[int, Field(ge=1, le=10_000)] = 5
-    start: Fraction = 0.0  # fraction of the train stage at which the first round starts
-    end: Fraction = 0.5  # fraction of the train stage at which the last planned round is finished
-    round_to: Step = "auto"  # surviving widths are multiples of this; auto means 8, or less if the target needs it
-    min_keep: Fraction = 0.1  # fraction of every group that must stay; at least one unit
-    keep: tuple[str, ...] = ()  # layers that keep all outputs: names or patterns such as "layer4.*"
-    embedding: Literal["keep", "prune"] = "keep"  # transformers: the width of the tokens in all blocks
-    normalizer: Literal["mean", "max"] | None = None  # of importances; default: max with sparse learning, else mean
-    sparse_epochs: NonNegative = 0  # epochs of sparse learning before the first round
-    sparse_strength: float = Field(default=5e-4, ge=0, le=100)
-    sparse_growth: float = Field(default=1e-5, ge=0, le=100)  # penalty growing: added to the strength per epoch
-    sparse_lr: LearningRate = 0.01
-    max_drop: float | None = Field(default=None, ge=0, le=100)  # points of validation accuracy; default: no floor
+    importance: Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"] = Field(
+        default="group-norm", description="depgraph: what units are ranked by"
+    )
+    observe_steps: Positive = Field(default=50, description="taylor, mixed: training steps to average over")
+    penalty: Literal["group-norm", "slimming", "growing", "channel-polar"] = Field(
+        default="group-norm", description="depgraph: what pulls on weak units during sparse learning"
+    )
+    otov2: Otov2 = Field(default=Otov2(), description="settings of the base otov2")
+    gates: Gates = Field(default=Gates(), description="settings of the base gate-decorator")
+    on_the_fly: OnTheFly = Field(default=OnTheFly(), description="settings of the base on-the-fly")
+    target: Target = Field(description="how small the model must become; give exactly one")
+    rounds: Annotated[int, Field(ge=1, le=10_000)] = Field(default=5, description="in how many rounds units are chosen")
+    start: Fraction = Field(default=0.0, description="fraction of the train stage at which the first round starts")
+    end: Fraction = Field(
+        default=0.5, description="fraction of the train stage at which the last planned round is finished"
+    )
+    round_to: Step = Field(
+        default="auto", description="widths stay multiples of this; auto: 8, or less if the target needs it"
+    )
+    min_keep: Fraction = Field(
+        default=0.1, description="fraction of every group that must stay; at least one unit does"
+    )
+    keep: tuple[str, ...] = Field(
+        default=(), description="layers that keep all outputs: names or patterns such as layer4.*"
+    )
+    embedding: Literal["keep", "prune"] = Field(
+        default="keep", description="transformers: whether the width of the tokens shrinks in all blocks"
+    )
+    normalizer: Literal["mean", "max"] | None = Field(
+        default=None, description="of importances within a group; null: max with sparse learning, else mean"
+    )
+    sparse_epochs: NonNegative = Field(default=0, description="epochs of sparse learning before the first round")
+    sparse_strength: float = Field(default=5e-4, ge=0, le=100, description="of the penalty during sparse learning")
+    sparse_growth: float = Field(
+        default=1e-5, ge=0, le=100, description="penalty growing: added to the strength every epoch"
+    )
+    sparse_lr: LearningRate = Field(default=0.01, description="learning rate of sparse learning")
+    max_drop: float | None = Field(
+        default=None, ge=0, le=100, description="points of validation accuracy that pruning may cost; null: no floor"
+    )
 
     @model_validator(mode="after")
     def _means_something_to_its_base(self) -> "Prune":
@@ -210,15 +186,21 @@ class Prune(Section):
 class Rectify(Section):
     """Sets when a decaying unit is released. The paper names the criteria; the formulas are ours."""
 
-    # significance: `rate` counts standard errors of the mean outward direction over the decay so far
-    criterion: Literal["significance", "cosine", "norm_per_update", "norm_per_decay", "norm_relative"] = "significance"
-    rate: float = 2.0  # T_rate; default for the other criteria: 0.2
-    length: float = 1.0  # T_len
-    combine: Literal["and", "or"] = "and"
-    smoothing: float = Field(default=0.9, ge=0, lt=1)  # of both criteria over the steps; 0 judges each step alone
-    start: Fraction = 0.3  # fraction of the decay before which no unit is judged
-    hits: Positive = 1  # number of consecutive steps for which the criteria must hold
-    limit: NonNegative = 1  # maximum number of releases per unit
+    criterion: Literal["significance", "cosine", "norm_per_update", "norm_per_decay", "norm_relative"] = Field(
+        default="significance", description="how training's wish to keep a unit is measured"
+    )
+    rate: float = Field(
+        default=2.0,
+        description="T_rate: significance counts standard errors of the mean outward direction; others: 0.2",
+    )
+    length: float = Field(default=1.0, description="T_len: gradient length / its mean over the group")
+    combine: Literal["and", "or"] = Field(default="and", description="whether rate and length must both be exceeded")
+    smoothing: float = Field(
+        default=0.9, ge=0, lt=1, description="of both criteria over the steps; 0 judges each step alone"
+    )
+    start: Fraction = Field(default=0.3, description="fraction of the decay before which no unit is judged")
+    hits: Positive = Field(default=1, description="consecutive steps for which the criteria must hold")
+    limit: NonNegative = Field(default=1, description="releases per unit at most")
 
     @model_validator(mode="before")
     @classmethod
@@ -232,11 +214,15 @@ class Rectify(Section):
 class Decay(Section):
     """Configures Smooth Pruning. With `steps: 1` and `rectify: false` only the base pruner acts."""
 
-    steps: Positive = 200  # optimizer steps until a unit is zero
-    envelope: Literal["exact", "shrink-only", "multiplicative"] = "exact"  # multiplicative: HESSO's
-    rectify: Rectify | None = Rectify()
+    steps: Positive = Field(default=200, description="optimizer steps until a chosen unit is zero; 1 cuts at once")
+    envelope: Literal["exact", "shrink-only", "multiplicative"] = Field(
+        default="exact", description="how the norm of a unit is held to its decay; multiplicative is HESSO's"
+    )
+    rectify: Rectify | None = Field(
+        default=Rectify(), description="when training wins a decaying unit back; false: never"
+    )
 
-    @field_validator("rectify", mode="before")
+    @field_validator("rectify", mode="before", json_schema_input_type=Rectify | bool | None)
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         return None if value is False else {} if value is True else value
@@ -245,29 +231,37 @@ class Decay(Section):
 class Compact(Section):
     """Sets what happens to the mean outputs of units that are cut at once instead of decaying."""
 
-    fold_mean: bool | None = None  # into the layers that read them; default: when no training follows
-    fold_batches: Positive = 20  # training batches to measure the means on; no labels are needed
+    fold_mean: bool | None = Field(
+        default=None, description="fold them into the layers that read them; null: when no training follows"
+    )
+    fold_batches: Positive = Field(
+        default=20, description="training batches to measure the means on; no labels are needed"
+    )
 
 
 class Training(Section):
     """Configures one stage of training."""
 
-    epochs: NonNegative = 20
-    optimizer: Literal["sgd", "adam", "adamw"] = "sgd"
-    lr: LearningRate = 0.05
-    momentum: float = Field(default=0.9, ge=0, lt=1)  # sgd
-    nesterov: bool = False
-    schedule: Literal["cosine", "step", "multistep", "triangular", "constant"] = "cosine"
-    milestones: tuple[Fraction, ...] = (0.6, 0.8)  # multistep: fractions of the stage
-    step_size: Positive = 30  # step: epochs
-    gamma: float = Field(default=0.1, gt=0, le=1)  # step, multistep
-    warmup_epochs: float = Field(default=0, ge=0)
-    weight_decay: float = Field(default=5e-4, ge=0)
-    label_smoothing: float = Field(default=0, ge=0, lt=1)
-    mixup: float = Field(default=0, ge=0)  # alpha of the Beta distribution; 0 turns it off
-    clip_grad: float | None = Field(default=None, gt=0)  # global L2 norm
-    distill: Fraction = 0.0  # weight of the dense model's softened outputs in the loss
-    temperature: float = Field(default=4.0, gt=0)  # of distillation
+    epochs: NonNegative = Field(default=20, description="passes over the training images; 0 leaves the stage out")
+    optimizer: Literal["sgd", "adam", "adamw"] = Field(default="sgd", description="what takes the steps")
+    lr: LearningRate = Field(default=0.05, description="learning rate at its highest")
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="of the optimizer sgd")
+    nesterov: bool = Field(default=False, description="Nesterov's momentum, for sgd")
+    schedule: Literal["cosine", "step", "multistep", "triangular", "constant"] = Field(
+        default="cosine", description="how the learning rate changes over the stage"
+    )
+    milestones: tuple[Fraction, ...] = Field(
+        default=(0.6, 0.8), description="multistep: fractions of the stage at which the rate falls"
+    )
+    step_size: Positive = Field(default=30, description="step: epochs between two falls of the rate")
+    gamma: float = Field(default=0.1, gt=0, le=1, description="step, multistep: what the rate is multiplied by")
+    warmup_epochs: float = Field(default=0, ge=0, description="epochs in which the rate rises from zero")
+    weight_decay: float = Field(default=5e-4, ge=0, description="L2 penalty of the optimizer")
+    label_smoothing: float = Field(default=0, ge=0, lt=1, description="share of the label spread over all classes")
+    mixup: float = Field(default=0, ge=0, description="alpha of the Beta distribution that blends images; 0: no mixup")
+    clip_grad: float | None = Field(default=None, gt=0, description="largest L2 norm of all gradients; null: no limit")
+    distill: Fraction = Field(default=0.0, description="weight of the dense model's softened outputs in the loss")
+    temperature: float = Field(default=4.0, gt=0, description="of distillation")
 
     @model_validator(mode="after")
     def _has_room(self) -> "Training":
@@ -279,7 +273,7 @@ class Training(Section):
 class Checkpoint(Section):
     """Sets how much work an interruption may lose."""
 
-    every: Positive = 500  # steps between checkpoints
+    every: Positive = Field(default=500, description="steps between checkpoints")
 
 
 def default_decay(base: object, decay: dict[str, Any]) -> dict[str, Any]:

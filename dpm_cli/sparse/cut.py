@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from dpm_cli.models.packed import count_packed_bytes
-from dpm_cli.recipe.sections import OnTheFly
+from dpm_cli.recipe.bases import OnTheFly
 from dpm_cli.report import SparsityReport
 from dpm_cli.sparse.on_the_fly import cut_, measure_sparsity
 from dpm_cli.sparse.polarise import Recovery

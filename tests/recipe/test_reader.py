@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from dpm_cli.errors import RecipeError
 from dpm_cli.method.pruners import make_base
 from dpm_cli.recipe import Recipe, dump_recipe, hash_recipe, load_recipe, parse_recipe, shipped_recipes
-from dpm_cli.recipe.sections import Decay, Rectify, parse_amount
+from dpm_cli.recipe.sections import Decay, Rectify
 from dpm_cli.recipe.stages import Stage, number_epochs
+from dpm_cli.recipe.values import parse_amount
 
 SMALLEST: dict[str, Any] = {"model": {"arch": "digits"}, "data": {"name": "digits"}, "prune": {"target": {"macs": 0.5}}}
 

@@ -1,0 +1,52 @@
+"""Define the values that settings take: ranges of numbers, amounts such as "60M", and the base of all sections."""
+
+import math
+import re
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
+
+
+class Section(BaseModel):
+    """All sections derive from this. Unknown keys are errors, and settings never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def parse_amount(value: object) -> float:
+    """Read a kept fraction in (0, 1) or an absolute number such as 60000000, "60M" or "1.2G"."""
+    if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGBkmgb]?)\s*", value)):
+        value = float(match[1]) * SUFFIXES.get(match[2].upper(), 1)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ValueError("must be a fraction to keep such as 0.47, or an absolute such as 60M")
+    if 1 <= value < 2:
+        raise ValueError(f"{value} keeps everything: a fraction to keep lies below 1, an absolute is 2 or more")
+    return float(value)
+
+
+def parse_step(value: object) -> object:
+    if value == "auto" or (type(value) is int and 1 <= value <= 10**6):
+        return value
+    raise ValueError("must be a number of channels such as 8, or auto")
+
+
+def parse_sparsities(value: object) -> object:
+    return value if isinstance(value, list | tuple) else [value]
+
+
+Fraction = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[int, Field(ge=1, le=10**12)]
+NonNegative = Annotated[int, Field(ge=0, le=10**12)]
+Side = Annotated[int, Field(ge=1, le=8192)]
+LearningRate = Annotated[float, Field(gt=0, le=100)]
+ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
+Amount = Annotated[float, BeforeValidator(parse_amount, json_schema_input_type=float | str)]
+Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step, json_schema_input_type=int | Literal["auto"])]
+Sparsity = Annotated[float, Field(gt=0, lt=1)]
+Sparsities = Annotated[
+    tuple[Sparsity, ...],
+    BeforeValidator(parse_sparsities, json_schema_input_type=Sparsity | tuple[Sparsity, ...]),
+    Field(min_length=1, max_length=20),
+]
