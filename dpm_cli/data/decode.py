@@ -16,11 +16,12 @@ from torch.utils.data import DataLoader, Dataset
 from dpm_cli.data.augment import find_boxes
 from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.errors import DataError, flatten
-from dpm_cli.layers.images import Shape
+from dpm_cli.layers.images import Framing
 
 Pixels = NDArray[np.uint8]
 
 WORTH_WORKERS = 16 << 20  # bytes of image files; below, starting processes takes longer than decoding
+LONGEST = 64  # times its short side
 CHUNK = 256  # images that a worker hands over at once
 MODES = {1: "L", 3: "RGB"}
 
@@ -38,27 +39,50 @@ def open_image(path: str, channels: int) -> Image.Image:
     return decoded
 
 
-def decode(path: str, shape: Shape, box: Tensor | None = None) -> Pixels:
-    """Decode an image file to (C, H, W): scale its short side and crop the centre, or cut out what `box` draws.
+def frame_image(image: Image.Image, framing: Framing) -> Image.Image:
+    """Bring a picture to the size of a model's input. With `resize`, pixel for pixel what torchvision does."""
+    _, height, width = framing.shape
+    if framing.resize is not None:
+        image = _scale_short_side(image, framing.resize)
+        left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+        return image.crop((left, top, left + width, top + height))
+    if image.size == (width, height):
+        return image
+    if framing.crop == "none":
+        return image.resize((width, height), Image.Resampling.BILINEAR)
+    return ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+
+
+def _scale_short_side(image: Image.Image, pixels: int) -> Image.Image:
+    short = min(image.size)
+    if max(image.size) > LONGEST * short:  # only the centre is wanted, and a line of pixels would fill the memory
+        image = ImageOps.fit(image, (min(image.width, LONGEST * short), min(image.height, LONGEST * short)))
+    long = int(pixels * max(image.size) / short)
+    size = (pixels, long) if image.width <= image.height else (long, pixels)
+    return image.resize(size, Image.Resampling.BILINEAR)
+
+
+def decode(path: str, framing: Framing, box: Tensor | None = None) -> Pixels:
+    """Decode an image file to (C, H, W): bring it to the input's size, or cut out what `box` draws.
 
     `box` (4,) holds the draws of a resized crop; it is cut from the full size, so no detail is lost before.
     """
-    channels, height, width = shape
+    channels, height, width = framing.shape
     image = open_image(path, channels)
     if box is not None:
         top, left, tall, wide = find_boxes(box[None], image.height, image.width)[0].tolist()
         # float32 may reach over the border by a rounding error, which PIL refuses
         part = (left, top, min(left + wide, image.width), min(top + tall, image.height))
         image = image.resize((width, height), Image.Resampling.BILINEAR, box=part)
-    elif image.size != (width, height):
-        image = ImageOps.fit(image, (width, height), Image.Resampling.BILINEAR)
+    else:
+        image = frame_image(image, framing)
     pixels: Pixels = np.asarray(image)
     return pixels[None] if channels == 1 else pixels.transpose(2, 0, 1)
 
 
 def decode_batches(
     paths: Sequence[str],
-    shape: Shape,
+    framing: Framing,
     batches: list[list[int]],
     *,
     workers: int,
@@ -73,7 +97,7 @@ def decode_batches(
     `corrupt` has reached its limit. If a worker dies, torch raises a RuntimeError anywhere in this process.
     """
     loader: DataLoader[Any] = DataLoader(
-        _Files(paths, shape, boxes),
+        _Files(paths, framing, boxes),
         batch_sampler=batches,
         num_workers=min(workers, _count_cores(), len(batches)),
         collate_fn=_stack,
@@ -87,18 +111,18 @@ def decode_batches(
 
 
 def decode_all(
-    paths: Sequence[str], shape: Shape, *, workers: int, encoded_bytes: int, corrupt: Corrupt
+    paths: Sequence[str], framing: Framing, *, workers: int, encoded_bytes: int, corrupt: Corrupt
 ) -> tuple[Pixels, list[int]]:
     """Decode all readable files to (N, C, H, W), and return their indexes too.
 
     encoded_bytes: of all files together. Raises DataError naming a file that cannot be read, if `corrupt` has reached
     its limit.
     """
-    pixels = np.empty((len(paths), *shape), dtype=np.uint8)
+    pixels = np.empty((len(paths), *framing.shape), dtype=np.uint8)
     chunks = [list(range(first, min(first + CHUNK, len(paths)))) for first in range(0, len(paths), CHUNK)]
     workers = workers if encoded_bytes >= WORTH_WORKERS else 0
     kept: list[int] = []
-    for decoded, indexes in decode_batches(paths, shape, chunks, workers=workers, corrupt=corrupt):
+    for decoded, indexes in decode_batches(paths, framing, chunks, workers=workers, corrupt=corrupt):
         pixels[len(kept) : len(kept) + len(indexes)] = decoded
         kept += indexes
     return pixels[: len(kept)], kept
@@ -113,12 +137,12 @@ def _leave_signals_to_the_run(worker: int) -> None:
 class _Files(Dataset[Pixels | DataError]):
     """Image files by index. Errors are returned, because torch would wrap a raised one in a worker's traceback."""
 
-    def __init__(self, paths: Sequence[str], shape: Shape, boxes: Tensor | None) -> None:
-        self.paths, self.shape, self.boxes = paths, shape, boxes
+    def __init__(self, paths: Sequence[str], framing: Framing, boxes: Tensor | None) -> None:
+        self.paths, self.framing, self.boxes = paths, framing, boxes
 
     def __getitem__(self, index: int) -> Pixels | DataError:
         try:
-            return decode(self.paths[index], self.shape, None if self.boxes is None else self.boxes[index])
+            return decode(self.paths[index], self.framing, None if self.boxes is None else self.boxes[index])
         except DataError as error:
             return error
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from dpm_cli.errors import DataError, listing
-from dpm_cli.layers.images import Shape
+from dpm_cli.layers.images import Framing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
 LAYOUT = "<class>/*.jpg"
@@ -60,9 +60,9 @@ class Listing:
             text.update(repr((entry.name, entry.size, entry.label)).encode())
         return f"{len(self)} images, {text.hexdigest()[:16]}"
 
-    def fingerprint(self, shape: Shape) -> str:
-        """Return a key that changes with any file's name, size or time, with the folder and with the decoded shape."""
-        text = hashlib.blake2b(repr((1, str(self.folder.resolve()), shape)).encode(), digest_size=16)
+    def fingerprint(self, framing: Framing) -> str:
+        """Return a key that changes with any file's name, size or time, with the folder and with what is decoded."""
+        text = hashlib.blake2b(repr((2, str(self.folder.resolve()), framing)).encode(), digest_size=16)
         for entry in self.entries:
             text.update(repr((entry.name, entry.size, entry.modified)).encode())
         return text.hexdigest()

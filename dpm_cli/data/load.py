@@ -19,7 +19,7 @@ from dpm_cli.data.randomness import generator
 from dpm_cli.data.splits import Images, Splits
 from dpm_cli.data.streamed import Streamed
 from dpm_cli.errors import DataError
-from dpm_cli.layers.images import Shape
+from dpm_cli.layers.images import Crop, Framing, Shape
 
 STATISTICS = {  # mean and std of pixels in [0, 1]
     "digits": (digits.MEAN, digits.STD),
@@ -45,6 +45,8 @@ def load_data(
     device: torch.device | str,
     max_corrupt: int = 0,
     labels: bool = True,
+    resize: int | None = None,
+    crop: Crop = "center",
 ) -> Splits:
     """Load digits, cifar10, cifar100, fashion-mnist or an image folder, fitted to a model's input `shape`.
 
@@ -52,7 +54,7 @@ def load_data(
     depend on the seed. limit: the number of training images to keep before that. mean, std: replace the dataset's own.
     memory_limit: bytes; images are kept as uint8 on the device, but `workers` processes stream a folder that is larger.
     max_corrupt: the number of unreadable images of a folder to leave out. labels: without them a folder needs no class
-    folders, and its test split is empty.
+    folders, and its test split is empty. resize, crop: how image files are brought to `shape`, see `Framing`.
     Raises DataError for data that is absent, damaged, too large, or does not fit `shape` and `classes`.
 
         splits = load_data(
@@ -61,16 +63,16 @@ def load_data(
         )
     """
     mean, std = _choose_statistics(name, shape, mean, std)
+    framing = _frame(name, shape, resize, crop)
     source = _find(name, Path(root).expanduser(), classes, download, labels)
     chosen = source.train.select(choose(len(source.train), limit, seed))
     fits = _fits_memory(name, len(chosen) + len(source.test), shape, memory_limit)
     corrupt = Corrupt(max_corrupt)
     train, test = (
-        _open(part, shape, torch.tensor(mean), torch.tensor(std), workers=workers, in_memory=fits, corrupt=corrupt)
+        _open(part, framing, torch.tensor(mean), torch.tensor(std), workers=workers, in_memory=fits, corrupt=corrupt)
         for part in (chosen, source.test)
     )
     train_index, validation_index = hold_out(len(train), validation, seed)
-    fingerprints = {"training images": _digest(train, chosen), "test images": _digest(test, source.test)}
     device = torch.device(device)
     return Splits(
         train=train.select(train_index).to(device),
@@ -83,7 +85,7 @@ def load_data(
         std=std,
         labelled=labels,
         test_held_out=source.test_held_out,
-        fingerprints=fingerprints,
+        fingerprints={"training images": _digest(train, chosen), "test images": _digest(test, source.test)},
         corrupt=corrupt,
     )
 
@@ -102,6 +104,14 @@ def _choose_statistics(
         fit_statistics(own_mean, shape[0]) if mean is None else mean,
         fit_statistics(own_std, shape[0]) if std is None else std,
     )
+
+
+def _frame(name: str, shape: Shape, resize: int | None, crop: Crop) -> Framing:
+    """Say how pictures are brought to the size of the input. Raises DataError for a dataset that has no files."""
+    framing = Framing(shape, resize, crop)
+    if not framing.is_usual and name in (*KNOWN, "digits"):
+        raise DataError(f"data.resize and data.crop are for image files; leave them out for {name}")
+    return framing
 
 
 def _fits_memory(name: str, count: int, shape: Shape, memory_limit: int) -> bool:
@@ -174,7 +184,7 @@ def _digest(opened: Images | Streamed, part: Arrays | Listing) -> str:
 
 def _open(
     part: Arrays | Listing,
-    shape: Shape,
+    framing: Framing,
     mean: Tensor,
     std: Tensor,
     *,
@@ -184,13 +194,15 @@ def _open(
 ) -> Images | Streamed:
     """Fit arrays, stream files, or decode them into memory, from the cache if they were decoded before."""
     if isinstance(part, Arrays):
-        return Images(fit_pixels(part.pixels, shape), part.labels, mean, std)
+        return Images(fit_pixels(part.pixels, framing.shape), part.labels, mean, std)
     if not in_memory:
-        return Streamed(part.paths, part.labels, shape, mean, std, workers, corrupt)
-    key = part.fingerprint(shape)
-    pixels = find_cached(key, (len(part), *shape))
+        return Streamed(part.paths, part.labels, framing, mean, std, workers, corrupt)
+    key = part.fingerprint(framing)
+    pixels = find_cached(key, (len(part), *framing.shape))
     if pixels is None:
-        pixels, kept = decode_all(part.paths, shape, workers=workers, encoded_bytes=part.encoded_bytes, corrupt=corrupt)
+        pixels, kept = decode_all(
+            part.paths, framing, workers=workers, encoded_bytes=part.encoded_bytes, corrupt=corrupt
+        )
         if len(kept) == len(part):  # else the next run would not know which are left out
             cache(key, pixels)
         part = part.select(torch.tensor(kept, dtype=torch.int64))

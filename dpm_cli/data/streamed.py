@@ -11,7 +11,7 @@ from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.decode import decode_batches
 from dpm_cli.data.splits import Batch, Share, split_order
 from dpm_cli.errors import DataError
-from dpm_cli.layers.images import Shape
+from dpm_cli.layers.images import Framing
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,7 @@ class Streamed:
 
     paths: tuple[str, ...]  # N image files
     labels: Tensor  # (N,) int64, on the device that gets the batches
-    shape: Shape
+    framing: Framing
     mean: Tensor  # (C,) of pixels in [0, 1], on the device
     std: Tensor  # (C,)
     workers: int  # decoding processes; 0 decodes in this one
@@ -44,7 +44,7 @@ class Streamed:
 
         Raises DataError while iterating, naming the image that exceeds the limit.
         """
-        _, height, width = self.shape
+        _, height, width = self.framing.shape
         order, draws = torch.arange(len(self)), Draws(None, None, None, None)
         if augment is not None:
             order, draws = draw_epoch(len(self), augment, height=height, width=width, seed=seed, epoch=epoch)
@@ -55,7 +55,7 @@ class Streamed:
         device = self.labels.device
         indexes = [part.tolist() for part in parts]
         arrays = decode_batches(
-            self.paths, self.shape, indexes, workers=self.workers, corrupt=self.corrupt, boxes=draws.box
+            self.paths, self.framing, indexes, workers=self.workers, corrupt=self.corrupt, boxes=draws.box
         )
         draws = replace(draws, box=None).to(device)  # the workers have done the boxes
         for array, kept in arrays:

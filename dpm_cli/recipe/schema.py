@@ -60,6 +60,15 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _fills_its_input(self) -> "Recipe":
+        side = max(self.model.input[1:])
+        if self.data.resize is not None and self.data.crop == "none":
+            raise ValueError("data.resize comes before a crop, but data.crop is none: leave one of them out")
+        if self.data.resize is not None and self.data.resize < side:
+            raise ValueError(f"data.resize is {self.data.resize}, less than the {side} pixels of model.input: raise it")
+        return self
+
+    @model_validator(mode="after")
     def _ends_with_the_cut(self) -> "Recipe":
         if self.cuts_weights and self.finetune.epochs:
             raise ValueError("base on-the-fly cuts weights after all training: set finetune.epochs: 0")

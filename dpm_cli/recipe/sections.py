@@ -69,6 +69,14 @@ class Data(Section):
         default=None, description="per channel, of pixels in [0, 1]; null: of the dataset (folders: ImageNet's)"
     )
     std: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(default=None, description="per channel, as mean")
+    resize: Side | None = Field(
+        default=None,
+        description="scale the short side of images to this before cropping, as torchvision (256 for an input of 224); "
+        "null: as small as covers the input",
+    )
+    crop: Literal["center", "none"] = Field(
+        default="center", description="none: squeeze whole images into the input, whatever their aspect"
+    )
     workers: NonNegative = Field(default=2, description="processes that decode images which do not fit in memory")
     memory_limit: Positive = Field(
         default=2**31, description="bytes of decoded images kept in memory; larger folders stream"

@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision.transforms import CenterCrop, Compose, Resize
 
 import dpm_cli.data.load as loading
 from dpm_cli.data import Augmentation, Images, Splits, Streamed
 from dpm_cli.data.decode import decode
 from dpm_cli.errors import DataError
+from dpm_cli.layers.images import Framing
 
 Load = Callable[..., Splits]
 
@@ -91,8 +93,53 @@ def test_image_is_scaled_by_its_short_side_and_cropped_at_the_centre(tmp_path: P
     stripes = np.zeros((10, 40, 3), dtype=np.uint8)
     stripes[:, 15:25] = 200  # the central square
     Image.fromarray(stripes).save(tmp_path / "wide.png")
-    assert (decode(str(tmp_path / "wide.png"), (3, 10, 10)) == 200).all()
-    assert decode(str(tmp_path / "wide.png"), (1, 5, 5)).shape == (1, 5, 5)
+    assert (decode(str(tmp_path / "wide.png"), Framing((3, 10, 10))) == 200).all()
+    assert decode(str(tmp_path / "wide.png"), Framing((1, 5, 5))).shape == (1, 5, 5)
+
+
+ODD_SIZES = [(61, 47), (47, 61), (224, 224), (333, 255), (300, 1000), (640, 479)]
+
+
+def save_noise(path: Path, size: tuple[int, int]) -> Path:
+    """size: width and height."""
+    pixels = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(path)
+    return path
+
+
+@pytest.mark.parametrize("size", ODD_SIZES, ids=str)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (3, 32, 24)], ids=str)
+def test_resize_is_that_of_torchvision(tmp_path: Path, size: tuple[int, int], shape: tuple[int, int, int]) -> None:
+    path = save_noise(tmp_path / "picture.png", size)
+    usual = Compose([Resize(36), CenterCrop(shape[1:])])(Image.open(path))
+    decoded = decode(str(path), Framing(shape, resize=36))
+    assert np.array_equal(decoded, np.asarray(usual).transpose(2, 0, 1))
+
+
+def test_resize_of_a_line_of_pixels_is_bounded(tmp_path: Path) -> None:
+    path = save_noise(tmp_path / "line.png", (1, 60_000))
+    assert decode(str(path), Framing((3, 32, 32), resize=4096)).shape == (3, 32, 32)
+
+
+def test_without_a_crop_the_whole_image_is_squeezed(tmp_path: Path) -> None:
+    halves = np.zeros((10, 40, 3), dtype=np.uint8)
+    halves[:, 20:] = 200
+    Image.fromarray(halves).save(tmp_path / "wide.png")
+    squeezed = decode(str(tmp_path / "wide.png"), Framing((3, 10, 10), crop="none"))
+    assert squeezed[0, :, 0].max() == 0
+    assert squeezed[0, :, -1].min() == 200
+
+
+def test_how_images_are_brought_to_size_changes_what_is_cached_and_streamed(load: Load, folder: Path) -> None:
+    usual, resized = load("folder", root=folder), load("folder", root=folder, resize=10)
+    streamed = load("folder", root=folder, resize=10, memory_limit=1)
+    assert isinstance(usual.test, Images)
+    assert isinstance(resized.test, Images)
+    assert not torch.equal(usual.test.pixels, resized.test.pixels)
+    (first, _), (second, _) = (
+        next(each.test.batches(4, seed=0, epoch=0, augment=None)) for each in (resized, streamed)
+    )
+    assert torch.equal(first, second)
 
 
 def test_second_start_reads_the_cache(load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -236,6 +236,14 @@ def test_settings_cannot_be_changed_after_loading() -> None:
 
 
 @pytest.mark.parametrize(
+    ("changes", "said"), [(["data.resize=30"], "less than the 32"), (["data.resize=40", "data.crop=none"], "leave one")]
+)
+def test_sizes_that_leave_a_part_of_the_input_empty_are_refused(changes: list[str], said: str) -> None:
+    (problem,) = problems_of(SMALLEST, *changes)
+    assert said in problem
+
+
+@pytest.mark.parametrize(
     ("text", "number"),
     [("60M", 6e7), ("1.5G", 1.5e9), ("2b", 2e9), (" 10 k ", 1e4), ("0.5", 0.5), (0.47, 0.47), (60_000, 6e4)],
 )
