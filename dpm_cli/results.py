@@ -137,10 +137,12 @@ class Inspected:
     planned: dict[str, int] | None = None  # None if the target cannot be met, like the widths
     widths: tuple[Width, ...] | None = None
     sensitivity: Sensitivity | None = None
+    code: dict[str, str] = field(default_factory=dict)  # setting -> code of the user's own that the recipe runs
 
     def to_dict(self) -> dict[str, Any]:
-        result = {
+        result: dict[str, Any] = {
             "arch": self.arch,
+            "code": self.code,
             "dense": self.dense,
             "round_to": self.round_to,
             "achievable": {kind: [self.lowest[kind], dense] for kind, dense in self.dense.items()},

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 import dpm_cli
-from dpm_cli.cli.options import AsJson, Device, Overrides, RecipeName, TrustPickle, collect_overrides
+from dpm_cli.cli.options import AsJson, Device, Overrides, RecipeName, Trust, collect_overrides
 from dpm_cli.cli.outcome import libraries_on_stderr, print_json
 
 
@@ -18,7 +18,7 @@ def evaluate(
     overrides: Overrides = None,
     batch: Annotated[int, typer.Option(metavar="N", help="Also measure latency of batches of N images.")] = 1,
     device: Device = "auto",
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Measure a dense, slim, TorchScript, ONNX or torch.export file.
@@ -27,7 +27,7 @@ def evaluate(
     """
     settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides))
     with libraries_on_stderr():
-        result = dpm_cli.evaluate(file, settings, device=device, trust_pickle=trust_pickle, latency_batch=batch)
+        result = dpm_cli.evaluate(file, settings, device=device, trust=trust, latency_batch=batch)
     if as_json:
         print_json(result.to_dict())
     else:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import dpm_cli
-from dpm_cli.cli.options import AsJson, Device, ModelFile, Overrides, RecipeName, TrustPickle, collect_overrides
+from dpm_cli.cli.options import AsJson, Device, ModelFile, Overrides, RecipeName, Trust, collect_overrides
 from dpm_cli.cli.outcome import flush, libraries_on_stderr, print_json
 from dpm_cli.errors import TargetError
 
@@ -25,7 +25,7 @@ def inspect(
         Path | None, typer.Option("--csv", metavar="FILE", help="Write the sensitivities there; implies --sensitivity.")
     ] = None,
     device: Device = "auto",
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Show the plan without training.
@@ -41,9 +41,7 @@ def inspect(
         require_writable(csv_file.parent)
     wanted = share if sensitivity or csv_file is not None else None
     with libraries_on_stderr():
-        plan = dpm_cli.inspect(
-            model, settings, sensitivity=wanted, images=images, device=device, trust_pickle=trust_pickle
-        )
+        plan = dpm_cli.inspect(model, settings, sensitivity=wanted, images=images, device=device, trust=trust)
     if csv_file is not None:
         assert plan.sensitivity is not None
         write_text_atomic(csv_file, sensitivities_as_csv(plan.sensitivity))

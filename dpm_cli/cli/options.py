@@ -20,9 +20,12 @@ OutputFolder = Annotated[
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is a GPU, otherwise the CPU), cpu, cuda or cuda:1.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="The seed, in place of the recipe's.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
-TrustPickle = Annotated[
+Trust = Annotated[
     bool,
-    typer.Option("--trust-pickle", help="Load a file that runs code: a pickled module, a .pt2. Only your own files!"),
+    typer.Option(
+        "--trust",
+        help="Allow files that can run code: pickled modules, .pt2, foreign TorchScript, recipes that name code.",
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]

@@ -18,7 +18,7 @@ from dpm_cli.cli.options import (
     Quiet,
     RecipeName,
     Seed,
-    TrustPickle,
+    Trust,
     collect_overrides,
 )
 from dpm_cli.cli.outcome import flush, print_json
@@ -37,7 +37,7 @@ def prune(
     seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of the output folder.")] = False,
     overwrite: Overwrite = False,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -64,7 +64,7 @@ def prune(
                     device=device,
                     resume=resume,
                     overwrite=overwrite,
-                    trust_pickle=trust_pickle,
+                    trust=trust,
                     on_event=stop.listening(tell),
                     should_stop=lambda: stop.is_wanted() and stop.exit_code,
                 )

@@ -17,13 +17,14 @@ def recipes(
 
     To make one your own: dpm recipes cifar10 > mine.yaml
     """
-    from dpm_cli.recipe import shipped_recipes
+    from dpm_cli.recipe import load_recipe, shipped_recipes
 
     shipped = shipped_recipes()
     if name is None:
         width = max(map(len, shipped), default=0)
         for each, path in shipped.items():
-            print(f"{each:<{width}}  {first_comment(path)}")
+            needs = " (names code to run: needs --trust)" if load_recipe(path).code else ""
+            print(f"{each:<{width}}  {first_comment(path)}{needs}")
         return
     stem = name.removesuffix(".yaml")
     if stem not in shipped:

@@ -90,6 +90,7 @@ def print_plan(plan: Inspected) -> None:
     print_detail(console, "target", wrap_words(_describe_target(plan.target), width))
     print_detail(console, "widths", [f"multiples of {plan.round_to}", *describe_widths(plan.widths or (), width)])
     print_detail(console, "kept", describe_kept(plan.kept, width))
+    print_detail(console, "code", [f"{setting}: {name}, which this recipe runs" for setting, name in plan.code.items()])
 
 
 def _group_table(plan: Inspected) -> Table:

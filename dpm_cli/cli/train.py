@@ -15,7 +15,7 @@ from dpm_cli.cli.options import (
     Quiet,
     RecipeName,
     Seed,
-    TrustPickle,
+    Trust,
     collect_overrides,
 )
 from dpm_cli.cli.outcome import print_json
@@ -38,7 +38,7 @@ def train(
     seed: Seed = None,
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished training of FILE.")] = False,
     overwrite: Overwrite = False,
-    trust_pickle: TrustPickle = False,
+    trust: Trust = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -63,7 +63,7 @@ def train(
                 device=device,
                 resume=resume,
                 overwrite=overwrite,
-                trust_pickle=trust_pickle,
+                trust=trust,
                 on_event=stop.listening(tell),
                 should_stop=lambda: stop.is_wanted() and stop.exit_code,
             )

@@ -9,12 +9,12 @@ from dpm_cli.export import onnx, pt2, torchscript
 from dpm_cli.export.exported import ExportedModel
 
 
-def open_exported(path: str | Path, *, trust_pickle: bool = False) -> ExportedModel:
+def open_exported(path: str | Path, *, trust: bool = False) -> ExportedModel:
     """Open a TorchScript, ONNX or .pt2 file for running on the CPU. Raises ModelFileError for anything else.
 
     TorchScript and ONNX neither run Python nor unpickle, but both are programs: they call the operators that they name,
     and TorchScript has some that read and write files. Open what you would run. An archive of torch.export may hold
-    pickles, so it is refused without `trust_pickle`.
+    pickles, so it is refused without `trust`.
 
         model = open_exported("out/model.onnx")
         logits = model(torch.zeros(1, *model.shape))  # (1, classes)
@@ -35,10 +35,10 @@ def open_exported(path: str | Path, *, trust_pickle: bool = False) -> ExportedMo
         return torchscript.read(path)
     if not _is(pt2.is_torch_export, path):
         raise ModelFileError(f"{path} is an archive, but neither TorchScript nor torch.export; give a .ts or .pt2 file")
-    if not trust_pickle:
+    if not trust:
         raise ModelFileError(
             f"{path} is a torch.export archive, which may run code when it is opened: give the .ts or .onnx file, or "
-            "--trust-pickle if you trust whoever made it"
+            "--trust if you trust whoever made it"
         )
     return pt2.read(path)
 

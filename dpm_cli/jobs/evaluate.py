@@ -28,7 +28,7 @@ def evaluate(
     recipe: AnyRecipe,
     *,
     device: str = "auto",
-    trust_pickle: bool = False,
+    trust: bool = False,
     latency: bool = True,
     latency_batch: int = 1,
 ) -> Evaluated:
@@ -36,11 +36,11 @@ def evaluate(
 
     Latency is measured on the CPU for single images and, with `latency_batch`, also for batches of that size.
     """
-    recipe, path = resolve_recipe(recipe), Path(file)
+    recipe, path = resolve_recipe(recipe, trust=trust), Path(file)
     if latency_batch < 1:
         raise UsageError(f"the batch is {latency_batch}; at least one image is needed")
     with explaining_faults(recipe.data.batch):
-        exported = _open_exported(path, trust_pickle)
+        exported = _open_exported(path, trust)
         run: Run
         if exported:
             run, runtime = exported, {"onnx": "onnxruntime"}.get(exported.format, exported.format)
@@ -48,7 +48,7 @@ def evaluate(
             result = _score_exported(path, exported, recipe, splits)
         else:
             torch_device, spec = choose_device(device), recipe.model
-            loaded = load_model(path, arch=spec.arch, classes=spec.classes, shape=spec.input, trust_pickle=trust_pickle)
+            loaded = load_model(path, arch=spec.arch, classes=spec.classes, shape=spec.input, trust=trust)
             run, runtime = loaded.module, "torch"
             splits = load_splits(recipe, torch_device)
             result = _score_weights(path, loaded, recipe, splits, torch_device)
@@ -106,10 +106,10 @@ def _measure(run: Run, images: Tensor) -> Milliseconds:
     return Milliseconds(measured.median_ms, measured.low_ms, measured.high_ms)
 
 
-def _open_exported(path: Path, trust_pickle: bool) -> ExportedModel | None:
+def _open_exported(path: Path, trust: bool) -> ExportedModel | None:
     """Open a deployed file. Returns None if the file may hold weights instead."""
     try:
-        return open_exported(path, trust_pickle=trust_pickle)
+        return open_exported(path, trust=trust)
     except ModelFileError:
         if is_program(path):
             raise

@@ -20,7 +20,7 @@ def inspect(
     sensitivity: float | None = None,
     images: int = 1000,
     device: str = "auto",
-    trust_pickle: bool = False,
+    trust: bool = False,
 ) -> Inspected:
     """Plan without training: groups, layers that stay whole and why, achievable costs, and resulting widths.
 
@@ -28,16 +28,16 @@ def inspect(
     sensitivity: the share of its units that each group loses, one group at a time, while accuracy and loss are measured
     on `images` validation images. Without it nothing is measured, and `device` is not used.
     """
-    recipe = resolve_recipe(recipe)
+    recipe = resolve_recipe(recipe, trust=trust)
     if sensitivity is not None and not 0 < sensitivity < 1:
         raise UsageError(f"the share is {sensitivity:g}; it is a fraction of each group's units such as 0.5")
     if images < 1:
         raise UsageError(f"images is {images}; at least one is needed")
     if sensitivity is not None and not recipe.data.labels:
         raise UsageError("the sensitivity is measured with labels, but data.labels is false")
-    module, arch = load_module(model, recipe, trust_pickle)
+    module, arch = load_module(model, recipe, trust)
     plan = Plan(module, recipe)
-    result = plan.describe(arch)
+    result = replace(plan.describe(arch), code=recipe.code)
     if sensitivity is not None:
         torch_device = choose_device(device)
         splits = load_splits(recipe, torch_device)

@@ -23,7 +23,7 @@ from dpm_cli.models import apply_edits_, build, find_edits, load_model
 from dpm_cli.models.outputs import compare, find_failure, sample_images
 from dpm_cli.models.slim import TOLERANCE
 from dpm_cli.models.structure import named_tensors
-from dpm_cli.recipe import Recipe, load_recipe, parse_recipe
+from dpm_cli.recipe import Recipe, load_recipe, parse_recipe, require_trust
 from dpm_cli.tasks.classification import main_output
 
 T = TypeVar("T")
@@ -57,20 +57,24 @@ def load_splits(recipe: Recipe, device: torch.device) -> Splits:
     )
 
 
-def resolve_recipe(recipe: AnyRecipe) -> Recipe:
-    if isinstance(recipe, Recipe):
-        return recipe
-    return parse_recipe(dict(recipe)) if isinstance(recipe, Mapping) else load_recipe(recipe)
+def resolve_recipe(recipe: AnyRecipe, *, trust: bool) -> Recipe:
+    """Read and check a recipe. Raises RecipeError, also if it names code that would run without `trust`."""
+    if isinstance(recipe, Mapping):
+        recipe = parse_recipe(dict(recipe))
+    elif not isinstance(recipe, Recipe):
+        recipe = load_recipe(recipe)
+    require_trust(recipe, trust=trust)
+    return recipe
 
 
-def load_module(model: nn.Module | str | Path, recipe: Recipe, trust_pickle: bool) -> tuple[nn.Module, str | None]:
+def load_module(model: nn.Module | str | Path, recipe: Recipe, trust: bool) -> tuple[nn.Module, str | None]:
     """Load a module in eval mode on the CPU, with the recipe's architecture name if that builds it."""
     spec = recipe.model
     if isinstance(model, nn.Module):
         module = copy.deepcopy(model).cpu().float().eval()
         _require_usable(module, recipe)
         return module, spec.arch if _is_built_by(module, recipe) else None
-    loaded = load_model(model, arch=spec.arch, classes=spec.classes, shape=spec.input, trust_pickle=trust_pickle)
+    loaded = load_model(model, arch=spec.arch, classes=spec.classes, shape=spec.input, trust=trust)
     return loaded.module, spec.arch
 
 

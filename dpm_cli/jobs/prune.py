@@ -32,7 +32,7 @@ def prune(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
-    trust_pickle: bool = False,
+    trust: bool = False,
     on_event: OnEvent = None,
     should_stop: Callable[[], int] | None = None,
 ) -> Report:
@@ -47,13 +47,13 @@ def prune(
     Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError is
     raised after everything was written, and carries the report.
     """
-    recipe, folder = resolve_recipe(recipe), Path(output)
+    recipe, folder = resolve_recipe(recipe, trust=trust), Path(output)
     with join(device) as world:
         if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder / CHECKPOINT)):
             return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
         torch_device = choose_device(device)
         precision = choose_precision(recipe.precision, torch_device)
-        module, arch = load_module(model, recipe, trust_pickle)
+        module, arch = load_module(model, recipe, trust)
         # A run cannot be resumed with another batch size.
         with (
             explaining_faults(recipe.data.batch, " --overwrite"),

@@ -40,7 +40,7 @@ def train(
     device: str = "auto",
     resume: bool = False,
     overwrite: bool = False,
-    trust_pickle: bool = False,
+    trust: bool = False,
     on_event: OnEvent = None,
     should_stop: Callable[[], int] | None = None,
 ) -> Trained:
@@ -51,7 +51,7 @@ def train(
     Checkpoints are written beside `output`: model.checkpoint.pt. resume: continue from there, bit for bit on a CPU.
     should_stop and several processes: as for `prune`. Raises a DpmError.
     """
-    recipe, path = resolve_recipe(recipe), Path(output)
+    recipe, path = resolve_recipe(recipe, trust=trust), Path(output)
     if not recipe.data.labels:
         raise RecipeError("data.labels is false, but training needs labels: set it to true")
     with join(device) as world, explaining_faults(recipe.data.batch, " --overwrite"):  # not resumed with another batch
@@ -59,7 +59,7 @@ def train(
         precision = choose_precision(recipe.precision, torch_device)
         with _claimed(path, world, overwrite=overwrite, resume=resume):
             torch.manual_seed(recipe.seed)
-            module = _start_from(model, recipe, trust_pickle)
+            module = _start_from(model, recipe, trust)
             with world.main_first():
                 splits = load_splits(recipe, torch_device)
             stop = should_stop or (lambda: False)
@@ -149,11 +149,11 @@ class _Training:
         return shared
 
 
-def _start_from(model: str | Path | None, recipe: Recipe, trust_pickle: bool) -> nn.Module:
+def _start_from(model: str | Path | None, recipe: Recipe, trust: bool) -> nn.Module:
     spec = recipe.model
     if model is None:
         return build(spec.arch, classes=spec.classes, shape=spec.input)
-    return load_module(model, recipe, trust_pickle)[0]
+    return load_module(model, recipe, trust)[0]
 
 
 @contextlib.contextmanager

@@ -29,14 +29,14 @@ class Loaded:
     ignored: tuple[str, ...] = ()  # weights in the file that only training needs: auxiliary heads
 
 
-def load_model(path: str | Path, *, arch: str, classes: int, shape: Shape, trust_pickle: bool = False) -> Loaded:
+def load_model(path: str | Path, *, arch: str, classes: int, shape: Shape, trust: bool = False) -> Loaded:
     """Load a state dict, a .safetensors file, an earlier slim.pt or, trusted, a pickled module.
 
     Weights always go into a module built from `arch`, so what is pruned can be rebuilt later. Nothing in the file is
-    executed unless `trust_pickle`. Raises ModelFileError, or RecipeError if `arch` cannot be built.
+    executed unless `trust`. Raises ModelFileError, or RecipeError if `arch` cannot be built.
     """
     path = Path(path)
-    content = read_model_file(path, trust_pickle=trust_pickle)
+    content = read_model_file(path, trust=trust)
     if is_slim(content):
         return _load_earlier(parse_content(content, path), path, arch, classes, shape)
     weights = find_weights(content, path)

@@ -16,17 +16,17 @@ DAMAGED = "is truncated or damaged: copy or download it again"
 ALLOWED_IN_LEGACY = ("collections.OrderedDict", "torch._utils.", "torch.nn.parameter.Parameter", "torch.Size")
 
 
-def read_model_file(path: Path, *, trust_pickle: bool = False) -> Any:
+def read_model_file(path: Path, *, trust: bool = False) -> Any:
     """Read what the file holds: usually a dict of tensors, on the CPU. The tensors may be views of the file.
 
-    With `trust_pickle` the pickle inside may run any code. Raises ModelFileError.
+    With `trust` the pickle inside may run any code. Raises ModelFileError.
     """
     kind = recognise(path)
     if kind == "safetensors":
         return _read_safetensors(path)
     if kind == "torch":
         _require_sound_archive(path)
-    if trust_pickle:
+    if trust:
         return _unpickle(path)
     try:
         with warnings.catch_warnings(action="ignore"):  # about tensors of kinds that are refused later anyway
@@ -38,7 +38,7 @@ def read_model_file(path: Path, *, trust_pickle: bool = False) -> Any:
         raise ModelFileError(f"{path} {DAMAGED}")
     raise ModelFileError(
         f"{path} is a pickle that wants to run code ({listing(wanted, shown=5)}): {SAFE_WAY} with model.arch in the "
-        "recipe; --trust-pickle only if you trust whoever made it"
+        "recipe; --trust only if you trust whoever made it"
     )
 
 

@@ -17,7 +17,7 @@ from dpm_cli.layers.images import Shape
 from dpm_cli.models.packed import unpack
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
-from dpm_cli.models.zoo import is_own_code
+from dpm_cli.recipe import is_own_code
 from dpm_cli.recipe.sections import MAX_NUMBERS
 
 FORMAT = "dpm-slim"

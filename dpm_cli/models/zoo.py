@@ -49,12 +49,6 @@ def build(arch: str, *, classes: int, shape: Shape) -> nn.Module:
     return build_from_own_code(arch, classes=classes)
 
 
-def is_own_code(arch: str) -> bool:
-    """Tell whether building this architecture imports code that neither dpm nor one of its dependencies ships."""
-    source, colon, _ = arch.partition(":")
-    return bool(colon) and source not in ("torchvision", "timm")
-
-
 def auxiliary_heads(arch: str) -> tuple[str, ...]:
     """Return prefixes of weights that published files hold and `build` leaves out: heads that only training needs."""
     source, _, name = arch.partition(":")

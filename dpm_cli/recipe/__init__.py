@@ -1,5 +1,6 @@
 """Read and check recipes: YAML files that belong to the user."""
 
+from dpm_cli.recipe.code import is_own_code, require_trust
 from dpm_cli.recipe.reader import dump_recipe, hash_recipe, load_recipe, parse_recipe, shipped_recipes
 from dpm_cli.recipe.schema import Recipe
 from dpm_cli.recipe.sections import Training
@@ -12,7 +13,9 @@ __all__ = [
     "Training",
     "dump_recipe",
     "hash_recipe",
+    "is_own_code",
     "load_recipe",
     "parse_recipe",
+    "require_trust",
     "shipped_recipes",
 ]

@@ -53,9 +53,11 @@ def parse_recipe(values: object, overrides: Sequence[str] = (), *, name: str = "
     for override in overrides:
         values = _override(values, override)
     try:
-        return Recipe.model_validate(values)
+        recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError([f"{name}: {problem}" for problem in explain(error, Recipe)]) from None
+    recipe._typed = frozenset(override.partition("=")[0].strip() for override in overrides)
+    return recipe
 
 
 def hash_recipe(recipe: Recipe) -> str:

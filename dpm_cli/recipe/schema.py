@@ -2,8 +2,9 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 
+from dpm_cli.recipe.code import is_own_code
 from dpm_cli.recipe.sections import (
     Checkpoint,
     Compact,
@@ -43,6 +44,7 @@ class Recipe(Section):
         default=20, description="batches to recompute BatchNorm statistics from at the end; 0: none"
     )
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="how much work an interruption may lose")
+    _typed: frozenset[str] = PrivateAttr(frozenset())  # settings that the user gave beside the file
 
     @model_validator(mode="before")
     @classmethod
@@ -102,6 +104,21 @@ class Recipe(Section):
         if not self.data.labels and self.prune.max_drop is not None:
             raise ValueError("data.labels is false, but prune.max_drop is judged by labels: leave one of them out")
         return self
+
+    @property
+    def code(self) -> dict[str, str]:
+        """Map the settings that name code of the user's own to that name."""
+        return {"model.arch": self.model.arch} if is_own_code(self.model.arch) else {}
+
+    @property
+    def code_to_trust(self) -> dict[str, str]:
+        """Leave out of `code` what the user has typed, as `--set model.arch=mynet:Net`: that is consent."""
+        typed = self._typed
+        return {
+            setting: name
+            for setting, name in self.code.items()
+            if not any(setting == key or setting.startswith(f"{key}.") for key in typed)
+        }
 
     @property
     def cuts_weights(self) -> bool:

@@ -19,10 +19,10 @@ from dpm_cli.recipe import shipped_recipes
 COMMANDS = ("demo", "train", "prune", "inspect", "evaluate", "export", "compare", "recipes")
 SHARED = {"--recipe", "--set", "--json"}
 OPTIONS = {
-    "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust-pickle", "--quiet"},
-    "train": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust-pickle", "--quiet"},
-    "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust-pickle"},
-    "evaluate": SHARED | {"--batch", "--device", "--trust-pickle"},
+    "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--quiet"},
+    "train": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--quiet"},
+    "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust"},
+    "evaluate": SHARED | {"--batch", "--device", "--trust"},
     "export": {"--format", "--opset", "--output", "--arch", "--overwrite", "--json"},
     "compare": {"--csv", "--json"},
     "demo": {"--output", "--json", "--quiet"},

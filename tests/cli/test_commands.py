@@ -96,18 +96,18 @@ def test_prune_hands_over_every_option(dpm: Any, stand_in: Any, report: Report) 
     recorder = stand_in("prune", report)
     ended = dpm(
         *("prune", "model.pt", "-r", "digits", "-o", "there", "--set", "prune.rounds=2", "--set", "seed=5"),
-        *("--device", "cpu", "--seed", 3, "--resume", "--overwrite", "--trust-pickle"),
+        *("--device", "cpu", "--seed", 3, "--resume", "--overwrite", "--trust"),
     )
     assert ended.code == 0
     model, recipe = recorder.given
     assert model == Path("model.pt")
     assert (recipe.prune.rounds, recipe.seed) == (2, 3)  # type: ignore[attr-defined]
-    options = {key: recorder.options[key] for key in ("device", "resume", "overwrite", "trust_pickle", "output")}
+    options = {key: recorder.options[key] for key in ("device", "resume", "overwrite", "trust", "output")}
     assert options == {
         "device": "cpu",
         "resume": True,
         "overwrite": True,
-        "trust_pickle": True,
+        "trust": True,
         "output": Path("there"),
     }
     assert recorder.options["should_stop"]() is False
@@ -117,7 +117,7 @@ def test_prune_is_careful_by_default(dpm: Any, stand_in: Any, report: Report) ->
     recorder = stand_in("prune", report)
     dpm("prune", "model.pt", "--recipe", "digits")
     assert recorder.options["output"] == Path("out")
-    assert not any(recorder.options[key] for key in ("resume", "overwrite", "trust_pickle"))
+    assert not any(recorder.options[key] for key in ("resume", "overwrite", "trust"))
 
 
 def test_results_go_to_stdout_and_all_else_to_stderr(dpm: Any, stand_in: Any, report: Report) -> None:

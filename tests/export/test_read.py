@@ -41,7 +41,7 @@ def test_anything_else_is_refused_in_one_line(
 
 
 def test_torch_export_archive_needs_trust(pt2_file: Path) -> None:
-    with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code[^\n]+--trust-pickle"):
+    with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code[^\n]+--trust"):
         open_exported(pt2_file)
 
 
@@ -61,7 +61,7 @@ def test_truncated_file_is_refused_in_one_line(
     path = tmp_path / "model"
     path.write_bytes(whole[: int(len(whole) * kept)])
     with pytest.raises(ModelFileError, match=r"^[^\n]+$"):
-        open_exported(path, trust_pickle=True)
+        open_exported(path, trust=True)
     assert capfd.readouterr() == ("", "")
 
 
@@ -69,7 +69,7 @@ def test_truncated_file_is_refused_in_one_line(
 def test_name_of_the_file_does_not_matter(kind: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
     path = tmp_path / "model.bin"
     path.write_bytes(request.getfixturevalue(kind).read_bytes())
-    model = open_exported(str(path), trust_pickle=True)
+    model = open_exported(str(path), trust=True)
     assert model.shape == (3, 8, 8)
     assert model.metadata == {"recipe": "0123", "classes": "4"}
     assert model(torch.randn(3, 3, 8, 8)).shape == (3, 4)
@@ -77,7 +77,7 @@ def test_name_of_the_file_does_not_matter(kind: str, request: pytest.FixtureRequ
 
 @pytest.mark.parametrize("kind", FORMATS)
 def test_images_of_the_wrong_shape_are_refused(kind: str, request: pytest.FixtureRequest) -> None:
-    model = open_exported(request.getfixturevalue(kind), trust_pickle=True)
+    model = open_exported(request.getfixturevalue(kind), trust=True)
     with pytest.raises(UsageError, match=r"takes images of shape \(batch, 3, 8, 8\), not \(1, 3, 9, 9\)"):
         model(torch.randn(1, 3, 9, 9))
 

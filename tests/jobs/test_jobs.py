@@ -426,9 +426,9 @@ def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished)
 def test_evaluating_a_torch_export_archive_needs_trust(finished, tmp_path):
     folder, report = finished
     (made,) = dpm_cli.export_slim(folder / "slim.pt", formats=["pt2"], output=tmp_path)
-    with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code .* --trust-pickle"):
+    with pytest.raises(ModelFileError, match=r"torch.export archive, which may run code .* --trust"):
         dpm_cli.evaluate(made.path, recipe())
-    measured = dpm_cli.evaluate(made.path, recipe(), trust_pickle=True)
+    measured = dpm_cli.evaluate(made.path, recipe(), trust=True)
     assert (measured.kind, measured.bytes) == ("pt2", made.bytes)
     assert measured.accuracy == report.slim.accuracy
     assert measured.latency.keys() == {"pt2"}

@@ -155,9 +155,9 @@ def test_pickled_module_is_refused_with_its_classes_and_the_safe_way(
     with warnings.catch_warnings(action="ignore"):
         torch.save(digits, path, _use_new_zipfile_serialization=is_zip)
     assert_refused(
-        path, r"dpm_cli\.models\.digits\.DigitsNet.*torch\.save\(model\.state_dict\(\).*model\.arch.*--trust-pickle"
+        path, r"dpm_cli\.models\.digits\.DigitsNet.*torch\.save\(model\.state_dict\(\).*model\.arch.*--trust"
     )
-    assert_same_weights(load_digits(path, trust_pickle=True).module, digits)
+    assert_same_weights(load_digits(path, trust=True).module, digits)
 
 
 @pytest.mark.parametrize("is_zip", [True, False], ids=["zip", "legacy"])
@@ -170,7 +170,7 @@ def test_code_in_a_file_never_runs(tmp_path: Path, digits: nn.Module, booby: Any
             load(path)
     path.write_bytes(pickle.dumps(booby))
     assert_refused(path, "a Python pickle that torch.save did not write")
-    assert_refused(path, "a Python pickle that torch.save did not write", trust_pickle=True)
+    assert_refused(path, "a Python pickle that torch.save did not write", trust=True)
     assert not booby.trap.exists()
 
 
@@ -178,30 +178,30 @@ def test_trusted_pickle_is_adopted_dense_or_pruned(tmp_path: Path, digits: nn.Mo
     linear = nn.Linear(64, 7)
     digits.linear = linear
     torch.save(digits, tmp_path / "model.pt")
-    loaded = load_digits(tmp_path / "model.pt", classes=7, trust_pickle=True)
+    loaded = load_digits(tmp_path / "model.pt", classes=7, trust=True)
     assert loaded.edits == {}
     assert loaded.module is not digits
     torch.save({"model": digits}, tmp_path / "inside.pt")
-    assert_same_weights(load_digits(tmp_path / "inside.pt", classes=7, trust_pickle=True).module, digits)
+    assert_same_weights(load_digits(tmp_path / "inside.pt", classes=7, trust=True).module, digits)
     norm = nn.BatchNorm2d(5).eval()
     digits.block1.conv1, digits.block1.bn1 = nn.Conv2d(32, 5, 3, padding=1, bias=False), norm
     digits.block1.conv2 = nn.Conv2d(5, 32, 3, padding=1, bias=False)
     torch.save(digits, tmp_path / "pruned.pt")
-    loaded = load_digits(tmp_path / "pruned.pt", classes=7, trust_pickle=True)
+    loaded = load_digits(tmp_path / "pruned.pt", classes=7, trust=True)
     assert loaded.edits["block1.conv1"] == {"out_channels": 5}
     assert_same_weights(loaded.module, digits)
 
 
 def test_trusted_pickle_of_something_else_is_refused(tmp_path: Path, digits: nn.Module) -> None:
     torch.save(nn.Linear(2, 2), tmp_path / "other.pt")
-    assert_refused(tmp_path / "other.pt", r"holds a Linear that is not model\.arch digits", trust_pickle=True)
+    assert_refused(tmp_path / "other.pt", r"holds a Linear that is not model\.arch digits", trust=True)
     digits.bn1.eps = 1.0  # the same tensors, another function
     torch.save(digits, tmp_path / "changed.pt")
-    assert_refused(tmp_path / "changed.pt", "outputs differ", trust_pickle=True)
+    assert_refused(tmp_path / "changed.pt", "outputs differ", trust=True)
     with zipfile.ZipFile(tmp_path / "absent.pt", "w") as archive:
         archive.writestr("absent/data.pkl", b"\x80\x02cabsent_module\nNet\n.")
         archive.writestr("absent/version", b"3\n")
-    assert_refused(tmp_path / "absent.pt", "cannot be unpickled.*absent_module", trust_pickle=True)
+    assert_refused(tmp_path / "absent.pt", "cannot be unpickled.*absent_module", trust=True)
 
 
 def test_truncated_file_is_one_line_wherever_it_ends(tmp_path: Path, digits: nn.Module) -> None:
