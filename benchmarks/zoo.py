@@ -151,10 +151,11 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
     from dpm_cli.errors import DpmError, RecipeError, TargetError, UnsupportedModelError
     from dpm_cli.export import export_model
     from dpm_cli.graph import Units, compact_, find_groups
+    from dpm_cli.layers.images import Framing
     from dpm_cli.measure import count_macs, count_parameters
     from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
     from dpm_cli.method.pruners.depgraph import GroupImportance
-    from dpm_cli.models import build, save_slim
+    from dpm_cli.models import Metadata, build, save_slim
 
     limit_memory()
     torch.set_num_threads(1)
@@ -219,13 +220,9 @@ def measure(name: str, folder: Path) -> dict[str, Any]:
         save_slim(
             folder / "slim.pt",
             model,
-            arch=name,
-            classes=1000,
-            shape=shape,
+            metadata=Metadata(1000, Framing(shape), (0.0,) * 3, (1.0,) * 3, arch=name),
             recipe="",
             report={},
-            mean=[0.0] * 3,
-            std=[1.0] * 3,
         )
         made = export_model(model, images[:1], format="onnx", path=folder / "m.onnx", metadata={})
         row["onnx_difference"] = made.max_difference

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from dpm_cli.jobs.evaluate import evaluate
     from dpm_cli.jobs.export import export_slim
     from dpm_cli.jobs.inspect import inspect
+    from dpm_cli.jobs.predict import predict, prepare, read_metadata
     from dpm_cli.jobs.prune import prune
     from dpm_cli.jobs.save import save
     from dpm_cli.jobs.train import train
@@ -34,7 +35,10 @@ __all__ = [
     "inspect",
     "load",
     "load_recipe",
+    "predict",
+    "prepare",
     "prune",
+    "read_metadata",
     "save",
     "train",
 ]
@@ -44,6 +48,7 @@ _HOMES = {
     "dpm_cli.jobs.evaluate": ("evaluate",),
     "dpm_cli.jobs.export": ("export_slim",),
     "dpm_cli.jobs.inspect": ("inspect",),
+    "dpm_cli.jobs.predict": ("predict", "prepare", "read_metadata"),
     "dpm_cli.jobs.prune": ("prune",),
     "dpm_cli.jobs.save": ("save",),
     "dpm_cli.jobs.train": ("train",),

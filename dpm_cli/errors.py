@@ -20,9 +20,16 @@ from typing import Any
 
 
 class DpmError(Exception):
-    """All errors that a user should see derive from this; the command line returns `exit_code`."""
+    """All errors that a user should see derive from this; the command line returns `exit_code`.
+
+    in_cli: the message in the words of the command line, where the way out is another one than in Python.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str = "", *, in_cli: str | None = None) -> None:
+        super().__init__(message)
+        self.in_cli = in_cli
 
 
 class RunError(DpmError):

@@ -12,6 +12,7 @@ from dpm_cli.errors import OutputError, RunError
 
 REPORT = "report.json"  # written last, so its presence means that the run is finished
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
+METADATA = "model.json"  # beside exported files: class names, and how a picture becomes an input
 LOCK = ".dpm-lock"  # exists while a run writes here
 OUTPUTS = (
     "slim.pt",
@@ -19,6 +20,7 @@ OUTPUTS = (
     "model.onnx",
     "model.fp16.onnx",
     "model.pt2",
+    METADATA,
     REPORT,
     "recipe.yaml",
     "metrics.jsonl",

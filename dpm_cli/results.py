@@ -63,6 +63,26 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Guess:
+    """Names a class that a picture may show."""
+
+    name: str  # the index, if the file holds no names
+    index: int
+    probability: float
+
+
+@dataclass(frozen=True)
+class Predicted:
+    """Holds the most probable classes of a picture, best first."""
+
+    image: str
+    classes: tuple[Guess, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self) | {"classes": [asdict(guess) for guess in self.classes]}
+
+
+@dataclass(frozen=True)
 class PlannedGroup:
     """Describes a group of tied layers and its units."""
 

@@ -57,7 +57,11 @@ state: dict[str, Any] = pruner.state_dict()
 pruner.load_state_dict(state)
 left: int = pruner.cost()
 pruner.finish()
-dpm_cli.save(network, "slim.pt", arch="digits", mean=[0.5], std=(0.5,))
+dpm_cli.save(network, "slim.pt", arch="digits", mean=[0.5], std=(0.5,), names=list("0123456789"))
+
+about = dpm_cli.read_metadata("slim.pt")
+logits: torch.Tensor = slim(dpm_cli.prepare("photo.jpg", about)[None])
+best: str = dpm_cli.predict("model.onnx", ["photo.jpg", Path("other.jpg")], top=2)[0].classes[0].name
 """
 
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dpm_cli.cli import compare, demo, evaluate, export, inspect, prune, recipes, train
+from dpm_cli.cli import compare, demo, evaluate, export, inspect, predict, prune, recipes, train
 from dpm_cli.cli.outcome import fail, flush, make_output_safe, silence_closed_pipe
 
 # Plain help: rich would triple the time it takes, and would draw boxes into pipes.
@@ -21,6 +21,7 @@ for command in (
     inspect.inspect,
     evaluate.evaluate,
     export.export,
+    predict.predict,
     compare.compare,
     recipes.recipes,
 ):

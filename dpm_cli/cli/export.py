@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import dpm_cli
-from dpm_cli.cli.options import AsJson, Overwrite
+from dpm_cli.cli.options import AsJson, Overwrite, OwnArch
 from dpm_cli.cli.outcome import libraries_on_stderr, print_json
 
 
@@ -29,10 +29,7 @@ def export(
         typer.Option(help="Repeat for several formats.", show_default="torchscript and onnx"),
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write into.")] = Path(),
-    arch: Annotated[
-        str | None,
-        typer.Option(metavar="ARCH", help="package.module:function of your own code, if the model was built by it."),
-    ] = None,
+    arch: OwnArch = None,
     opset: Annotated[int, typer.Option(metavar="N", help="The opset of ONNX files.")] = 18,
     overwrite: Overwrite = False,
     as_json: AsJson = False,

@@ -27,6 +27,10 @@ Trust = Annotated[
         help="Allow files that can run code: pickled modules, .pt2, foreign TorchScript, recipes that name code.",
     ),
 ]
+OwnArch = Annotated[
+    str | None,
+    typer.Option("--arch", metavar="ARCH", help="package.module:function of your own code, if a slim.pt needs it."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 

@@ -56,7 +56,7 @@ def explain(error: BaseException) -> tuple[list[str], int]:
         case RecipeError():
             return [f"error: {_one_line(problem)}" for problem in error.problems], error.exit_code
         case DpmError():
-            return [f"error: {_one_line(error)}"], error.exit_code
+            return [f"error: {_one_line(error.in_cli or error)}"], error.exit_code
         case KeyboardInterrupt():
             return ["error: interrupted"], INTERRUPTED
         case WrongUsage():

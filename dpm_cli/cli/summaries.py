@@ -23,7 +23,7 @@ from dpm_cli.cli.tables import (
     wrap_words,
 )
 from dpm_cli.report import ExportedFile, Milliseconds
-from dpm_cli.results import Evaluated, Inspected, PlannedTarget, Sensitivity, Trained
+from dpm_cli.results import Evaluated, Inspected, PlannedTarget, Predicted, Sensitivity, Trained
 
 NAME_WIDTH = 16
 CSV_COLUMNS = "group layers units removed macs_saved accuracy accuracy_change loss loss_change".split()
@@ -76,6 +76,14 @@ def print_exported(exported: Sequence[ExportedFile]) -> None:
     console = make_console()
     for made in exported:
         console.print(describe_export(made), soft_wrap=True)
+
+
+def print_predicted(predicted: Sequence[Predicted]) -> None:
+    """Print one line per picture, best class first."""
+    console = make_console()
+    for each in predicted:
+        guesses = [f"{guess.name} {numbers.percent(100 * guess.probability, 1)}" for guess in each.classes]
+        console.print(f"{each.image}  " + "  ".join(guesses), soft_wrap=True)
 
 
 def print_plan(plan: Inspected) -> None:

@@ -12,9 +12,9 @@ from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
-from dpm_cli.errors import ModelFileError, UsageError
-from dpm_cli.export import ExportedModel, is_program, open_exported
-from dpm_cli.jobs.loading import AnyRecipe, load_splits, resolve_recipe
+from dpm_cli.errors import UsageError
+from dpm_cli.export import ExportedModel
+from dpm_cli.jobs.loading import AnyRecipe, load_splits, open_deployed, resolve_recipe
 from dpm_cli.measure import Run, count_bytes, count_macs, count_parameters, measure_latency
 from dpm_cli.models import load_model
 from dpm_cli.models.load import Loaded
@@ -40,7 +40,7 @@ def evaluate(
     if latency_batch < 1:
         raise UsageError(f"the batch is {latency_batch}; at least one image is needed")
     with explaining_faults(recipe.data.batch):
-        exported = _open_exported(path, trust)
+        exported = open_deployed(path, trust)
         run: Run
         if exported:
             run, runtime = exported, {"onnx": "onnxruntime"}.get(exported.format, exported.format)
@@ -104,13 +104,3 @@ def _with_latency(result: Evaluated, run: Run, runtime: str, splits: Splits, bat
 def _measure(run: Run, images: Tensor) -> Milliseconds:
     measured = measure_latency(run, images.cpu())
     return Milliseconds(measured.median_ms, measured.low_ms, measured.high_ms)
-
-
-def _open_exported(path: Path, trust: bool) -> ExportedModel | None:
-    """Open a deployed file. Returns None if the file may hold weights instead."""
-    try:
-        return open_exported(path, trust=trust)
-    except ModelFileError:
-        if is_program(path):
-            raise
-        return None

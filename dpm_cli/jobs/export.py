@@ -1,6 +1,5 @@
 """`dpm export`: export a slim.pt for deployment, without the run that made it."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -9,7 +8,7 @@ from torch import nn
 
 from dpm_cli.errors import OutputError, UsageError
 from dpm_cli.export import export_model
-from dpm_cli.files import require_writable
+from dpm_cli.files import METADATA, require_writable, write_text_atomic
 from dpm_cli.models import load_slim
 from dpm_cli.report import ExportedFile
 from dpm_cli.run.delivery import EXPORT_NAMES
@@ -42,18 +41,16 @@ def export_slim(
     for path in paths.values():
         if path.exists() and not overwrite:
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
-    metadata = {
-        "arch": loaded.arch or "",
-        "classes": str(loaded.classes),
-        "mean": json.dumps(loaded.mean),
-        "std": json.dumps(loaded.std),
-        "input": json.dumps(loaded.shape),
-        "dpm_recipe": str(loaded.report.get("recipe_hash", "")),
-    }
+    beside, described = folder / METADATA, loaded.metadata.to_json()
+    if beside.exists() and not overwrite and beside.read_text(encoding="utf-8", errors="replace") != described:
+        raise OutputError(f"{beside} exists and describes another model: choose another --output, or --overwrite")
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *loaded.shape, generator=generator)
     exported = []
     for format, path in paths.items():
-        made = export_model(loaded.module, image, format=format, path=path, metadata=metadata, opset=opset)
+        made = export_model(
+            loaded.module, image, format=format, path=path, metadata=loaded.metadata.to_strings(), opset=opset
+        )
         exported.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
+    write_text_atomic(beside, described)
     return exported

@@ -19,6 +19,7 @@ from dpm_cli.errors import (
     one_line,
 )
 from dpm_cli.events import Event
+from dpm_cli.export import ExportedModel, is_program, open_exported
 from dpm_cli.models import apply_edits_, build, find_edits, load_model
 from dpm_cli.models.outputs import compare, find_failure, sample_images
 from dpm_cli.models.slim import TOLERANCE
@@ -65,6 +66,16 @@ def resolve_recipe(recipe: AnyRecipe, *, trust: bool) -> Recipe:
         recipe = load_recipe(recipe)
     require_trust(recipe, trust=trust)
     return recipe
+
+
+def open_deployed(path: Path, trust: bool) -> ExportedModel | None:
+    """Open a deployed file. Returns None if the file may hold weights instead."""
+    try:
+        return open_exported(path, trust=trust)
+    except ModelFileError:
+        if is_program(path):
+            raise
+        return None
 
 
 def load_module(model: nn.Module | str | Path, recipe: Recipe, trust: bool) -> tuple[nn.Module, str | None]:

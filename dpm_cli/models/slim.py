@@ -8,11 +8,12 @@ packed                parameters of which few entries matter (packed.py), instea
 frozen                names of the parameters that are not trained
 recipe, report        YAML and JSON text
 mean, std             of the pixels, per channel
+metadata              the names of the classes, and how a picture becomes an input, as JSON text (metadata.py)
 """
 
 import copy
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 from dpm_cli.errors import ModelFileError, RecipeError, RunError
 from dpm_cli.files import write_atomic
 from dpm_cli.layers.images import Shape
+from dpm_cli.models.metadata import Metadata
 from dpm_cli.models.outputs import compare, find_failure
 from dpm_cli.models.packed import pack
 from dpm_cli.models.read import read_model_file
@@ -46,37 +48,33 @@ class Slim:
     edits: Edits
     recipe: str  # YAML
     report: dict[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    metadata: Metadata
 
 
 def save_slim(
     path: Path,
     module: nn.Module,
     *,
-    arch: str | None,
-    classes: int,
-    shape: Shape,
+    metadata: Metadata,
     recipe: str,
     report: Mapping[str, Any],
-    mean: Sequence[float],
-    std: Sequence[float],
     dense: nn.Module | None = None,
     masks: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write a slim module, whole or not at all: the file is read back and compared before it gets its name.
 
-    dense: an unpruned module of the same architecture, needed if `arch` is None; its weights do not matter, and it may
-    be on the meta device. masks: which entries of a parameter were kept; the others must hold one or two numbers per
-    filter. Gradients and hooks are not saved.
+    dense: an unpruned module of the same architecture, needed if `metadata.arch` is None; its weights do not matter,
+    and it may be on the meta device. masks: which entries of a parameter were kept; the others must hold one or two
+    numbers per filter. Gradients and hooks are not saved.
     Raises UnsupportedModelError if the module is not that architecture with fewer channels, RunError if the file
     cannot be written or does not give the same module again.
 
         save_slim(
-            Path("slim.pt"), model, arch="resnet56", classes=10, shape=(3, 32, 32), recipe="", report={},
-            mean=(0.5, 0.5, 0.5), std=(0.2, 0.2, 0.2),
+            Path("slim.pt"), model, recipe="", report={},
+            metadata=Metadata(10, Framing((3, 32, 32)), mean=(0.5,) * 3, std=(0.2,) * 3, arch="resnet56"),
         )
     """
+    arch, classes, shape = metadata.arch, metadata.classes, metadata.framing.shape
     if dense is None:
         if arch is None:
             raise ValueError("a module without an architecture name needs its dense module")
@@ -96,8 +94,9 @@ def save_slim(
         "frozen": [name for name, parameter in module.named_parameters() if not parameter.requires_grad],
         "recipe": recipe,
         "report": json.dumps(report),
-        "mean": [float(value) for value in mean],
-        "std": [float(value) for value in std],
+        "mean": [float(value) for value in metadata.mean],
+        "std": [float(value) for value in metadata.std],
+        "metadata": json.dumps(metadata.to_dict()),
     }
 
     def write(temporary: Path) -> None:
@@ -145,8 +144,7 @@ def rebuild(content: Content, path: Path, arch: str | None = None, *, model: nn.
         edits=content.edits,
         recipe=content.recipe,
         report=content.report,
-        mean=content.mean,
-        std=content.std,
+        metadata=content.metadata,
     )
 
 
@@ -169,9 +167,17 @@ def _build(arch: str, classes: int, shape: Shape) -> nn.Module:
 def _build_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
     saved = content.arch
     if saved is None and arch is None:
-        raise ModelFileError(f"{path} was pruned from a Python object: pass model=, a freshly built dense module")
+        was = f"{path} was pruned from a Python object"
+        raise ModelFileError(
+            f"{was}: pass model=, a freshly built dense module",
+            in_cli=f"{was}: give --arch package.module:function, the function of yours that builds it",
+        )
     if saved is not None and arch is None and is_own_code(saved):
-        raise ModelFileError(f"{path} names code to import, {saved!r}: pass arch={saved!r} if that is your own code")
+        named = f"{path} names code to import, {saved!r}"
+        raise ModelFileError(
+            f"{named}: pass arch={saved!r} if that is your own code",
+            in_cli=f"{named}: give --arch {saved} if that is your own code",
+        )
     if saved is not None and arch is not None and saved != arch and not (is_own_code(saved) and is_own_code(arch)):
         raise ModelFileError(f"{path} holds a {saved}, model.arch is {arch}")
     try:

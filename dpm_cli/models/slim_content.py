@@ -6,14 +6,15 @@ take it 18 s and 2 GB.
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from dpm_cli.errors import ModelFileError
-from dpm_cli.layers.images import Shape
+from dpm_cli.layers.images import Framing, Shape
+from dpm_cli.models.metadata import Metadata, parse_metadata
 from dpm_cli.models.packed import unpack
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
@@ -38,8 +39,7 @@ class Content:
     frozen: frozenset[str]
     recipe: str
     report: dict[str, Any]
-    mean: tuple[float, ...]
-    std: tuple[float, ...]
+    metadata: Metadata
 
 
 def is_slim(content: object) -> bool:
@@ -78,9 +78,8 @@ def parse_content(content: Any, path: Path) -> Content:
         buffers=_parse_tensors(content, "buffers", path),
         frozen=_parse_frozen(content.get("frozen"), path),
         recipe=recipe,
-        report=_parse_report(content.get("report"), path),
-        mean=_parse_pixels(content, "mean", shape[0], path),
-        std=_parse_pixels(content, "std", shape[0], path),
+        report=_parse_json(content.get("report"), "report", path),
+        metadata=_parse_metadata(content, arch, classes, shape, path),
     )
 
 
@@ -141,14 +140,25 @@ def _parse_frozen(value: object, path: Path) -> frozenset[str]:
     return frozenset(value)
 
 
-def _parse_report(value: object, path: Path) -> dict[str, Any]:
+def _parse_json(value: object, key: str, path: Path) -> dict[str, Any]:
     try:
-        report = json.loads(value) if isinstance(value, str) and len(value) <= MAX_TEXT else None
+        parsed = json.loads(value) if isinstance(value, str) and len(value) <= MAX_TEXT else None
     except (ValueError, RecursionError):
-        report = None
-    if not isinstance(report, dict):
-        raise _damaged(path, "report")
-    return report
+        parsed = None
+    if not isinstance(parsed, dict):
+        raise _damaged(path, key)
+    return parsed
+
+
+def _parse_metadata(content: dict[str, Any], arch: str | None, classes: int, shape: Shape, path: Path) -> Metadata:
+    """Read the metadata; what a slim.pt says twice is taken from the other place. Early versions hold no names."""
+    mean, std = (_parse_pixels(content, key, shape[0], path) for key in ("mean", "std"))
+    if "metadata" not in content:
+        return Metadata(classes, Framing(shape), mean, std, arch=arch, dpm="")
+    metadata = parse_metadata(_parse_json(content["metadata"], "metadata", path), path)
+    names = metadata.names if len(metadata.names) == classes else ()
+    framing = replace(metadata.framing, shape=shape)
+    return replace(metadata, arch=arch, classes=classes, framing=framing, mean=mean, std=std, names=names)
 
 
 def _parse_pixels(content: dict[str, Any], key: str, channels: int, path: Path) -> tuple[float, ...]:

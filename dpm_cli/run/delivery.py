@@ -1,7 +1,6 @@
 """Write the results of a run into one folder: exports, measurements, report and slim file."""
 
 import copy
-import json
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -16,9 +15,11 @@ from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import RunError
 from dpm_cli.events import Event, Exported, Measuring
 from dpm_cli.export import Format, export_model, open_exported
-from dpm_cli.files import write_text_atomic
+from dpm_cli.files import METADATA, write_text_atomic
+from dpm_cli.layers.images import Framing
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
-from dpm_cli.models import save_slim
+from dpm_cli.models import Metadata, save_slim
+from dpm_cli.models.metadata import printable_names
 from dpm_cli.recipe import dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
 from dpm_cli.run.outcome import Outcome, remark_on_cost, remark_on_data
@@ -81,7 +82,7 @@ class Delivery:
             path = self.output / EXPORT_NAMES[format]
             try:
                 made = export_model(
-                    slim, image, format=format, path=path, metadata=self._metadata(), opset=recipe.opset
+                    slim, image, format=format, path=path, metadata=self._metadata().to_strings(), opset=recipe.opset
                 )
             except RunError as error:
                 raise RunError(
@@ -162,37 +163,34 @@ class Delivery:
         )
 
     def _save(self, slim: nn.Module, report: Report, outcome: Outcome) -> None:
-        """Write slim.pt, recipe.yaml and finally report.json, which marks the run as finished."""
+        """Write slim.pt, model.json, recipe.yaml and finally report.json, which marks the run as finished."""
         if not outcome.cuts:
             self._save_slim(self.output / "slim.pt", slim, report, {})
         for cut in outcome.cuts:
             self._save_slim(Path(cut.report.file), cut.module, report, cut.masks)
+        write_text_atomic(self.output / METADATA, self._metadata().to_json())
         write_text_atomic(self.output / "recipe.yaml", dump_recipe(self.setup.recipe))
         write_text_atomic(self.output / "report.json", report.to_json() + "\n")
 
     def _save_slim(self, path: Path, module: nn.Module, report: Report, masks: Mapping[str, Tensor]) -> None:
-        recipe, splits = self.setup.recipe, self.setup.splits
         save_slim(
             path,
             copy.deepcopy(module).cpu().to(memory_format=torch.contiguous_format).eval(),
-            arch=self.arch,
-            classes=recipe.model.classes,
-            shape=recipe.model.input,
-            recipe=dump_recipe(recipe),
+            metadata=self._metadata(),
+            recipe=dump_recipe(self.setup.recipe),
             report=report.to_dict(),
-            mean=splits.mean,
-            std=splits.std,
             dense=self.dense if self.arch is None else None,
             masks=masks,
         )
 
-    def _metadata(self) -> dict[str, str]:
+    def _metadata(self) -> Metadata:
         recipe, splits = self.setup.recipe, self.setup.splits
-        return {
-            "dpm_recipe": hash_recipe(recipe),
-            "arch": self.arch or "",
-            "classes": str(recipe.model.classes),
-            "mean": json.dumps(splits.mean),
-            "std": json.dumps(splits.std),
-            "input": json.dumps(recipe.model.input),
-        }
+        return Metadata(
+            classes=recipe.model.classes,
+            framing=Framing(recipe.model.input, recipe.data.resize, recipe.data.crop),
+            mean=splits.mean,
+            std=splits.std,
+            names=printable_names(splits.names),
+            arch=self.arch,
+            recipe_hash=hash_recipe(recipe),
+        )

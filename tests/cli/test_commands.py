@@ -6,18 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import dpm_cli
 from dpm_cli.errors import AccuracyError
 from dpm_cli.events import Note
+from dpm_cli.layers.images import Framing
+from dpm_cli.models import Metadata, build, save_slim
 from dpm_cli.report import ExportedFile, KeptLayer, Milliseconds, Report
 from dpm_cli.results import (
     BatchMilliseconds,
     Evaluated,
     GroupSensitivity,
+    Guess,
     Inspected,
     PlannedGroup,
     PlannedTarget,
+    Predicted,
     Sensitivity,
     Trained,
 )
@@ -275,3 +280,30 @@ def test_the_demo_leaves_foreign_folders_and_files_alone(
         assert "--output" in line
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
     assert trained_demo[0].given == ()
+
+
+def test_predict_prints_a_line_for_each_picture(dpm: Any, stand_in: Any) -> None:
+    guesses = (Guess("tabby cat", 3, 0.91234), Guess("dog", 1, 0.05))
+    predict = stand_in("predict", [Predicted("a.jpg", guesses), Predicted("b.jpg", guesses[:1])])
+    ended = dpm("predict", "model.onnx", "a.jpg", "b.jpg", "--top", 2)
+    assert ended.out == "a.jpg  tabby cat 91.2 %  dog 5.0 %\nb.jpg  tabby cat 91.2 %\n"
+    assert predict.given == (Path("model.onnx"), [Path("a.jpg"), Path("b.jpg")])
+    assert predict.options["top"] == 2
+    document = json.loads(dpm("predict", "model.onnx", "a.jpg", "--json").out)
+    assert document[0]["classes"][1] == {"name": "dog", "index": 1, "probability": 0.05}
+
+
+@pytest.mark.parametrize(
+    ("arch", "way_out"), [("mine:Net", "--arch mine:Net"), (None, "--arch package.module:function")]
+)
+def test_a_slim_file_of_own_code_names_the_option_of_the_command_line(dpm: Any, arch: str | None, way_out: str) -> None:
+    module = build("digits", classes=10, shape=(1, 8, 8))
+    metadata = Metadata(10, Framing((1, 8, 8)), (0.5,), (0.25,), arch="digits")
+    save_slim(Path("slim.pt"), module, metadata=metadata, recipe="", report={})
+    content = torch.load("slim.pt", weights_only=True)
+    torch.save(content | {"arch": arch}, "slim.pt")
+    for command in (("predict", "slim.pt", __file__), ("export", "slim.pt")):
+        ended = dpm(*command)
+        assert ended.code == 2
+        assert ended.err.count("\n") == 1
+        assert way_out in ended.err

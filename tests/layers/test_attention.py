@@ -10,7 +10,8 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTran
 from dpm_cli.export import export_model
 from dpm_cli.graph import Units, compact_, find_groups
 from dpm_cli.layers.attention import SlimMultiheadAttention, _window_attention_class, fit_transformer_layer_
-from dpm_cli.models import load_slim, save_slim
+from dpm_cli.layers.images import Framing
+from dpm_cli.models import Metadata, load_slim, save_slim
 
 
 @pytest.mark.parametrize("batch_first", [True, False])
@@ -90,13 +91,9 @@ def test_a_transformer_that_lost_heads_is_exact_and_reloads(build, prune_embeddi
     save_slim(
         path,
         slim,
-        arch=None,
-        classes=5,
-        shape=(3, 16, 16),
+        metadata=Metadata(5, Framing((3, 16, 16)), (0.0,) * 3, (1.0,) * 3),
         recipe="",
         report={},
-        mean=[0.0] * 3,
-        std=[1.0] * 3,
         dense=dense,
     )
     assert torch.equal(load_slim(path, model=build()).module(images), after)

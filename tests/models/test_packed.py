@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from dpm_cli.errors import ModelFileError
-from dpm_cli.models import load, save_slim
+from dpm_cli.layers.images import Framing
+from dpm_cli.models import Metadata, load, save_slim
 from dpm_cli.models.packed import pack, unpack
 
 FILLINGS = ["zero", "one", "two"]
@@ -61,7 +62,7 @@ def save(path, sparsity, filling="zero"):
     weight, mask = make((32, 32, 3, 3), sparsity, filling)
     module[1].weight.data = weight
     save_slim(
-        path, module, arch=None, classes=4, shape=(1, 8, 8), recipe="", report={}, mean=(0.5,), std=(0.25,),
+        path, module, metadata=Metadata(4, Framing((1, 8, 8)), (0.5,), (0.25,)), recipe="", report={},
         dense=net(), masks={"1.weight": mask},
     )  # fmt: skip
     return module

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from dpm_cli.errors import ModelFileError, RunError, UnsupportedModelError
-from dpm_cli.models import build, load, load_model, load_slim, save_slim
+from dpm_cli.layers.images import Framing
+from dpm_cli.models import Metadata, build, load, load_model, load_slim, save_slim
 from dpm_cli.models.structure import find_edits, named_tensors
 
 SHAPE = (1, 8, 8)
@@ -75,11 +76,11 @@ class Tied(nn.Module):
 
 
 def save(path: Path, module: nn.Module, **changed: Any) -> Path:
-    arguments = {
-        "arch": None, "classes": 4, "shape": SHAPE, "recipe": "seed: 0\n", "report": {"macs": [1, 2]},
-        "mean": (0.5,), "std": (0.25,),
-    } | changed  # fmt: skip
-    save_slim(path, module, **arguments)
+    said = {"arch": None, "classes": 4, "mean": (0.5,), "std": (0.25,)}
+    said |= {key: changed.pop(key) for key in (*said, "names") if key in changed}
+    metadata = Metadata(framing=Framing(changed.pop("shape", SHAPE)), **said)  # type: ignore[arg-type]
+    arguments: dict[str, Any] = {"metadata": metadata, "recipe": "seed: 0\n", "report": {"macs": [1, 2]}}
+    save_slim(path, module, **arguments | changed)
     return path
 
 
@@ -189,7 +190,7 @@ def test_named_architecture_needs_nothing_but_the_file(tmp_path: Path, digits: n
     assert_same(loaded.module, slim)
     assert (loaded.arch, loaded.classes, loaded.shape) == ("digits", 10, SHAPE)
     assert (loaded.recipe, loaded.report) == ("seed: 0\n", {"macs": [1, 2]})
-    assert (loaded.mean, loaded.std) == ((0.5,), (0.25,))
+    assert loaded.metadata == Metadata(10, Framing(SHAPE), (0.5,), (0.25,), arch="digits")
     assert not loaded.module.training
     assert not find_edits(slim, loaded.module)
 

@@ -9,10 +9,11 @@ from torch import nn
 
 from dpm_cli.export import export_model
 from dpm_cli.graph import Groups, Units, compact_, find_groups
+from dpm_cli.layers.images import Framing
 from dpm_cli.measure import count_macs, count_parameters
 from dpm_cli.method.budget import choose_victims, find_width_limits, resolve_limit
 from dpm_cli.method.pruners.depgraph import GroupImportance
-from dpm_cli.models import build, load, save_slim
+from dpm_cli.models import Metadata, build, load, save_slim
 
 pytest.importorskip("timm")
 
@@ -71,7 +72,9 @@ def test_a_family_is_pruned_to_half_trains_and_reloads(name: str, tmp_path: Path
     with torch.no_grad():
         after = model(images)
     path, arch = tmp_path / "slim.pt", f"timm:{name}"
-    save_slim(path, model, arch=arch, classes=5, shape=shape, recipe="", report={}, mean=[0.0] * 3, std=[1.0] * 3)
+    save_slim(
+        path, model, metadata=Metadata(5, Framing(shape), (0.0,) * 3, (1.0,) * 3, arch=arch), recipe="", report={}
+    )
     with torch.no_grad():
         assert torch.equal(load(path)(images), after)
 

@@ -1,0 +1,32 @@
+"""`dpm predict`: say what a deployed file sees in pictures."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import dpm_cli
+from dpm_cli.cli.options import AsJson, OwnArch, Trust
+from dpm_cli.cli.outcome import libraries_on_stderr, print_json
+
+
+def predict(
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="A slim.pt, model.ts, model.onnx or model.pt2.")],
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Pictures of any size.")],
+    top: Annotated[int, typer.Option(metavar="N", help="How many classes to show, most probable first.")] = 3,
+    arch: OwnArch = None,
+    trust: Trust = False,
+    as_json: AsJson = False,
+) -> None:
+    """Say what a file sees in pictures.
+
+    The file alone is enough: it holds the names of the classes, and how a picture becomes its input.
+    """
+    with libraries_on_stderr():
+        predicted = dpm_cli.predict(file, images, top=top, arch=arch, trust=trust)
+    if as_json:
+        print_json([each.to_dict() for each in predicted])
+    else:
+        from dpm_cli.cli.summaries import print_predicted
+
+        print_predicted(predicted)
