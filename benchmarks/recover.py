@@ -21,7 +21,7 @@ from common import FOLDER, print_table, save
 from torch import nn
 
 import dpm_cli
-from dpm_cli.data import Augmentation, Splits
+from dpm_cli.data import Splits
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
@@ -72,7 +72,7 @@ def train(model: nn.Module, recipe: Recipe, splits: Splits, strength: float) -> 
     training = SphereTraining(model, prune, recipe.train)
     per_epoch = len(splits.train) // batch
     learner = Learner(model, recipe.train, precision=precision, steps_per_epoch=per_epoch, seed=recipe.seed)
-    augment = Augmentation(**recipe.data.augment.model_dump())
+    augment = recipe.data.augment
     model.train()
     for epoch in range(recipe.train.epochs):
         batches = splits.train.batches(batch, seed=recipe.seed, epoch=epoch, augment=augment, drop_last=True)
@@ -104,7 +104,9 @@ def cut_weights(model: Path, recipe: str, seed: int, overrides: list[str], image
                 module = copy.deepcopy(trained)
                 cut_(module, layers, sparsity=sparsity, threshold=None, how=how, per=sparse.per)
                 cut = score(module)
-                batches = splits.train.batches(settings.data.batch, seed=seed, epoch=10**6, augment=Augmentation())
+                batches = splits.train.batches(
+                    settings.data.batch, seed=seed, epoch=10**6, augment=settings.data.augment
+                )
                 recalibrate_batchnorm_(module, batches, count=BATCHES, precision=precision)
                 yield row | {"sparsity": sparsity, "recover": how, "cut": cut, "BatchNorm": score(module)}
 

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from dpm_cli.data import Augmentation
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.learner import Learner
@@ -57,7 +56,7 @@ def prune_softly(dense: Path, values: dict[str, Any], *, epochs: int, asymptotic
         steps_per_epoch=per_epoch,
         seed=recipe.seed,
     )
-    augment = Augmentation(**recipe.data.augment.model_dump())
+    augment = recipe.data.augment
     model.train()
     for epoch in range(epochs):
         batches = splits.train.batches(batch, seed=recipe.seed, epoch=epoch, augment=augment, drop_last=True)

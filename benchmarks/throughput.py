@@ -27,7 +27,6 @@ from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
 import dpm_cli
-from dpm_cli.data import Augmentation
 from dpm_cli.engine.allocator import keeping_freed_memory
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.precision import choose_precision
@@ -77,7 +76,7 @@ def plain_step(model: nn.Module) -> Callable[[Tensor, Tensor], object]:
 
 def our_batches(settings: Recipe, device: torch.device) -> Batches:
     train = load_splits(settings, device).train
-    augment = Augmentation(**settings.data.augment.model_dump())
+    augment = settings.data.augment
     return endless(lambda epoch: train.batches(BATCH, seed=0, epoch=epoch, augment=augment, drop_last=True))
 
 

@@ -32,6 +32,7 @@ from dpm_cli.errors import DataError, DpmError, Interrupted, OutputError, Recipe
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.measure import measure_in_turns
 from dpm_cli.models import build, load
+from dpm_cli.recipe.sections import Data
 from dpm_cli.report import Report
 
 
@@ -325,12 +326,12 @@ def test_one_corrupt_image_too_many_stops(model, photos, tmp_path, memory_limit,
 
 
 def test_corrupt_image_shifts_no_label(photos):
-    settings = {
-        "root": photos, "shape": (1, 8, 8), "classes": 10, "validation": 0, "seed": 0, "mean": None, "std": None,
-        "workers": 0, "download": False, "limit": None, "device": "cpu", "max_corrupt": 1,
-    }  # fmt: skip
+    def load(memory_limit):
+        data = Data(name="folder", root=photos, validation=0, workers=0, max_corrupt=1, memory_limit=memory_limit)
+        return load_data(data, shape=(1, 8, 8), classes=10, seed=0)
+
     damage(photos, "train/3/4.png")
-    memory, stream = (load_data("folder", memory_limit=limit, **settings) for limit in (2**31, 1))
+    memory, stream = load(2**31), load(1)
     assert len(memory.train) == 129
     batches = [list(each.train.batches(50, seed=0, epoch=0, augment=None)) for each in (memory, stream)]
     images, labels = (torch.cat(parts) for parts in zip(*batches[0]))
@@ -338,16 +339,14 @@ def test_corrupt_image_shifts_no_label(photos):
     assert torch.equal(images, streamed)
     assert torch.equal(labels, streamed_labels)
     assert labels.bincount().tolist() == [13, 13, 13, 12, *[13] * 6]
-    again = load_data("folder", memory_limit=2**31, **settings)
+    again = load(2**31)
     assert again.corrupt.note == memory.corrupt.note  # not forgotten by a cache
 
 
 def test_batch_without_a_readable_image_stops(photos):
     damage(photos, *(f"train/0/{number}.png" for number in range(13)))
-    splits = load_data(
-        "folder", root=photos, shape=(1, 8, 8), classes=10, validation=0, seed=0, mean=None, std=None, memory_limit=1,
-        workers=0, download=False, limit=None, device="cpu", max_corrupt=99,
-    )  # fmt: skip
+    data = Data(name="folder", root=photos, validation=0, memory_limit=1, workers=0, max_corrupt=99)
+    splits = load_data(data, shape=(1, 8, 8), classes=10, seed=0)
     with pytest.raises(DataError, match="no image of a whole batch can be read; 13 images are unreadable"):
         list(splits.train.batches(13, seed=0, epoch=0, augment=None))
 

@@ -13,19 +13,13 @@ from torch.nn import functional as F
 
 from dpm_cli.data.randomness import generator
 from dpm_cli.errors import DataError
+from dpm_cli.recipe.sections import Augment
 
 AREA = (0.08, 1.0)  # of a resized crop, as a fraction of the image
 ASPECT = (3 / 4, 4 / 3)  # of a resized crop, width over height
 
 
-@dataclass(frozen=True)
-class Augmentation:
-    """How training images are changed. `resized_crop` takes the place of `crop`."""
-
-    crop: int = 0  # zero padding in pixels, then a random crop back to size; 0 turns it off
-    flip: bool = False  # mirror half of the images, left to right
-    cutout: int = 0  # side in pixels of a square of the mean colour (arXiv 1708.04552); 0 turns it off
-    resized_crop: bool = False  # a random area and aspect ratio, scaled to size
+NO_CHANGE = Augment(crop=0, flip=False)
 
 
 @dataclass(frozen=True)
@@ -49,9 +43,7 @@ class Draws:
         return self.offset, self.box, self.flipped, self.hole
 
 
-def draw_epoch(
-    count: int, augment: Augmentation, *, height: int, width: int, seed: int, epoch: int
-) -> tuple[Tensor, Draws]:
+def draw_epoch(count: int, augment: Augment, *, height: int, width: int, seed: int, epoch: int) -> tuple[Tensor, Draws]:
     """Draw the order (N,) in which an epoch visits its images, and the random numbers of each image by index.
 
     Raises DataError for a padding or a cutout larger than the image.
@@ -130,7 +122,7 @@ def normalise(pixels: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     return pixels.float().mul(scale[:, None, None]).sub_((mean / std)[:, None, None])
 
 
-def finish(pixels: Tensor, draws: Draws, augment: Augmentation, *, mean: Tensor, std: Tensor) -> Tensor:
+def finish(pixels: Tensor, draws: Draws, augment: Augment, *, mean: Tensor, std: Tensor) -> Tensor:
     """Augment and normalise a batch (B, C, H, W) uint8, given its draws; `box` is None if it is done."""
     if draws.box is not None:
         pixels = resized_crop(pixels, find_boxes(draws.box, *pixels.shape[-2:]))

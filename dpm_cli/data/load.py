@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -19,7 +18,8 @@ from dpm_cli.data.randomness import generator
 from dpm_cli.data.splits import Images, Splits
 from dpm_cli.data.streamed import Streamed
 from dpm_cli.errors import DataError
-from dpm_cli.layers.images import Crop, Framing, Shape
+from dpm_cli.layers.images import Framing, Shape
+from dpm_cli.recipe.sections import Data
 
 STATISTICS = {  # mean and std of pixels in [0, 1]
     "digits": (digits.MEAN, digits.STD),
@@ -28,51 +28,27 @@ STATISTICS = {  # mean and std of pixels in [0, 1]
 }
 
 
-def load_data(
-    name: str,
-    *,
-    root: str | Path,
-    shape: Shape,
-    classes: int,
-    validation: float,
-    seed: int,
-    mean: tuple[float, ...] | None,
-    std: tuple[float, ...] | None,
-    memory_limit: int,
-    workers: int,
-    download: bool,
-    limit: int | None,
-    device: torch.device | str,
-    max_corrupt: int = 0,
-    labels: bool = True,
-    resize: int | None = None,
-    crop: Crop = "center",
-) -> Splits:
+def load_data(data: Data, *, shape: Shape, classes: int, seed: int, device: torch.device | str = "cpu") -> Splits:
     """Load digits, cifar10, cifar100, fashion-mnist or an image folder, fitted to a model's input `shape`.
 
-    validation: the fraction of the training images held out by `seed`; 0 gives an empty split. The test images never
-    depend on the seed. limit: the number of training images to keep before that. mean, std: replace the dataset's own.
-    memory_limit: bytes; images are kept as uint8 on the device, but `workers` processes stream a folder that is larger.
-    max_corrupt: the number of unreadable images of a folder to leave out. labels: without them a folder needs no class
-    folders, and its test split is empty. resize, crop: how image files are brought to `shape`, see `Framing`.
+    seed: chooses the images that are held out for validation, and those kept if there is a limit; the test images never
+    depend on it. Images are kept as uint8 on the device; a folder larger than `data.memory_limit` is streamed. Without
+    labels a folder needs no class folders, and its test split is empty. `data.resize` and `data.crop`: see `Framing`.
     Raises DataError for data that is absent, damaged, too large, or does not fit `shape` and `classes`.
 
-        splits = load_data(
-            "digits", root="data", shape=(1, 8, 8), classes=10, validation=0.1, seed=0, mean=None, std=None,
-            memory_limit=1 << 30, workers=0, download=False, limit=None, device="cpu",
-        )
+        splits = load_data(Data(name="digits"), shape=(1, 8, 8), classes=10, seed=0)
     """
-    mean, std = _choose_statistics(name, shape, mean, std)
-    framing = _frame(name, shape, resize, crop)
-    source = _find(name, Path(root).expanduser(), classes, download, labels)
-    chosen = source.train.select(choose(len(source.train), limit, seed))
-    fits = _fits_memory(name, len(chosen) + len(source.test), shape, memory_limit)
-    corrupt = Corrupt(max_corrupt)
+    mean, std = _choose_statistics(data, shape)
+    framing = _frame(data, shape)
+    source = _find(data, classes)
+    chosen = source.train.select(choose(len(source.train), data.limit, seed))
+    fits = _fits_memory(data, len(chosen) + len(source.test), shape)
+    corrupt, workers = Corrupt(data.max_corrupt), data.workers
     train, test = (
         _open(part, framing, torch.tensor(mean), torch.tensor(std), workers=workers, in_memory=fits, corrupt=corrupt)
         for part in (chosen, source.test)
     )
-    train_index, validation_index = hold_out(len(train), validation, seed)
+    train_index, validation_index = hold_out(len(train), data.validation, seed)
     device = torch.device(device)
     return Splits(
         train=train.select(train_index).to(device),
@@ -83,46 +59,42 @@ def load_data(
         names=source.names,
         mean=mean,
         std=std,
-        labelled=labels,
+        labelled=data.labels,
         test_held_out=source.test_held_out,
         fingerprints={"training images": _digest(train, chosen), "test images": _digest(test, source.test)},
         corrupt=corrupt,
     )
 
 
-def _choose_statistics(
-    name: str, shape: Shape, mean: tuple[float, ...] | None, std: tuple[float, ...] | None
-) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Take the user's mean and std, else the dataset's own. Raises DataError for what cannot be loaded or used."""
-    if name not in STATISTICS:
-        raise DataError(f"data.name is {name!r}; known: {', '.join(STATISTICS)}")
-    check_shape(name, shape)
-    check_statistics("data.mean", mean, shape[0])
-    check_statistics("data.std", std, shape[0])
-    own_mean, own_std = STATISTICS[name]
+def _choose_statistics(data: Data, shape: Shape) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Take the user's mean and std, else the dataset's own. Raises DataError for what does not fit the shape."""
+    check_shape(data.name, shape)
+    check_statistics("data.mean", data.mean, shape[0])
+    check_statistics("data.std", data.std, shape[0])
+    own_mean, own_std = STATISTICS[data.name]
     return (
-        fit_statistics(own_mean, shape[0]) if mean is None else mean,
-        fit_statistics(own_std, shape[0]) if std is None else std,
+        fit_statistics(own_mean, shape[0]) if data.mean is None else data.mean,
+        fit_statistics(own_std, shape[0]) if data.std is None else data.std,
     )
 
 
-def _frame(name: str, shape: Shape, resize: int | None, crop: Crop) -> Framing:
+def _frame(data: Data, shape: Shape) -> Framing:
     """Say how pictures are brought to the size of the input. Raises DataError for a dataset that has no files."""
-    framing = Framing(shape, resize, crop)
-    if not framing.is_usual and name in (*KNOWN, "digits"):
-        raise DataError(f"data.resize and data.crop are for image files; leave them out for {name}")
+    framing = Framing(shape, data.resize, data.crop)
+    if not framing.is_usual and data.name in (*KNOWN, "digits"):
+        raise DataError(f"data.resize and data.crop are for image files; leave them out for {data.name}")
     return framing
 
 
-def _fits_memory(name: str, count: int, shape: Shape, memory_limit: int) -> bool:
-    """Tell whether all images fit into `memory_limit` bytes. Raises DataError if not and they cannot be streamed."""
+def _fits_memory(data: Data, count: int, shape: Shape) -> bool:
+    """Tell whether all images fit into the memory limit. Raises DataError if not and they cannot be streamed."""
     decoded_bytes = count * math.prod(shape)
-    if decoded_bytes > memory_limit and name != "folder":
+    if decoded_bytes > data.memory_limit and data.name != "folder":
         raise DataError(
-            f"{name} at {'x'.join(map(str, shape))} takes {decoded_bytes} bytes; data.memory_limit is {memory_limit}: "
-            "raise it, lower data.limit, or use an image folder, which can be streamed"
+            f"{data.name} at {'x'.join(map(str, shape))} takes {decoded_bytes} bytes; data.memory_limit is "
+            f"{data.memory_limit}: raise it, lower data.limit, or use an image folder, which can be streamed"
         )
-    return decoded_bytes <= memory_limit
+    return decoded_bytes <= data.memory_limit
 
 
 def hold_out(count: int, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -154,9 +126,10 @@ class _Source:
     test_held_out: bool = False
 
 
-def _find(name: str, root: Path, classes: int, download: bool, labels: bool) -> _Source:
-    """Find the dataset of a name. Raises DataError if it is absent or does not have these classes."""
-    if name == "folder" and not labels:
+def _find(data: Data, classes: int) -> _Source:
+    """Find the dataset. Raises DataError if it is absent or does not have these classes."""
+    name, root = data.name, data.root.expanduser()
+    if name == "folder" and not data.labels:
         files = list_unlabelled(root)
         return _Source(files, files.select(torch.arange(0)), ())
     if name == "folder":
@@ -168,7 +141,7 @@ def _find(name: str, root: Path, classes: int, download: bool, labels: bool) -> 
         train, test = digits.read_digits()
         names = tuple("0123456789")
     else:
-        train, test, names = read_known(name, root, download=download)
+        train, test, names = read_known(name, root, download=data.download)
     check_classes(f"{name} (training images)", train, names, classes)
     check_classes(f"{name} (test images)", test, names, classes)
     return _Source(train, test, names)

@@ -9,9 +9,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from dpm_cli.data.augment import Augmentation, draw_epoch, finish, normalise
+from dpm_cli.data.augment import draw_epoch, finish, normalise
 from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.layers.images import Shape
+from dpm_cli.recipe.sections import Augment
 
 Share = tuple[int, int]  # rank, and number of processes that share each batch
 Batch = tuple[Tensor, Tensor]  # images (B, C, H, W) float32 normalised, labels (B,) int64; both on the device
@@ -28,7 +29,7 @@ class Split(Protocol):
         *,
         seed: int,
         epoch: int,
-        augment: Augmentation | None,
+        augment: Augment | None,
         start: int = 0,
         drop_last: bool = False,
     ) -> Iterator[Batch]:
@@ -73,7 +74,7 @@ class Images:
         *,
         seed: int,
         epoch: int,
-        augment: Augmentation | None,
+        augment: Augment | None,
         start: int = 0,
         drop_last: bool = False,
     ) -> Iterator[Batch]:

@@ -6,12 +6,13 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from dpm_cli.data.augment import Augmentation, Draws, draw_epoch, finish
+from dpm_cli.data.augment import NO_CHANGE, Draws, draw_epoch, finish
 from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.decode import decode_batches
 from dpm_cli.data.splits import Batch, Share, split_order
 from dpm_cli.errors import DataError
 from dpm_cli.layers.images import Framing
+from dpm_cli.recipe.sections import Augment
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Streamed:
         *,
         seed: int,
         epoch: int,
-        augment: Augmentation | None,
+        augment: Augment | None,
         start: int = 0,
         drop_last: bool = False,
     ) -> Iterator[Batch]:
@@ -49,9 +50,9 @@ class Streamed:
         if augment is not None:
             order, draws = draw_epoch(len(self), augment, height=height, width=width, seed=seed, epoch=epoch)
         parts = split_order(order, batch, start=start, drop_last=drop_last, share=self.share)
-        return self._decode(parts, draws, augment or Augmentation())
+        return self._decode(parts, draws, augment or NO_CHANGE)
 
-    def _decode(self, parts: list[Tensor], draws: Draws, augment: Augmentation) -> Iterator[Batch]:
+    def _decode(self, parts: list[Tensor], draws: Draws, augment: Augment) -> Iterator[Batch]:
         device = self.labels.device
         indexes = [part.tolist() for part in parts]
         arrays = decode_batches(

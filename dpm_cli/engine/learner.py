@@ -12,7 +12,7 @@ from dpm_cli.engine.schedule import learning_rate, set_learning_rate_
 from dpm_cli.engine.step import Hook, train_step
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.optimizer_state import shrink_optimizer_
-from dpm_cli.recipe import Training
+from dpm_cli.recipe.sections import Training
 from dpm_cli.tasks.classification import classification_loss, distillation_loss, mixup
 
 

@@ -86,8 +86,8 @@ class StageLoop:
             for images, labels in self._waiting.timed(batches):
                 yield from self._take_step(images, labels)
                 stopping = self.setup.world.largest(self.setup.should_stop())
-                every = self.setup.recipe.checkpoint.every
-                if stopping or (self.step % every == 0 and self.step < self.learner.steps):
+                is_due = self.step % self.setup.checkpoint_every == 0
+                if stopping or (is_due and self.step < self.learner.steps):
                     yield from self._save()
                 if stopping:
                     raise Interrupted(

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from dpm_cli.errors import RunError
-from dpm_cli.recipe import Training
+from dpm_cli.recipe.sections import Training
 
 OptimizerState = dict[str, dict[str, Tensor | float]]
 

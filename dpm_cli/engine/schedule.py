@@ -5,7 +5,7 @@ from typing import assert_never
 
 from torch.optim import Optimizer
 
-from dpm_cli.recipe import Training
+from dpm_cli.recipe.sections import Training
 
 
 def learning_rate(step: int, training: Training, *, steps: int, steps_per_epoch: int) -> float:

@@ -8,14 +8,14 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.data import Augmentation, Splits
+from dpm_cli.data import Splits
 from dpm_cli.data.splits import Split
 from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
 from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.precision import Precision
 from dpm_cli.errors import RecipeError
-from dpm_cli.recipe import Recipe
+from dpm_cli.recipe.sections import Data
 
 CHECK_IMAGES = 8  # real inputs to compare outputs on, before and after compaction
 
@@ -24,9 +24,11 @@ CHECK_IMAGES = 8  # real inputs to compare outputs on, before and after compacti
 class Setup:
     """Holds what all stages of a run share."""
 
-    recipe: Recipe
     splits: Splits
+    data: Data  # how `splits` were loaded, and how they are batched
+    seed: int
     checkpoint: Path  # the file to resume from after an interruption
+    checkpoint_every: int  # steps
     device: torch.device
     precision: Precision
     should_stop: Callable[[], int] = lambda: False  # true, or the exit code to stop with
@@ -34,13 +36,13 @@ class Setup:
 
     def require_enough_images(self) -> None:
         """Check that every process gets an image of each batch. Raises RecipeError."""
-        batch, size = self.recipe.data.batch, self.world.size
+        batch, size = self.data.batch, self.world.size
         if size > min(batch, len(self.splits.train)):
             raise RecipeError(f"data.batch is {batch}, less than an image for each of {size} processes")
 
     @property
     def steps_per_epoch(self) -> int:
-        return max(1, len(self.splits.train) // self.recipe.data.batch)
+        return max(1, len(self.splits.train) // self.data.batch)
 
     @cached_property
     def _train(self) -> Split:
@@ -53,14 +55,13 @@ class Setup:
 
     def epoch_batches(self, epoch: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield full batches only, unless the images do not fill one. epoch: counted over the whole run."""
-        data = self.recipe.data
         return self._train.batches(
-            data.batch,
-            seed=self.recipe.seed,
+            self.data.batch,
+            seed=self.seed,
             epoch=epoch,
-            augment=Augmentation(**data.augment.model_dump()),
+            augment=self.data.augment,
             start=start,
-            drop_last=len(self._train) >= data.batch,
+            drop_last=len(self._train) >= self.data.batch,
         )
 
     def stage_batches(self, first_epoch: int, epochs: int, step: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -79,18 +80,17 @@ class Setup:
         """Measure accuracy in percent on the validation images, for decisions; None if there are none."""
         if not (self.splits.labelled and len(self._validation)):
             return None
-        batch, precision = self.recipe.data.batch, self.precision
+        batch, precision = self.data.batch, self.precision
         return evaluate_module(model, self._validation, batch=batch, precision=precision, world=self.world).accuracy
 
     def test(self, model: nn.Module) -> float | None:
         """Measure accuracy in percent on the test images, for reports only; None without labels."""
         if not self.splits.labelled:
             return None
-        return evaluate_module(model, self.splits.test, batch=self.recipe.data.batch).accuracy
+        return evaluate_module(model, self.splits.test, batch=self.data.batch).accuracy
 
-    def recalibrate_(self, model: nn.Module, epoch: int) -> None:
+    def recalibrate_(self, model: nn.Module, epoch: int, *, batches: int) -> None:
         """Recompute BatchNorm statistics on training images. epoch: a number that no stage uses."""
-        count = self.recipe.recalibrate_batches
         recalibrate_batchnorm_(
-            model, self.epoch_batches(epoch), count=count, precision=self.precision, world=self.world
+            model, self.epoch_batches(epoch), count=batches, precision=self.precision, world=self.world
         )

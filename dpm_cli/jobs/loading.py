@@ -9,6 +9,9 @@ import torch
 from torch import nn
 
 from dpm_cli.data import Splits, load_data
+from dpm_cli.engine.distributed import ALONE, World
+from dpm_cli.engine.precision import choose_precision
+from dpm_cli.engine.setup import Setup
 from dpm_cli.engine.step import all_finite
 from dpm_cli.errors import (
     DpmError,
@@ -47,14 +50,29 @@ def follow(events: Generator[Event, None, T], on_event: OnEvent) -> T:
 
 def load_splits(recipe: Recipe, device: torch.device) -> Splits:
     """Load the recipe's dataset, onto the device if it fits."""
-    data = recipe.data.model_dump(exclude={"batch", "augment"})
-    return load_data(
-        data.pop("name"),
-        **data,
-        shape=recipe.model.input,
-        classes=recipe.model.classes,
+    spec = recipe.model
+    return load_data(recipe.data, shape=spec.input, classes=spec.classes, seed=recipe.seed, device=device)
+
+
+def make_setup(
+    recipe: Recipe,
+    splits: Splits,
+    checkpoint: Path,
+    device: torch.device,
+    should_stop: Callable[[], int] | None = None,
+    world: World = ALONE,
+) -> Setup:
+    """Gather what all stages of a run share."""
+    return Setup(
+        splits=splits,
+        data=recipe.data,
         seed=recipe.seed,
+        checkpoint=checkpoint,
+        checkpoint_every=recipe.checkpoint.every,
         device=device,
+        precision=choose_precision(recipe.precision, device),
+        should_stop=should_stop or (lambda: False),
+        world=world,
     )
 
 

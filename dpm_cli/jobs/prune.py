@@ -11,11 +11,9 @@ from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
-from dpm_cli.engine.precision import choose_precision
-from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, OutputError
 from dpm_cli.files import CHECKPOINT, REPORT, is_unfinished, locked, prepare_output, require_writable
-from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, resolve_recipe
+from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, make_setup, resolve_recipe
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.recipe import Recipe, hash_recipe
 from dpm_cli.report import Report
@@ -52,7 +50,6 @@ def prune(
         if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder / CHECKPOINT)):
             return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
         torch_device = choose_device(device)
-        precision = choose_precision(recipe.precision, torch_device)
         module, arch = load_module(model, recipe, trust)
         # A run cannot be resumed with another batch size.
         with (
@@ -61,10 +58,9 @@ def prune(
         ):
             with world.main_first():
                 splits = load_splits(recipe, torch_device)
-            stop = should_stop or (lambda: False)
-            setup = Setup(recipe, splits, folder / CHECKPOINT, torch_device, precision, stop, world)
+            setup = make_setup(recipe, splits, folder / CHECKPOINT, torch_device, should_stop, world)
             kind = SparseRun if recipe.cuts_weights else Run
-            run = kind(setup, module, arch=arch, output=folder)
+            run = kind(recipe, setup, module, arch=arch, output=folder)
             if overwrite and world.is_main:
                 remove_checkpoints(folder / CHECKPOINT)  # otherwise a later --resume would continue the abandoned run
             if arch is None:

@@ -15,12 +15,12 @@ from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.engine.loop import State
-from dpm_cli.engine.precision import choose_layout, choose_precision
+from dpm_cli.engine.precision import choose_layout
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import OutputError, RecipeError
 from dpm_cli.events import Event, Note
 from dpm_cli.files import LOCK, checkpoint_of, is_unfinished, locked, remove_leftovers, write_atomic
-from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, resolve_recipe
+from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, make_setup, resolve_recipe
 from dpm_cli.measure import count_parameters, flushing_denormals
 from dpm_cli.models import build
 from dpm_cli.recipe import Recipe
@@ -56,16 +56,14 @@ def train(
         raise RecipeError("data.labels is false, but training needs labels: set it to true")
     with join(device) as world, explaining_faults(recipe.data.batch, " --overwrite"):  # not resumed with another batch
         torch_device = choose_device(device)
-        precision = choose_precision(recipe.precision, torch_device)
         with _claimed(path, world, overwrite=overwrite, resume=resume):
             torch.manual_seed(recipe.seed)
             module = _start_from(model, recipe, trust)
             with world.main_first():
                 splits = load_splits(recipe, torch_device)
-            stop = should_stop or (lambda: False)
-            setup = Setup(recipe, splits, checkpoint_of(path), torch_device, precision, stop, world)
+            setup = make_setup(recipe, splits, checkpoint_of(path), torch_device, should_stop, world)
             setup.require_enough_images()
-            training = _Training(setup, module, path)
+            training = _Training(recipe, setup, module, path)
             if overwrite and world.is_main:
                 remove_checkpoints(setup.checkpoint)  # otherwise a later --resume would continue the abandoned training
             return follow(training.events(resume=resume), on_event)
@@ -76,8 +74,8 @@ class _Trainee:
 
     teacher: nn.Module | None = None
 
-    def __init__(self, module: nn.Module, setup: Setup) -> None:
-        self.layout = choose_layout(module, torch.zeros(2, *setup.recipe.model.input))
+    def __init__(self, module: nn.Module, recipe: Recipe, setup: Setup) -> None:
+        self.layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
         self.model = module.to(setup.device).to(memory_format=self.layout).train()
 
     def state_dict(self) -> State:
@@ -90,13 +88,12 @@ class _Trainee:
 class _Training:
     """Tells the story of `dpm train`."""
 
-    def __init__(self, setup: Setup, module: nn.Module, path: Path) -> None:
-        self.setup, self.path = setup, path
-        recipe = setup.recipe
+    def __init__(self, recipe: Recipe, setup: Setup, module: nn.Module, path: Path) -> None:
+        self.recipe, self.setup, self.path = recipe, setup, path
         origin = Origin.of(recipe, module, setup.splits)
         section = "dense." if recipe.dense else "train."
         stages = number_epochs([Stage("dense", recipe.dense or recipe.train, section)])
-        self.trainee = _Trainee(module, setup)
+        self.trainee = _Trainee(module, recipe, setup)
         self.course = Course(setup, stages, self.trainee, origin, Journal(None))
 
     def events(self, *, resume: bool) -> Generator[Event, None, Trained]:
@@ -117,7 +114,7 @@ class _Training:
 
     def _finish(self, started: float) -> Trained:
         """Measure the model and write its weights in the main process; return the result in all processes."""
-        setup, recipe, path, module = self.setup, self.setup.recipe, self.path, self.trainee.model
+        setup, recipe, path, module = self.setup, self.recipe, self.path, self.trainee.model
         validation_accuracy = setup.validate(module)
         test = evaluate_module(module, setup.splits.test, batch=recipe.data.batch)
         trained = None

@@ -32,7 +32,7 @@ from dpm_cli.models.slim_content import FORMAT, VERSION, Content, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
 from dpm_cli.models.weights import require_finite
 from dpm_cli.models.zoo import build
-from dpm_cli.recipe import is_own_code
+from dpm_cli.recipe.code import is_own_code
 
 TOLERANCE = 1e-4  # relative, between a module and itself rebuilt: other kernels for another memory layout
 

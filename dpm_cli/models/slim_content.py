@@ -18,7 +18,7 @@ from dpm_cli.models.metadata import Metadata, parse_metadata
 from dpm_cli.models.packed import unpack
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
-from dpm_cli.recipe import is_own_code
+from dpm_cli.recipe.code import is_own_code
 from dpm_cli.recipe.sections import MAX_NUMBERS
 
 FORMAT = "dpm-slim"

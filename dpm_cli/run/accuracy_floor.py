@@ -14,9 +14,9 @@ class AccuracyFloor:
     Without `prune.max_drop` there is no floor: every state passes, and none is remembered.
     """
 
-    def __init__(self, subject: Subject) -> None:
-        self.subject = subject
-        self.max_drop = subject.setup.recipe.prune.max_drop  # points; None for no floor
+    def __init__(self, subject: Subject, max_drop: float | None) -> None:
+        """max_drop: points; None for no floor."""
+        self.subject, self.max_drop = subject, max_drop
         self.dense = 0.0  # accuracy of the original model
         self.held: State | None = None  # the last state that held the floor; None for the original model
         self.broken: str | None = None  # why the run went back, if it did, in one sentence

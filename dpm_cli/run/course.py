@@ -124,7 +124,7 @@ class Course:
             stage.training,
             precision=setup.precision,
             steps_per_epoch=setup.steps_per_epoch,
-            seed=setup.recipe.seed * 1_000_003 + stage.first_epoch,
+            seed=setup.seed * 1_000_003 + stage.first_epoch,
             layout=self.trainee.layout,
             teacher=self.trainee.teacher,
             world=setup.world,

@@ -20,7 +20,7 @@ from dpm_cli.layers.images import Framing
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import Metadata, save_slim
 from dpm_cli.models.metadata import printable_names
-from dpm_cli.recipe import dump_recipe, hash_recipe
+from dpm_cli.recipe import Recipe, dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
 from dpm_cli.run.outcome import Outcome, remark_on_cost, remark_on_data
 
@@ -37,6 +37,7 @@ FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "m
 class Delivery:
     """Exports, measures and saves the results of one run, in the main process."""
 
+    recipe: Recipe
     setup: Setup
     arch: str | None  # None unless `model.arch` builds the model
     output: Path
@@ -77,7 +78,7 @@ class Delivery:
 
     def _export(self, slim: nn.Module, image: Tensor) -> Iterator[ExportedFile]:
         """Write each file that the recipe asks for, reload it and compare."""
-        recipe = self.setup.recipe
+        recipe = self.recipe
         for format in recipe.export:
             path = self.output / EXPORT_NAMES[format]
             try:
@@ -114,9 +115,9 @@ class Delivery:
         setup, score = self.setup, None
         if setup.splits.labelled:
             on_device = copy.deepcopy(network).to(setup.device).to(memory_format=self.layout)
-            score = evaluate_module(on_device, setup.splits.test, batch=setup.recipe.data.batch)
+            score = evaluate_module(on_device, setup.splits.test, batch=setup.data.batch)
         return Measured(
-            macs=count_macs(network, image, setup.recipe.counter),
+            macs=count_macs(network, image, self.recipe.counter),
             params=count_parameters(network),
             bytes=count_bytes(network),
             accuracy=score.accuracy if score else None,
@@ -132,7 +133,7 @@ class Delivery:
         exports: Sequence[ExportedFile],
         seconds: Mapping[str, float],
     ) -> Report:
-        setup, recipe = self.setup, self.setup.recipe
+        setup, recipe = self.setup, self.recipe
         floor = [outcome.floor.text] if outcome.floor and outcome.floor.text else []
         if outcome.cuts:
             slim = replace(slim, bytes=outcome.cuts[0].report.bytes)
@@ -169,7 +170,7 @@ class Delivery:
         for cut in outcome.cuts:
             self._save_slim(Path(cut.report.file), cut.module, report, cut.masks)
         write_text_atomic(self.output / METADATA, self._metadata().to_json())
-        write_text_atomic(self.output / "recipe.yaml", dump_recipe(self.setup.recipe))
+        write_text_atomic(self.output / "recipe.yaml", dump_recipe(self.recipe))
         write_text_atomic(self.output / "report.json", report.to_json() + "\n")
 
     def _save_slim(self, path: Path, module: nn.Module, report: Report, masks: Mapping[str, Tensor]) -> None:
@@ -177,14 +178,14 @@ class Delivery:
             path,
             copy.deepcopy(module).cpu().to(memory_format=torch.contiguous_format).eval(),
             metadata=self._metadata(),
-            recipe=dump_recipe(self.setup.recipe),
+            recipe=dump_recipe(self.recipe),
             report=report.to_dict(),
             dense=self.dense if self.arch is None else None,
             masks=masks,
         )
 
     def _metadata(self) -> Metadata:
-        recipe, splits = self.setup.recipe, self.setup.splits
+        recipe, splits = self.recipe, self.setup.splits
         return Metadata(
             classes=recipe.model.classes,
             framing=Framing(recipe.model.input, recipe.data.resize, recipe.data.crop),

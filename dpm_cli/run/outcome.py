@@ -36,7 +36,7 @@ def describe_outcome(
     subject: Subject, floor: AccuracyFloor, validation_accuracy: float | None, notes: Sequence[str]
 ) -> Outcome:
     """Describe the outcome of a run that removed units."""
-    recipe, pruning, groups = subject.setup.recipe, subject.pruning, subject.dense_groups
+    recipe, pruning, groups = subject.recipe, subject.pruning, subject.dense_groups
     target, goal, cost, alive = recipe.prune.target, pruning.goal, pruning.groups.cost, pruning.all_alive
     return Outcome(
         method=name_method(pruning.base, recipe.decay.model_copy(update={"steps": pruning.decay.steps})),

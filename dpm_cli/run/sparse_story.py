@@ -12,6 +12,7 @@ from dpm_cli.engine.loop import StageLoop, State
 from dpm_cli.engine.precision import choose_layout
 from dpm_cli.engine.setup import Setup
 from dpm_cli.events import Done, Event, Note, Wanted, WeightsCut
+from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage, number_epochs
 from dpm_cli.report import KeptLayer, Report, TargetReport, UnitCounts, Width
 from dpm_cli.run.course import Course, CourseHooks
@@ -34,8 +35,7 @@ class SparseSubject:
 
     teacher: nn.Module | None = None
 
-    def __init__(self, module: nn.Module, setup: Setup) -> None:
-        recipe = setup.recipe
+    def __init__(self, module: nn.Module, recipe: Recipe, setup: Setup) -> None:
         self.layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
         self.model = copy.deepcopy(module).to(setup.device).to(memory_format=self.layout)
         self.training = SphereTraining(self.model, recipe.prune, recipe.train)
@@ -78,14 +78,13 @@ class SphereStage(CourseHooks):
 class SparseRun:
     """Carries out one run of Pruning On-the-Fly. `events()` does the work, yields events and returns the report."""
 
-    def __init__(self, setup: Setup, model: nn.Module, *, arch: str | None, output: Path) -> None:
+    def __init__(self, recipe: Recipe, setup: Setup, model: nn.Module, *, arch: str | None, output: Path) -> None:
         """Takes the same arguments as `Run`."""
         setup.require_enough_images()
-        recipe = setup.recipe
-        torch.manual_seed(recipe.seed)
-        self.setup, self.dense, self.arch, self.output = setup, model, arch, output
+        torch.manual_seed(setup.seed)
+        self.recipe, self.setup, self.dense, self.arch, self.output = recipe, setup, model, arch, output
         self.groups = find_whole_groups(model, torch.zeros(2, *recipe.model.input), recipe.prune)
-        self.subject = SparseSubject(model, setup)
+        self.subject = SparseSubject(model, recipe, setup)
         self.course = Course(
             setup,
             number_epochs([Stage("sparse", recipe.train, "train.", penalises=True)]),
@@ -101,7 +100,7 @@ class SparseRun:
 
     def events(self, *, resume: bool = False) -> Generator[Event, None, Report]:
         """Do the run. resume: continue from the checkpoint in the output folder."""
-        target = Wanted("sparsity", asked=self.setup.recipe.prune.target.sparsity or ())
+        target = Wanted("sparsity", asked=self.recipe.prune.target.sparsity or ())
         yield self.course.describe_start(self.arch, self.groups, target, round_to=1)
         report = yield from self.course.carry_out(self._train(), self._finish(), resume=resume)
         for note in self.notes:
@@ -125,12 +124,12 @@ class SparseRun:
             yield WeightsCut(**vars(cut.report))
         slim = cuts[0].module
         outcome, layout = self._describe_outcome(cuts, setup.validate(slim)), self.subject.layout
-        delivery = Delivery(setup, arch=self.arch, output=self.output, dense=self.dense, layout=layout)
+        delivery = Delivery(self.recipe, setup, self.arch, self.output, self.dense, layout)
         return (yield from delivery.deliver(slim, outcome, self.course.seconds))
 
     def _cut(self) -> Iterator[CutModel]:
         """Cut the trained model to every sparsity that the recipe names."""
-        recipe = self.setup.recipe
+        recipe = self.recipe
         sparsities = recipe.prune.target.sparsity or ()
         for number, sparsity in enumerate(sparsities if recipe.prune.on_the_fly.threshold is None else sparsities[:1]):
             yield cut_model(
@@ -144,10 +143,10 @@ class SparseRun:
             )
 
     def _recalibrate_(self, model: nn.Module) -> None:
-        self.setup.recalibrate_(model, self.course.unused_epoch)
+        self.setup.recalibrate_(model, self.course.unused_epoch, batches=self.recipe.recalibrate_batches)
 
     def _describe_outcome(self, cuts: list[CutModel], validation_accuracy: float | None) -> Outcome:
-        recipe, groups = self.setup.recipe, self.groups
+        recipe, groups = self.recipe, self.groups
         everything = np.ones(groups.units, bool)
         return Outcome(
             method=recipe.prune.base,

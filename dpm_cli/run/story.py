@@ -9,6 +9,7 @@ from torch import nn
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, TargetError
 from dpm_cli.events import Done, Event, Note, Wanted
+from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage
 from dpm_cli.report import Report
 from dpm_cli.run.accuracy_floor import AccuracyFloor
@@ -26,26 +27,26 @@ Events = Generator[Event, None, None]
 class Run:
     """Carries out one pruning run. `events()` does the work, yields events and returns the report."""
 
-    def __init__(self, setup: Setup, model: nn.Module, *, arch: str | None, output: Path) -> None:
+    def __init__(self, recipe: Recipe, setup: Setup, model: nn.Module, *, arch: str | None, output: Path) -> None:
         """model: dense (or slim from an earlier run), in eval mode on the CPU. It is copied, not changed.
 
         arch: the name that builds it; None if there is none. Raises UnsupportedModelError, RecipeError or TargetError
         before any training.
         """
         setup.require_enough_images()
-        torch.manual_seed(setup.recipe.seed)
-        self.setup, self.dense, self.arch, self.output = setup, model, arch, output
-        self.subject = Subject(model, setup)
-        self.floor = AccuracyFloor(self.subject)
+        torch.manual_seed(setup.seed)
+        self.recipe, self.setup, self.dense, self.arch, self.output = recipe, setup, model, arch, output
+        self.subject = Subject(model, recipe, setup)
+        self.floor = AccuracyFloor(self.subject, recipe.prune.max_drop)
         self.course = Course(
             setup,
             self.subject.stages,
             self.subject,
-            Origin.of(setup.recipe, model, setup.splits),
+            Origin.of(recipe, model, setup.splits),
             Journal(output / "metrics.jsonl" if setup.world.is_main else None),
             {"floor": self.floor},
         )
-        if setup.recipe.prune.round_to == "auto":
+        if recipe.prune.round_to == "auto":
             self.course.notes.append(f"prune.round_to is auto: widths are multiples of {self.subject.round_to}")
 
     @property
@@ -97,7 +98,7 @@ class Run:
         if not pruning.is_done and not self.floor.went_back:
             goal = pruning.goal
             raise TargetError(f"target {goal.kind} <= {goal.limit:,} was not met: {pruning.cost():,} is left")
-        self.setup.recalibrate_(self.subject.model, course.unused_epoch)
+        self.setup.recalibrate_(self.subject.model, course.unused_epoch, batches=self.recipe.recalibrate_batches)
 
     def _train(self, stage: Stage) -> Events:
         course, subject = self.course, self.subject
@@ -118,5 +119,5 @@ class Run:
         setup, subject = self.setup, self.subject
         validation_accuracy = setup.validate(subject.model)
         outcome = describe_outcome(subject, self.floor, validation_accuracy, [*self.notes, *subject.notes])
-        delivery = Delivery(setup, arch=self.arch, output=self.output, dense=self.dense, layout=subject.layout)
+        delivery = Delivery(self.recipe, setup, self.arch, self.output, self.dense, subject.layout)
         return (yield from delivery.deliver(subject.model, outcome, self.course.seconds))

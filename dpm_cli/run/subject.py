@@ -17,15 +17,16 @@ from dpm_cli.method.pruner import AT_ONCE
 from dpm_cli.method.pruners import BasePruner, make_base
 from dpm_cli.method.pruning import Pruning
 from dpm_cli.method.survey import survey
+from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage, number_epochs
 
 
 class Subject:
     """Holds a model during pruning. It starts dense and can be reset."""
 
-    def __init__(self, module: nn.Module, setup: Setup) -> None:
+    def __init__(self, module: nn.Module, recipe: Recipe, setup: Setup) -> None:
         """module: dense, in eval mode on the CPU; it is copied. Raises what `survey`, `rounds` and `goal` raise."""
-        self.setup, recipe = setup, setup.recipe
+        self.setup, self.recipe = setup, recipe
         self.notes: list[str] = []
         self.difference = 0.0  # largest difference between outputs before and after any removal
         base = self._make_base()
@@ -42,11 +43,10 @@ class Subject:
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def _make_base(self) -> BasePruner:
-        recipe = self.setup.recipe
-        return make_base(recipe.prune, recipe.train, seed=recipe.seed)
+        return make_base(self.recipe.prune, self.recipe.train, seed=self.setup.seed)
 
     def _begin(self) -> tuple[nn.Module, Pruning]:
-        recipe = self.setup.recipe
+        recipe = self.recipe
         model = copy.deepcopy(self._start).to(self.setup.device).to(memory_format=self.layout)
         trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
         return model, Pruning(
@@ -80,7 +80,7 @@ class Subject:
     def _fold_means(self, groups: Groups, alive: Flags) -> None:
         """Fold the mean outputs of units into the layers that read them, before the units are cut at once."""
         epoch = sum(stage.training.epochs for stage in self.stages)  # one that no stage uses
-        batches = islice(self.setup.epoch_batches(epoch), self.setup.recipe.compact.fold_batches)
+        batches = islice(self.setup.epoch_batches(epoch), self.recipe.compact.fold_batches)
         left = fold_means_(self.model, groups, alive, (images for images, _ in batches), self._shifts)
         if left:
             self.notes.append(

@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from dpm_cli.data import Splits, load_data
+from dpm_cli.recipe.sections import Data
 
 
 @pytest.fixture(autouse=True)
@@ -21,11 +22,10 @@ def load() -> Callable[..., Splits]:
     """`load_data` with defaults for everything."""
 
     def load(name: str, **changes: Any) -> Splits:
-        settings: dict[str, Any] = {
-            "root": "data", "shape": (3, 8, 8), "classes": 3, "validation": 0.2, "seed": 0, "mean": None, "std": None,
-            "memory_limit": 2**31, "workers": 0, "download": False, "limit": None, "device": "cpu",
-        }  # fmt: skip
-        return load_data(name, **(settings | changes))
+        fixed = {"shape": (3, 8, 8), "classes": 3, "seed": 0, "device": "cpu"}
+        known = {key: changes.pop(key, value) for key, value in fixed.items()}
+        data = {"name": name, "validation": 0.2, "workers": 0, "download": False} | changes
+        return load_data(Data(**data), **known)
 
     return load
 

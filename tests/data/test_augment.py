@@ -6,8 +6,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dpm_cli.data import augment
-from dpm_cli.data.augment import Augmentation, draw_epoch
+from dpm_cli.data.augment import NO_CHANGE, draw_epoch
 from dpm_cli.errors import DataError
+from dpm_cli.recipe.sections import Augment
 
 PIXELS = torch.randint(256, (6, 3, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 
@@ -58,7 +59,7 @@ def test_resized_crop_of_a_ramp_is_a_ramp_between_the_box_borders() -> None:
 
 @given(height=st.integers(1, 500), width=st.integers(1, 500), epoch=st.integers(0, 99))
 def test_boxes_lie_inside_the_image_and_never_exceed_their_area(height: int, width: int, epoch: int) -> None:
-    _, draws = draw_epoch(20, Augmentation(resized_crop=True), height=8, width=8, seed=0, epoch=epoch)
+    _, draws = draw_epoch(20, Augment(crop=0, resized_crop=True, flip=False), height=8, width=8, seed=0, epoch=epoch)
     assert draws.box is not None
     top, left, tall, wide = augment.find_boxes(draws.box, height, width).double().unbind(1)
     slack = 1e-4 * max(height, width)
@@ -76,7 +77,7 @@ def test_boxes_on_a_large_square_have_the_drawn_area_and_aspect() -> None:
 
 
 def test_every_draw_covers_its_range() -> None:
-    changes = Augmentation(crop=2, flip=True, cutout=3)
+    changes = Augment(crop=2, flip=True, cutout=3)
     order, draws = draw_epoch(2000, changes, height=8, width=6, seed=0, epoch=0)
     assert draws.offset is not None
     assert draws.flipped is not None
@@ -90,12 +91,12 @@ def test_every_draw_covers_its_range() -> None:
 
 @pytest.mark.parametrize("other", [(0, 1), (1, 0)])
 def test_seed_and_epoch_both_change_the_order(other: tuple[int, int]) -> None:
-    order, _ = draw_epoch(100, Augmentation(), height=8, width=8, seed=0, epoch=0)
-    changed, _ = draw_epoch(100, Augmentation(), height=8, width=8, seed=other[0], epoch=other[1])
+    order, _ = draw_epoch(100, NO_CHANGE, height=8, width=8, seed=0, epoch=0)
+    changed, _ = draw_epoch(100, NO_CHANGE, height=8, width=8, seed=other[0], epoch=other[1])
     assert not torch.equal(order, changed)
 
 
-@pytest.mark.parametrize("changes", [Augmentation(crop=9), Augmentation(cutout=9)])
-def test_change_larger_than_the_image_is_refused(changes: Augmentation) -> None:
+@pytest.mark.parametrize("changes", [Augment(crop=9, flip=False), Augment(crop=0, cutout=9, flip=False)])
+def test_change_larger_than_the_image_is_refused(changes: Augment) -> None:
     with pytest.raises(DataError, match=r"data\.augment\.(crop|cutout) is 9 pixels; images of 8x12"):
         draw_epoch(4, changes, height=8, width=12, seed=0, epoch=0)

@@ -104,8 +104,3 @@ def test_statistics_of_the_recipe_replace_the_datasets_own(load: Load) -> None:
 def test_settings_that_do_not_fit_digits_are_refused(load: Load, changes: dict[str, object], message: str) -> None:
     with pytest.raises(DataError, match=message):
         load("digits", **({"shape": (1, 8, 8), "classes": 10} | changes))
-
-
-def test_unknown_dataset_is_refused_with_the_known_ones(load: Load) -> None:
-    with pytest.raises(DataError, match=r"data\.name is 'mnist'; known: digits, cifar10"):
-        load("mnist")

@@ -10,10 +10,11 @@ from PIL import Image
 from torchvision.transforms import CenterCrop, Compose, Resize
 
 import dpm_cli.data.load as loading
-from dpm_cli.data import Augmentation, Images, Splits, Streamed
+from dpm_cli.data import Images, Splits, Streamed
 from dpm_cli.data.decode import decode
 from dpm_cli.errors import DataError
 from dpm_cli.layers.images import Framing
+from dpm_cli.recipe.sections import Augment
 
 Load = Callable[..., Splits]
 
@@ -23,7 +24,7 @@ def in_memory(split: object) -> Images:
     return split
 
 
-def first_batch(split: Any, augment: Augmentation | None = None, batch: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
+def first_batch(split: Any, augment: Augment | None = None, batch: int = 100) -> tuple[torch.Tensor, torch.Tensor]:
     return next(iter(split.batches(batch, seed=1, epoch=1, augment=augment)))
 
 
@@ -176,7 +177,7 @@ def test_cache_that_cannot_be_written_is_done_without(
 def test_streamed_equals_in_memory(load: Load, folder: Path) -> None:
     memory, stream = load("folder", root=folder), load("folder", root=folder, memory_limit=1)
     assert isinstance(stream.train, Streamed)
-    for augment in (None, Augmentation(crop=2, flip=True, cutout=3)):
+    for augment in (None, Augment(crop=2, flip=True, cutout=3)):
         for name in ("train", "validation", "test"):
             expected, labels = first_batch(getattr(memory, name), augment)
             images, streamed_labels = first_batch(getattr(stream, name), augment)
@@ -199,7 +200,7 @@ def test_data_is_known_again_wherever_it_lies_and_not_when_it_changed(
 
 def test_streamed_start_yields_the_tail(load: Load, folder: Path) -> None:
     split = load("folder", root=folder, memory_limit=1).train
-    changes = Augmentation(flip=True, resized_crop=True)
+    changes = Augment(crop=0, flip=True, resized_crop=True)
     before = torch.get_rng_state()
     whole = list(split.batches(5, seed=0, epoch=0, augment=changes))
     tail = list(split.batches(5, seed=0, epoch=0, augment=changes, start=3))
@@ -213,7 +214,7 @@ def test_streamed_resized_crop_is_cut_from_the_full_size(
 ) -> None:
     write_images(tmp_path / "large" / "train", count=2, size=(64, 64))
     write_images(tmp_path / "large" / "test", count=1, size=(64, 64))
-    changes = Augmentation(resized_crop=True)
+    changes = Augment(crop=0, resized_crop=True, flip=False)
     memory, stream = (load("folder", root=tmp_path / "large", validation=0, memory_limit=m) for m in (2**20, 1))
     reduced, _ = first_batch(memory.train, changes)
     full, _ = first_batch(stream.train, changes)
@@ -225,7 +226,7 @@ def test_streamed_resized_crop_is_cut_from_the_full_size(
 @pytest.mark.parametrize("workers", [1, 2])
 def test_worker_processes_change_nothing(load: Load, folder: Path, workers: int) -> None:
     alone, helped = (load("folder", root=folder, memory_limit=1, workers=count) for count in (0, workers))
-    changes = Augmentation(flip=True, resized_crop=True)
+    changes = Augment(crop=0, flip=True, resized_crop=True)
     expected, images = (list(s.train.batches(4, seed=0, epoch=0, augment=changes)) for s in (alone, helped))
     assert all(torch.equal(a, b) for one, two in zip(expected, images, strict=True) for a, b in zip(one, two))
 

@@ -9,7 +9,6 @@ import pytest
 import torch
 
 import dpm_cli
-from dpm_cli.data import Augmentation
 from dpm_cli.jobs.loading import load_splits
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.models import build
@@ -57,7 +56,7 @@ def test_the_plain_loop_and_dpm_prune_end_with_the_same_bits(plain_loop, base, t
 
     splits = load_splits(recipe, torch.device("cpu"))
     per_epoch = len(splits.train) // 64
-    augment = Augmentation(**recipe.data.augment.model_dump())
+    augment = recipe.data.augment
     batches = (
         (images.contiguous(memory_format=torch.channels_last), labels)
         for epoch in range(EPOCHS)

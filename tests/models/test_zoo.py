@@ -1,6 +1,5 @@
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -59,13 +58,11 @@ def test_vgg19_has_sixteen_convolutions_with_bias() -> None:
 
 
 @pytest.mark.slow
-def test_digits_net_learns_digits(tmp_path: Path) -> None:
+def test_digits_net_learns_digits() -> None:
     from dpm_cli.data import load_data
+    from dpm_cli.recipe.sections import Data
 
-    splits = load_data(
-        "digits", root=tmp_path, shape=(1, 8, 8), classes=10, validation=0.0, seed=0, mean=None, std=None,
-        memory_limit=2**31, workers=0, download=False, limit=None, device=torch.device("cpu"),
-    )  # fmt: skip
+    splits = load_data(Data(name="digits", validation=0.0), shape=(1, 8, 8), classes=10, seed=0)
     torch.manual_seed(0)
     module = build("digits", classes=10, shape=(1, 8, 8))
     optimizer = torch.optim.SGD(module.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)

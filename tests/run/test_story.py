@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpm_cli.data import Augmentation, load_data
+from dpm_cli.data import load_data
 from dpm_cli.data.digits import read_digits
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.precision import choose_precision
@@ -19,10 +19,11 @@ from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.events import EpochEnded, Note
 from dpm_cli.files import CHECKPOINT
-from dpm_cli.jobs.loading import follow
+from dpm_cli.jobs.loading import follow, make_setup
 from dpm_cli.measure import count_macs, count_parameters, measure_in_turns
 from dpm_cli.models import load_slim
 from dpm_cli.recipe import parse_recipe
+from dpm_cli.recipe.sections import Data
 from dpm_cli.report import Report
 from dpm_cli.run.journal import Journal
 from dpm_cli.run.story import Run
@@ -60,11 +61,7 @@ def splits():
 
 
 def load_digits(**changes):
-    data = {
-        "root": "data", "shape": (1, 8, 8), "classes": 10, "validation": 0.1, "seed": 0, "mean": None, "std": None,
-        "memory_limit": 2**31, "workers": 0, "download": False, "limit": 230, "device": "cpu",
-    }  # fmt: skip
-    return load_data("digits", **(data | changes))
+    return load_data(Data(**({"name": "digits", "limit": 230} | changes)), shape=(1, 8, 8), classes=10, seed=0)
 
 
 @pytest.fixture(autouse=True)
@@ -89,8 +86,10 @@ def make_recipe(*overrides):
 
 
 def make_run(output, recipe, splits, *, model=None, precision=FP32, should_stop=lambda: False):
-    setup = Setup(recipe, splits, Path(output) / CHECKPOINT, torch.device("cpu"), precision, should_stop)
-    return Run(setup, model or make_net(), arch=None, output=Path(output))
+    setup = make_setup(recipe, splits, Path(output) / CHECKPOINT, torch.device("cpu"), should_stop)
+    return Run(
+        recipe, dataclasses.replace(setup, precision=precision), model or make_net(), arch=None, output=Path(output)
+    )
 
 
 def go(output, recipe, splits, *, resume=False, **settings):
@@ -261,7 +260,7 @@ def test_validation_of_zero_and_fewer_images_than_a_batch(tmp_path):
 
 
 def run_augmentation(recipe):
-    return Augmentation(**recipe.data.augment.model_dump())
+    return recipe.data.augment
 
 
 def test_stages_and_their_first_epochs(tmp_path, splits):

@@ -6,12 +6,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from dpm_cli.data import Augmentation, load_data
-from dpm_cli.engine.precision import choose_precision
-from dpm_cli.engine.setup import Setup
+from dpm_cli.data import load_data
 from dpm_cli.files import CHECKPOINT
-from dpm_cli.jobs.loading import follow
+from dpm_cli.jobs.loading import follow, make_setup
 from dpm_cli.recipe import parse_recipe
+from dpm_cli.recipe.sections import Data
 from dpm_cli.run.story import Run
 
 BATCH, PER_EPOCH = 32, 6  # 230 training images
@@ -64,10 +63,7 @@ def macs(rows, inner):
 
 
 def load_digits():
-    return load_data(
-        "digits", root="data", shape=(1, 8, 8), classes=10, validation=0.1, seed=0, mean=None, std=None,
-        memory_limit=2**31, workers=0, download=False, limit=230, device="cpu",
-    )  # fmt: skip
+    return load_data(Data(name="digits", limit=230), shape=(1, 8, 8), classes=10, seed=0)
 
 
 def make_recipe(*overrides):
@@ -88,13 +84,13 @@ def make_recipe(*overrides):
 def go(folder, recipe, splits, model=None, arch=None):
     """The whole run, its events and its report."""
     device = torch.device("cpu")
-    setup = Setup(recipe, splits, Path(folder) / CHECKPOINT, device, choose_precision("fp32", device))
-    run, events = Run(setup, model or make_net(), arch=arch, output=Path(folder)), []
+    setup = make_setup(recipe, splits, Path(folder) / CHECKPOINT, device)
+    run, events = Run(recipe, setup, model or make_net(), arch=arch, output=Path(folder)), []
     return run, events, follow(run.events(), events.append)
 
 
 def batches(recipe, splits, epoch):
-    augment = Augmentation(**recipe.data.augment.model_dump())
+    augment = recipe.data.augment
     return splits.train.batches(BATCH, seed=recipe.seed, epoch=epoch, augment=augment, drop_last=True)
 
 
