@@ -19,13 +19,13 @@ from dpm_cli.graph.optimizer_state import shrink_optimizer_
 from dpm_cli.graph.program import Example
 from dpm_cli.method.pruners import BasePruner, make_base
 from dpm_cli.method.pruning import Pruning, tell_removal
+from dpm_cli.method.schedule import plan_schedule
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe.check import check_section
 from dpm_cli.recipe.sections import Decay, Prune, Training, default_decay
 from dpm_cli.recipe.stages import number_epochs
 
 Settings = Mapping[str, Any]
-AT_ONCE = {"steps": 1, "rectify": None}  # settings of the decay if no training follows
 
 
 class Pruner:
@@ -83,8 +83,8 @@ class Pruner:
         example = _at_least_two(example)
         dense = copy.deepcopy(model).cpu().eval()
         found = survey(dense, _to(example, torch.device("cpu")), settings, chosen)
-        goal, rounds = found.goal(settings.target), chosen.rounds(stages, fades, steps_per_epoch=1)
-        fades = fades if steps else fades.model_copy(update=AT_ONCE)
+        rounds = plan_schedule(settings, Training(epochs=steps), fades, steps_per_epoch=1, epochs="steps")
+        goal = found.goal(settings.target)
 
         self.model, self.steps, self.step, self.skipped = model, steps, 0, 0
         self._tell, self._remove_every = on_event or (lambda event: None), remove_every

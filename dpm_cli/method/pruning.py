@@ -101,7 +101,9 @@ class Pruning:
         if decay.rectify:
             group_of_unit = torch.from_numpy(groups.group_of_unit).to(self.units.device)
             rectifier = Rectifier(group_of_unit, len(groups), decay.rectify)
-        self.decay = Decay(self.units, steps=decay.steps, envelope=decay.envelope, rectifier=rectifier, whole=whole)
+        self.decay = Decay(
+            self.units, steps=rounds.decay_steps, envelope=decay.envelope, rectifier=rectifier, whole=whole
+        )
         base.bind(groups, model)
 
     def cost(self, alive: Flags | None = None) -> int:

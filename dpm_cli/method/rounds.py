@@ -1,9 +1,17 @@
-"""Plan when the rounds of a run start, in steps over all stages that prune."""
+"""Plan when the rounds of a run start and how long their decays take, in steps over all stages that prune.
 
+Settings that are `auto` are fitted to the steps that there are. Those with a number are taken as they are, or refused.
+"""
+
+import math
 from dataclasses import dataclass
 
 from dpm_cli.errors import RecipeError
 from dpm_cli.recipe.sections import Decay, Prune
+
+MOST_ROUNDS = 5  # that `auto` plans
+WORTH_A_ROUND = 30  # steps; `auto` plans fewer rounds rather than shorter ones
+SHARE = 0.6  # of a round that `auto` lets units decay; the rest recovers before the next choice
 
 
 @dataclass(frozen=True)
@@ -12,6 +20,7 @@ class Rounds:
 
     starts: tuple[int, ...]
     end: int
+    decay_steps: int  # that every unit takes to zero; 1 cuts at once
 
 
 def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> Rounds:
@@ -23,40 +32,72 @@ def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> 
     """
     if not steps:
         if warm_up:
-            raise RecipeError("train.epochs is 0, but units are chosen by what training shows of them: raise it")
-        return Rounds((0,), 0)
-    taken = count_taken(decay)
-    first, last = max(round(prune.start * steps), warm_up), round(prune.end * steps)
-    room = (last - first) // prune.rounds
+            raise RecipeError("train.epochs is 0, but units are chosen by what training shows of them")
+        return Rounds((0,), 0, decay_steps=1)
+    first, last = find_span(steps, prune, warm_up=warm_up)
+    after = steps - last
+    rounds = _fit_rounds(last - first, decay) if prune.rounds == "auto" else prune.rounds
+    room = (last - first) // rounds
+    decay_steps = _fit_decay(steps, room, after, decay) if decay.steps == "auto" else decay.steps
+    taken = count_taken(decay_steps)
     if room < max(taken, 1):
         raise RecipeError(
-            f"{prune.rounds} rounds of {decay.steps} decay steps do not fit between prune.start and prune.end "
-            f"(steps {first} to {last} of {steps}): lower prune.rounds or decay.steps, or raise train.epochs or "
-            "prune.end"
+            f"{rounds} rounds of {decay_steps} decay steps do not fit between prune.start and prune.end "
+            f"(steps {first} to {last} of {steps})"
         )
-    if decay.rectify and last + taken > steps:
+    if decay.rectify and taken > after:
         raise RecipeError(
-            f"no room for {decay.steps} decay steps after prune.end (step {last} of {steps}) to replace released "
-            "units: lower prune.end or decay.steps, raise train.epochs, or set decay.rectify: false"
+            f"no room for {decay_steps} decay steps after prune.end (step {last} of {steps}) to replace released units"
         )
-    return Rounds(tuple(first + i * room for i in range(prune.rounds)), last)
+    return Rounds(tuple(first + i * room for i in range(rounds)), last, decay_steps)
 
 
 def plan_each_step(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> Rounds:
     """Plan one long round in which the base pruner marks units step by step, and leave room after it.
 
     The units marked last must still decay, and missing ones are then chosen by score and must decay too.
+    Raises RecipeError if they cannot.
     """
-    first, last = max(round(prune.start * steps), warm_up), round(prune.end * steps)
-    after = 1 if decay.steps == 1 else 2 * decay.steps  # one-step pruning also happens before a step
+    first, last = find_span(steps, prune, warm_up=warm_up)
+    decay_steps = max(1, min(longest_decay(steps), (steps - last) // 2)) if decay.steps == "auto" else decay.steps
+    after = 1 if decay_steps == 1 else 2 * decay_steps  # one-step pruning also happens before a step
     if first >= last or last + after > steps:
         raise RecipeError(
             f"units are marked from step {first} to {last} of {steps} (prune.start, prune.end), and {after} steps "
-            "must follow for what is missing then: lower prune.end or decay.steps, or raise train.epochs"
+            "must follow for what is missing then"
         )
-    return Rounds((first,), last)
+    return Rounds((first,), last, decay_steps)
 
 
-def count_taken(decay: Decay) -> int:
+def find_span(steps: int, prune: Prune, *, warm_up: int) -> tuple[int, int]:
+    """Return the first step of the first round, and the step at which the last planned one is over.
+
+    At least one step lies between them if the stage has one to spare.
+    """
+    first = max(round(prune.start * steps), warm_up)
+    return first, max(round(prune.end * steps), min(first + 1, steps))
+
+
+def count_taken(decay_steps: int) -> int:
     """Count the steps that the decay of one round takes; one-step pruning takes 0."""
-    return 0 if decay.steps == 1 else decay.steps
+    return 0 if decay_steps == 1 else decay_steps
+
+
+def longest_decay(steps: int) -> int:
+    """Return the most that `decay.steps: auto` gives in a training of `steps`: 200, and more in long ones."""
+    return max(200, int(2 * math.sqrt(steps)))
+
+
+def _fit_rounds(span: int, decay: Decay) -> int:
+    """Choose the number of rounds for `span` steps."""
+    least = WORTH_A_ROUND if decay.steps == "auto" else decay.steps
+    return max(1, min(MOST_ROUNDS, span // least))
+
+
+def _fit_decay(steps: int, room: int, after: int, decay: Decay) -> int:
+    """Choose the steps of a decay for rounds of `room` of all `steps`, with `after` steps behind the last one.
+
+    A prune.end that leaves nothing behind the last round is refused later, not answered by cutting at once.
+    """
+    fitting = min(longest_decay(steps), max(1, int(SHARE * room)))
+    return min(fitting, max(after, 2)) if decay.rectify else fitting

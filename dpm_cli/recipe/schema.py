@@ -84,7 +84,7 @@ class Recipe(Section):
     def _folds_what_is_cut(self) -> "Recipe":
         if self.compact.fold_mean and self.prune.base == "otov2":
             raise ValueError("compact.fold_mean folds what is cut at once, but otov2 shrinks units first: leave it out")
-        if self.compact.fold_mean and self.train.epochs and self.decay.steps > 1:
+        if self.compact.fold_mean and self.train.epochs and self.decay.steps != 1:
             raise ValueError(
                 "compact.fold_mean folds what is cut at once, but units that decay leave nothing behind: set "
                 "decay.steps: 1 or train.epochs: 0"

@@ -12,6 +12,7 @@ from pydantic import Field, field_validator, model_validator
 from dpm_cli.recipe.bases import Gates, OnTheFly, Otov2
 from dpm_cli.recipe.values import (
     Amount,
+    Count,
     Fraction,
     LearningRate,
     NonNegative,
@@ -133,7 +134,9 @@ class Prune(Section):
     importance: Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"] = Field(
         default="group-norm", description="depgraph: what units are ranked by"
     )
-    observe_steps: Positive = Field(default=50, description="taylor, mixed: training steps to average over")
+    observe_steps: Count = Field(
+        default="auto", description="taylor, mixed: training steps to average over; auto: 50, or what fits"
+    )
     penalty: Literal["group-norm", "slimming", "growing", "channel-polar"] = Field(
         default="group-norm", description="depgraph: what pulls on weak units during sparse learning"
     )
@@ -141,7 +144,7 @@ class Prune(Section):
     gates: Gates = Field(default=Gates(), description="settings of the base gate-decorator")
     on_the_fly: OnTheFly = Field(default=OnTheFly(), description="settings of the base on-the-fly")
     target: Target = Field(description="how small the model must become; give exactly one")
-    rounds: Annotated[int, Field(ge=1, le=10_000)] = Field(default=5, description="in how many rounds units are chosen")
+    rounds: Count = Field(default="auto", description="in how many rounds units are chosen; auto: 5, or as many as fit")
     start: Fraction = Field(default=0.0, description="fraction of the train stage at which the first round starts")
     end: Fraction = Field(
         default=0.5, description="fraction of the train stage at which the last planned round is finished"
@@ -222,7 +225,10 @@ class Rectify(Section):
 class Decay(Section):
     """Configures Smooth Pruning. With `steps: 1` and `rectify: false` only the base pruner acts."""
 
-    steps: Positive = Field(default=200, description="optimizer steps until a chosen unit is zero; 1 cuts at once")
+    steps: Count = Field(
+        default="auto",
+        description="steps until a chosen unit is zero; 1 cuts at once; auto: as many as fit, 200 or so",
+    )
     envelope: Literal["exact", "shrink-only", "multiplicative"] = Field(
         default="exact", description="how the norm of a unit is held to its decay; multiplicative is HESSO's"
     )

@@ -32,6 +32,12 @@ def parse_step(value: object) -> object:
     raise ValueError("must be a number of channels such as 8, or auto")
 
 
+def parse_count(value: object) -> object:
+    if value == "auto" or (type(value) is int and 1 <= value <= 10**12):
+        return value
+    raise ValueError("must be a whole number of 1 or more, or auto")
+
+
 def parse_sparsities(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
@@ -44,6 +50,7 @@ LearningRate = Annotated[float, Field(gt=0, le=100)]
 ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
 Amount = Annotated[float, BeforeValidator(parse_amount, json_schema_input_type=float | str)]
 Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step, json_schema_input_type=int | Literal["auto"])]
+Count = Annotated[int | Literal["auto"], BeforeValidator(parse_count, json_schema_input_type=int | Literal["auto"])]
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Sparsities = Annotated[
     tuple[Sparsity, ...],

@@ -39,7 +39,7 @@ def describe_outcome(
     recipe, pruning, groups = subject.recipe, subject.pruning, subject.dense_groups
     target, goal, cost, alive = recipe.prune.target, pruning.goal, pruning.groups.cost, pruning.all_alive
     return Outcome(
-        method=name_method(pruning.base, recipe.decay.model_copy(update={"steps": pruning.decay.steps})),
+        method=name_method(pruning.base, recipe.decay, pruning.decay.steps),
         target=TargetReport(target.kind, target.amount, goal.limit, pruning.dense_cost, pruning.cost()),
         units=UnitCounts(groups.units, pruning.chosen, pruning.released, groups.units - pruning.groups.units),
         widths=[Width(*width) for width in groups.widths(pruning.survivors)],
@@ -53,9 +53,9 @@ def describe_outcome(
     )
 
 
-def name_method(base: BasePruner, decay: Decay) -> str:
+def name_method(base: BasePruner, decay: Decay, steps: int) -> str:
     """Name the base pruner, and DPM if it is on: one-step pruning is the base alone, as is HESSO's own envelope."""
-    is_on = decay.steps > 1 and (decay.envelope != "multiplicative" or decay.rectify is not None)
+    is_on = steps > 1 and (decay.envelope != "multiplicative" or decay.rectify is not None)
     return f"{base.title} + DPM" if is_on else base.title
 
 

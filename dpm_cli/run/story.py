@@ -46,8 +46,7 @@ class Run:
             Journal(output / "metrics.jsonl" if setup.world.is_main else None),
             {"floor": self.floor},
         )
-        if recipe.prune.round_to == "auto":
-            self.course.notes.append(f"prune.round_to is auto: widths are multiples of {self.subject.round_to}")
+        self.course.notes += self.subject.tell_auto()
 
     @property
     def notes(self) -> list[str]:

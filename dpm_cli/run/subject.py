@@ -1,6 +1,7 @@
 """Hold the model that a run prunes, with everything that changes with its structure."""
 
 import copy
+from collections.abc import Iterator
 from itertools import islice
 
 import torch
@@ -13,9 +14,9 @@ from dpm_cli.errors import listing
 from dpm_cli.graph import Groups
 from dpm_cli.graph.folding import fold_means_
 from dpm_cli.graph.labels import Flags
-from dpm_cli.method.pruner import AT_ONCE
 from dpm_cli.method.pruners import BasePruner, make_base
 from dpm_cli.method.pruning import Pruning
+from dpm_cli.method.schedule import plan_schedule
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage, number_epochs
@@ -35,7 +36,7 @@ class Subject:
         self.dense_groups, self.round_to = found.groups, found.round_to
         self.layout = choose_layout(self._start, torch.zeros(2, *recipe.model.input))
         self.stages = number_epochs([*base.stages(), Stage("finetune", recipe.finetune, "finetune.")])
-        self._rounds = base.rounds(self.stages, recipe.decay, steps_per_epoch=setup.steps_per_epoch)
+        self.rounds = plan_schedule(recipe.prune, recipe.train, recipe.decay, steps_per_epoch=setup.steps_per_epoch)
         self._goal = found.goal(recipe.prune.target)
         self.model, self.pruning = self._begin()
         self.teacher: nn.Module | None = None
@@ -48,16 +49,26 @@ class Subject:
     def _begin(self) -> tuple[nn.Module, Pruning]:
         recipe = self.recipe
         model = copy.deepcopy(self._start).to(self.setup.device).to(memory_format=self.layout)
-        trains = any(stage.prunes and stage.training.epochs for stage in self.stages)
         return model, Pruning(
             model,
             self.dense_groups,
             self._make_base(),
             self._goal,
-            self._rounds,
-            recipe.decay if trains else recipe.decay.model_copy(update=AT_ONCE),
+            self.rounds,
+            recipe.decay,
             fold_means=self._fold_means if recipe.folds_means else None,
         )
+
+    def tell_auto(self) -> Iterator[str]:
+        """Say what the settings that are `auto` turned out to be, in sentences for the user."""
+        prune, decay = self.recipe.prune, self.recipe.decay
+        if prune.round_to == "auto":
+            yield f"prune.round_to is auto: widths are multiples of {self.round_to}"
+        if prune.rounds == "auto" and self.pruning.base.pace != "steps":
+            yield f"prune.rounds is auto: {len(self.rounds.starts)} planned"
+        if decay.steps == "auto":
+            steps = self.rounds.decay_steps
+            yield f"decay.steps is auto: {f'units decay over {steps} steps' if steps > 1 else 'units are cut at once'}"
 
     def begin_again(self, state: State | None) -> None:
         """Return to an earlier state or to the dense model, and undo the base pruner's changes."""

@@ -53,7 +53,7 @@ def make(*, steps=4, starts=(0, 4, 8), amount=0.5, kind="macs", rectify=None, ro
         GROUPS,
         DepGraph(Prune(target={kind: amount}, normalizer="mean", sparse_strength=0.0), Training(), seed=0),
         Goal(kind, resolve_limit(GROUPS, widths, kind=kind, amount=amount), widths),
-        Rounds(starts, end=starts[-1] + steps),
+        Rounds(starts, end=starts[-1] + steps, decay_steps=steps),
         Decay(steps=steps, rectify=None).model_copy(update={"rectify": rule}),
     )
     model.train()

@@ -9,7 +9,7 @@ def method(*overrides: str, decay_steps: int = 9) -> str:
     settings = {"model": {"arch": "digits"}, "data": {"name": "digits"}, "prune": {"target": {"macs": 0.5}}}
     recipe = parse_recipe(settings, overrides)
     base = make_base(recipe.prune, recipe.train, seed=0)
-    return name_method(base, recipe.decay.model_copy(update={"steps": decay_steps}))
+    return name_method(base, recipe.decay, decay_steps)
 
 
 def test_the_method_claims_dpm_only_where_units_decay() -> None:

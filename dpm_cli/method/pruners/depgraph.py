@@ -20,11 +20,12 @@ from dpm_cli.method.budget import Scores
 from dpm_cli.method.pruners.base import BasePruner, Indices
 from dpm_cli.method.pruners.polar import polar_pulls
 from dpm_cli.method.pruners.stack import Stack, stackable
-from dpm_cli.method.rounds import Rounds, plan_rounds
+from dpm_cli.method.rounds import Rounds, find_span, plan_rounds
 from dpm_cli.recipe.sections import Decay, Prune, Training
 from dpm_cli.recipe.stages import Stage
 
 Normalizer = Literal["mean", "max"]
+OBSERVED = 50  # steps that `prune.observe_steps: auto` averages over
 
 
 class GroupImportance:
@@ -115,6 +116,7 @@ class DepGraph(BasePruner):
         self.settings, self.training, self.seed = prune, training, seed
         self.importance, self.penalty = prune.importance, prune.penalty
         self.normalizer: Normalizer = prune.normalizer or ("max" if prune.sparse_epochs else "mean")
+        self._window = OBSERVED if prune.observe_steps == "auto" else prune.observe_steps
         self.observes = prune.importance in ("taylor", "mixed")
         self.title = prune.base if prune.importance == "group-norm" else f"{prune.base} ({prune.importance})"
         self._is_sparse = False  # during sparse learning
@@ -131,7 +133,14 @@ class DepGraph(BasePruner):
 
     def rounds(self, stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int) -> Rounds:
         steps = self.training.epochs * steps_per_epoch
-        return plan_rounds(steps, self.settings, decay, warm_up=self.settings.observe_steps if self.observes else 0)
+        return plan_rounds(steps, self.settings, decay, warm_up=self._warm_up(steps) if self.observes else 0)
+
+    def _warm_up(self, steps: int) -> int:
+        """Count the steps to observe before the first round; auto: at most half of those before prune.end."""
+        if self.settings.observe_steps != "auto":
+            return self.settings.observe_steps
+        _, last = find_span(steps, self.settings, warm_up=0)
+        return max(1, min(OBSERVED, last // 2))
 
     def choosable(self, groups: Groups, model: nn.Module) -> Groups:
         """Keep groups whole that `bn-scale` cannot judge: those without a normalisation weight on every unit."""
@@ -170,7 +179,7 @@ class DepGraph(BasePruner):
         elif self.observes:
             values = self.units.dot(self.units.weights(), self.units.gradients()).abs()  # (units,)
             self.seen += 1
-            self.taylor = self.taylor + (values - self.taylor) / min(self.seen, self.settings.observe_steps)
+            self.taylor = self.taylor + (values - self.taylor) / min(self.seen, self._window)
 
     def _penalise_(self) -> None:
         match self.penalty:

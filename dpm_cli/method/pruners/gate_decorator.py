@@ -12,6 +12,7 @@ has a new optimizer, and the penalty on expensive feature maps (`flops_eta`, zer
 left out. `round_to` and `min_keep` bound the widths.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -26,9 +27,11 @@ from dpm_cli.graph.labels import Flags, Ids
 from dpm_cli.layers.gated import Gated, add_gates_, can_be_gated, merge_gates_
 from dpm_cli.method.budget import Scores
 from dpm_cli.method.pruners.base import BasePruner, Indices
-from dpm_cli.method.rounds import Rounds, count_taken
+from dpm_cli.method.rounds import MOST_ROUNDS, Rounds, count_taken, longest_decay
 from dpm_cli.recipe.sections import Decay, Prune, Training
 from dpm_cli.recipe.stages import Stage
+
+FEW = 0.1  # fraction of the gates that `prune.rounds: auto` leaves unmasked if gates.fraction is set
 
 
 def below_threshold(scores: Scores, gates: Ids, group_of_unit: Ids, least: Ids, fraction: float) -> Flags:
@@ -50,33 +53,35 @@ def below_threshold(scores: Scores, gates: Ids, group_of_unit: Ids, least: Ids, 
     return below
 
 
-def plan_ticks(stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int, may_miss: bool) -> Rounds:
+def plan_ticks(stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int, is_exact: bool) -> Rounds:
     """Plan a round in the stage after every tick. Raises RecipeError if its decay does not fit there.
 
-    may_miss: the planned rounds may miss the target, so a further one must fit after the last.
+    is_exact: rounds that release no units meet the target, so no further one must fit after the last.
     """
-    taken = count_taken(decay)
-    starts, step, last = [], 0, 0
+    starts: list[int] = []
+    rooms: list[tuple[int, str]] = []  # steps and names of the stages in which rounds take place
+    step = 0
     for stage in (stage for stage in stages if stage.prunes):
-        last, step = step, step + stage.training.epochs * steps_per_epoch
+        length = stage.training.epochs * steps_per_epoch
+        if starts:
+            rooms.append((length, stage.name))
+        step += length
         if stage.name == "tick":
             starts.append(step)
-        if (stage.name == "tick" and starts[-1:] != starts[:1]) or stage.name == "tock":
-            room = step - last
-            if starts and room < taken:
-                raise RecipeError(
-                    f"{decay.steps} decay steps do not fit into a {stage.name} of {room} steps: lower decay.steps, or "
-                    "raise prune.gates.tick_epochs or train.epochs"
-                )
     if not starts or starts[-1] == step:
-        raise RecipeError("train.epochs is 0, but that is a tock, in which the last units decay: raise it")
-    after = 2 if decay.steps == 1 else 2 * decay.steps  # one-step pruning also happens before a step
-    if may_miss and starts[-1] + after > step:
+        raise RecipeError("train.epochs is 0, but that is a tock, in which the last units decay")
+    last, (room, name) = step - starts[-1], min(rooms)
+    decay_steps = max(1, min(longest_decay(step), room, last // 2)) if decay.steps == "auto" else decay.steps
+    if room < count_taken(decay_steps):
+        raise RecipeError(f"{decay_steps} decay steps do not fit into a {name} of {room} steps")
+    after = 2 if decay_steps == 1 else 2 * decay_steps  # one-step pruning also happens before a step
+    may_release = decay.rectify is not None and decay_steps > 1
+    if (may_release or not is_exact) and last < after:
         raise RecipeError(
-            f"a tock of {step - starts[-1]} steps has no room for two times {decay.steps} decay steps, of the last "
-            "tick's units and of what the target then still needs: lower decay.steps or raise train.epochs"
+            f"a tock of {last} steps has no room for two times {decay_steps} decay steps, of the last "
+            "tick's units and of what the target then still needs"
         )
-    return Rounds(tuple(starts), step)
+    return Rounds(tuple(starts), step, decay_steps)
 
 
 class GateDecorator(BasePruner):
@@ -93,9 +98,17 @@ class GateDecorator(BasePruner):
         self._is_new = True  # before the first step of this stage
         self._frozen: list[str] = []  # names of parameters
 
+    @property
+    def ticks(self) -> int:
+        """Return the number of ticks; by default those that fixed fractions need to leave few gates."""
+        rounds, fraction = self.settings.rounds, self.settings.gates.fraction
+        if rounds != "auto":
+            return rounds
+        return MOST_ROUNDS if fraction is None else math.ceil(math.log(FEW) / math.log1p(-fraction))
+
     def stages(self) -> Sequence[Stage]:
         """Alternate ticks, one per round, with tocks: first, last and every `ticks_per_tock` (Gate Decorator, §3.3)."""
-        rounds, gates = self.settings.rounds, self.settings.gates
+        rounds, gates = self.ticks, self.settings.gates
         changes = {"epochs": gates.tick_epochs, "lr": gates.tick_lr, "schedule": "constant", "warmup_epochs": 0.0}
         tick = Stage(
             "tick", self.training.model_copy(update=changes), "prune.gates.tick_", prunes=True, ends_with_pruning=True
@@ -107,8 +120,7 @@ class GateDecorator(BasePruner):
         return stages
 
     def rounds(self, stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int) -> Rounds:
-        may_miss = decay.rectify is not None or self.pace == "ticks"
-        return plan_ticks(stages, decay, steps_per_epoch=steps_per_epoch, may_miss=may_miss)
+        return plan_ticks(stages, decay, steps_per_epoch=steps_per_epoch, is_exact=self.pace == "rounds")
 
     def choosable(self, groups: Groups, model: nn.Module) -> Groups:
         names = {f"{name}.weight" for name, module in model.named_modules() if can_be_gated(module)}

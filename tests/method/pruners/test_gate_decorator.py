@@ -226,20 +226,20 @@ def stages_of(*lengths):
     ]
 
 
-@pytest.mark.parametrize(("lengths", "decay_steps", "may_miss", "message"), [
-    ((1, 1, 1, 1), 11, False, "11 decay steps do not fit into a tick of 10 steps"),
-    ((1, 2, 2, 1), 11, False, "11 decay steps do not fit into a tock of 10 steps"),
-    ((1, 1, 1, 1), 6, True, "no room for two times 6 decay steps"),
-    ((1, 1, 1, 0), 1, False, "train.epochs is 0"),
+@pytest.mark.parametrize(("lengths", "decay_steps", "is_exact", "message"), [
+    ((1, 1, 1, 1), 11, True, "11 decay steps do not fit into a tick of 10 steps"),
+    ((1, 2, 2, 1), 11, True, "11 decay steps do not fit into a tock of 10 steps"),
+    ((1, 1, 1, 1), 6, False, "no room for two times 6 decay steps"),
+    ((1, 1, 1, 0), 1, True, "train.epochs is 0"),
 ])  # fmt: skip
-def test_ticks_whose_decays_do_not_fit_are_refused(lengths, decay_steps, may_miss, message):
+def test_ticks_whose_decays_do_not_fit_are_refused(lengths, decay_steps, is_exact, message):
     stages = [stage for stage in stages_of(*lengths) if stage.training.epochs]
     with pytest.raises(RecipeError, match=message):
-        plan_ticks(stages, sections.Decay(steps=decay_steps), steps_per_epoch=10, may_miss=may_miss)
+        plan_ticks(stages, sections.Decay(steps=decay_steps), steps_per_epoch=10, is_exact=is_exact)
 
 
 def test_rounds_follow_the_ticks():
-    rounds = plan_ticks(stages_of(2, 1, 1, 1), sections.Decay(steps=5), steps_per_epoch=10, may_miss=True)
+    rounds = plan_ticks(stages_of(2, 1, 1, 1), sections.Decay(steps=5), steps_per_epoch=10, is_exact=False)
     assert (rounds.starts, rounds.end) == ((30, 40), 50)
 
 

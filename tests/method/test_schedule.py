@@ -1,0 +1,92 @@
+"""Schedules that are left to `auto` fit any training, and numbers that do not fit are answered by some that do."""
+
+import re
+from typing import Any
+
+import pytest
+
+from dpm_cli.errors import RecipeError
+from dpm_cli.method.schedule import plan_schedule
+from dpm_cli.recipe import load_recipe, parse_recipe, shipped_recipes
+from dpm_cli.recipe.schema import Recipe
+
+BASES = ("depgraph", "otov2", "gate-decorator")
+
+
+def recipe_of(*overrides: str) -> Recipe:
+    smallest: dict[str, Any] = {"model": {"arch": "digits"}, "data": {"name": "digits"}}
+    return parse_recipe(smallest | {"prune": {"target": {"macs": 0.5}}}, overrides)
+
+
+def plan(recipe: Recipe, images: int) -> tuple[int, int, int]:
+    """Rounds, decay steps, and the end of the planned rounds."""
+    steps_per_epoch = max(1, images // recipe.data.batch)
+    rounds = plan_schedule(recipe.prune, recipe.train, recipe.decay, steps_per_epoch=steps_per_epoch)
+    return len(rounds.starts), rounds.decay_steps, rounds.end
+
+
+def ways_out(error: pytest.ExceptionInfo[RecipeError]) -> list[list[str]]:
+    """The settings that a refusal names: a list of ways out, each a list of overrides."""
+    _, _, named = str(error.value).partition(": set ")
+    return [
+        [f"{key}={value}" for key, value in re.findall(r"([a-z_.]+): ([\w.]+)", way)] for way in named.split(", or ")
+    ]
+
+
+def test_long_trainings_get_five_rounds_of_two_hundred_steps() -> None:
+    assert plan(recipe_of(), 45_000) == (5, 200, 3510)
+
+
+def test_short_trainings_get_fewer_rounds_before_short_decays() -> None:
+    assert plan(recipe_of("train.epochs=5"), 2_000) == (1, 22, 38)  # 15 steps an epoch: 38 of 75 for one round
+    assert plan(recipe_of("train.epochs=1"), 300) == (1, 1, 1)
+
+
+def test_what_is_given_as_a_number_stays_and_the_rest_is_fitted_to_it() -> None:
+    assert plan(recipe_of("decay.steps=100"), 10_000) == (5, 100, 780)
+    assert plan(recipe_of("decay.steps=300"), 10_000) == (2, 300, 780)
+    assert plan(recipe_of("prune.rounds=10"), 10_000) == (10, 46, 780)
+
+
+def test_a_longer_training_has_longer_decays() -> None:
+    assert plan(recipe_of("train.epochs=200"), 45_000)[:2] == (5, 529)  # 2 √70 200
+
+
+@pytest.mark.parametrize("name", [name for name in shipped_recipes() if name != "on-the-fly"])  # it has no rounds
+@pytest.mark.parametrize("change", ["data.limit=2000", "train.epochs=2"])
+def test_shipped_recipes_fit_short_trainings(name: str, change: str) -> None:
+    images = {"digits": 1294, "folder": 2000}.get(name, 45_000)
+    recipe = load_recipe(name, [change])
+    rounds, _, _ = plan(recipe, min(images, int((recipe.data.limit or images) * 0.9)))
+    assert rounds >= 1
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["decay.steps=200", "train.epochs=1"],
+        ["prune.rounds=5", "decay.steps=200", "train.epochs=2"],
+        ["prune.end=1.0"],
+        ["prune.importance=taylor", "prune.observe_steps=50", "train.epochs=1"],
+        ["prune.importance=taylor", "train.epochs=0"],
+        ["prune.base=otov2", "prune.end=1.0"],
+        ["prune.base=otov2", "decay.steps=500", "train.epochs=1"],
+        ["prune.base=gate-decorator", "decay.steps=50", "train.epochs=1"],
+        ["prune.base=gate-decorator", "decay.steps=20", "train.epochs=5"],
+        ["prune.base=gate-decorator", "train.epochs=0"],
+    ],
+    ids=" ".join,
+)
+def test_every_way_out_that_a_refusal_names_fits(overrides: list[str]) -> None:
+    with pytest.raises(RecipeError) as refused:
+        plan(recipe_of(*overrides), 2_000)
+    ways = ways_out(refused)
+    assert ways[0], str(refused.value)
+    for way in ways:
+        plan(recipe_of(*overrides, *way), 2_000)
+
+
+def test_a_way_out_is_no_larger_a_change_than_needed() -> None:
+    with pytest.raises(RecipeError, match=r"set decay\.steps: 10, or train\.epochs: 19, or") as refused:
+        plan(recipe_of("prune.rounds=5", "decay.steps=100", "train.epochs=2"), 7_000)
+    assert ways_out(refused)[1] == ["train.epochs=19"]
