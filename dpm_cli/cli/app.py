@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dpm_cli.cli import compare, demo, evaluate, export, inspect, predict, prune, recipes, train
+from dpm_cli.cli import compare, demo, evaluate, export, inspect, predict, prune, recipes, schema, train
 from dpm_cli.cli.outcome import fail, flush, make_output_safe, silence_closed_pipe
 
 # Plain help: rich would triple the time it takes, and would draw boxes into pipes.
@@ -24,6 +24,7 @@ for command in (
     predict.predict,
     compare.compare,
     recipes.recipes,
+    schema.schema,
 ):
     app.command(no_args_is_help=False)(command)
 

@@ -17,7 +17,7 @@ def recipes(
 
     To make one your own: dpm recipes cifar10 > mine.yaml
     """
-    from dpm_cli.recipe import load_recipe, shipped_recipes
+    from dpm_cli.recipe import load_recipe, point_to_schema, shipped_recipes
 
     shipped = shipped_recipes()
     if name is None:
@@ -31,7 +31,7 @@ def recipes(
         near = difflib.get_close_matches(stem, shipped, n=1)
         way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(shipped)}"
         raise RecipeError(f"no shipped recipe {name!r}; {way_out}")
-    sys.stdout.write(shipped[stem].read_text(encoding="utf-8"))
+    sys.stdout.write(point_to_schema(shipped[stem].read_text(encoding="utf-8")))
 
 
 def first_comment(path: Path) -> str:

@@ -1,7 +1,7 @@
 """Explain mistakes in settings, one line each, with the place, the value and the nearest known key."""
 
 import difflib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -10,6 +10,7 @@ from dpm_cli.errors import RecipeError
 from dpm_cli.recipe.values import Section
 
 S = TypeVar("S", bound=Section)
+SHOWN = 3  # places that a message names
 
 
 def check_section(kind: type[S], values: Mapping[str, Any], name: str) -> S:
@@ -34,10 +35,7 @@ def _explain_one(problem: Any, root: type[BaseModel]) -> str:
     value = problem.get("input")
     match problem["type"]:
         case "extra_forbidden":
-            known = _keys_at(problem["loc"][:-1], root)
-            near = difflib.get_close_matches(str(problem["loc"][-1]), known, n=1, cutoff=0.5)
-            way_out = f"did you mean {near[0]!r}?" if near else f"known: {', '.join(known)}"
-            return f"unknown key {place!r}; {way_out}"
+            return f"unknown key {place!r}; {_nearest(problem['loc'], root)}"
         case "missing":
             return f"{place!r} is missing"
         case "literal_error":
@@ -48,6 +46,36 @@ def _explain_one(problem: Any, root: type[BaseModel]) -> str:
             return f"{place}{shown} {problem['ctx']['error']}"
         case _:
             return f"{place} is {_show(value)}; {problem['msg'].lower()}"
+
+
+def _nearest(path: Sequence[str | int], root: type[BaseModel]) -> str:
+    """Name the key that was meant: of that name in another section, else a similar one here, else one elsewhere."""
+    key, here = str(path[-1]), _keys_at(path[:-1], root)
+    everywhere = [".".join(parts) for parts in _all_keys(root)]
+    same = [each for each in everywhere if each.rpartition(".")[2] == key]
+    if same:
+        return f"did you mean {' or '.join(repr(each) for each in same[:SHOWN])}?"
+    leaves = {each.rpartition(".")[2]: each for each in reversed(everywhere)}
+    if best := difflib.get_close_matches(key, {*leaves, *here}, n=1, cutoff=0.9):
+        return f"did you mean {(best[0] if best[0] in here else leaves[best[0]])!r}?"
+    near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(here)}"
+
+
+def _all_keys(section: type[BaseModel]) -> Iterator[tuple[str, ...]]:
+    """Yield the path of every setting that is no section itself."""
+    for name, field in section.model_fields.items():
+        inner = find_section(field.annotation)
+        if inner is None:
+            yield (name,)
+        else:
+            yield from ((name, *rest) for rest in _all_keys(inner))
+
+
+def find_section(annotation: Any) -> type[BaseModel] | None:
+    """Find the section in the type of a field, such as `Training | None`."""
+    kinds = (annotation, *getattr(annotation, "__args__", ()))
+    return next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), None)
 
 
 def _show(value: object) -> str:
@@ -63,6 +91,5 @@ def _keys_at(path: Sequence[str | int], root: type[BaseModel]) -> list[str]:
     section = root
     for part in path:
         field = section.model_fields.get(str(part))
-        kinds = [field.annotation, *getattr(field.annotation, "__args__", ())] if field else []
-        section = next((kind for kind in kinds if isinstance(kind, type) and issubclass(kind, BaseModel)), section)
+        section = (find_section(field.annotation) if field else None) or section
     return list(section.model_fields)

@@ -1,5 +1,6 @@
 """Read YAML into a checked `Recipe`. All mistakes are reported together, before torch is imported."""
 
+import difflib
 import hashlib
 import json
 import re
@@ -18,12 +19,16 @@ from dpm_cli.recipe.schema import Recipe
 MAX_RECIPE_BYTES = 1 << 20
 
 
-def shipped_recipes() -> dict[str, Path]:
-    """Map the names of the recipes that come with dpm to their files, sorted."""
+def recipes_folder() -> Path:
+    """Return the folder of the recipes that come with dpm."""
     package = Path(str(resources.files("dpm_cli")))
     folder = package / "recipes"  # in a wheel; a checkout has them beside the package
-    folder = folder if folder.is_dir() else package.parent / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return folder if folder.is_dir() else package.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Map the names of the recipes that come with dpm to their files, sorted."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
 
 
 def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
@@ -35,8 +40,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
     if not path.is_file():
         path = shipped_recipes().get(path.name.removesuffix(".yaml"), path) if path.parent == Path() else path
     if not path.is_file():
-        known = ", ".join(shipped_recipes())
-        raise RecipeError(f"no recipe {str(source)!r}: neither a file nor a shipped recipe ({known})")
+        near = difflib.get_close_matches(path.name.removesuffix(".yaml"), shipped_recipes(), n=1)
+        way_out = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(shipped_recipes())})"
+        raise RecipeError(f"no recipe {str(source)!r}: neither a file nor a shipped recipe{way_out}")
     try:
         if path.stat().st_size > MAX_RECIPE_BYTES:
             raise RecipeError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes: not a recipe")
@@ -67,12 +73,17 @@ def hash_recipe(recipe: Recipe) -> str:
 
 def dump_recipe(recipe: Recipe) -> str:
     """Write the resolved recipe as YAML that `load_recipe` can read."""
-    values = json.loads(recipe.model_dump_json())
+    return yaml.safe_dump(plain_values(recipe), sort_keys=False)
+
+
+def plain_values(recipe: Recipe) -> dict[str, Any]:
+    """Return all settings as YAML can hold them."""
+    values: dict[str, Any] = json.loads(recipe.model_dump_json())
     if recipe.decay.rectify is None:
         values["decay"]["rectify"] = False
     target = recipe.prune.target
     values["prune"]["target"] = {"sparsity": list(target.sparsity)} if target.sparsity else {target.kind: target.amount}
-    return yaml.safe_dump(values, sort_keys=False)
+    return values
 
 
 class _Loader(yaml.SafeLoader):

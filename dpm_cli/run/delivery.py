@@ -20,7 +20,7 @@ from dpm_cli.layers.images import Framing
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import Metadata, save_slim
 from dpm_cli.models.metadata import printable_names
-from dpm_cli.recipe import Recipe, dump_recipe, hash_recipe
+from dpm_cli.recipe import Recipe, annotate_recipe, dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
 from dpm_cli.run.outcome import Outcome, remark_on_cost, remark_on_data
 
@@ -170,7 +170,7 @@ class Delivery:
         for cut in outcome.cuts:
             self._save_slim(Path(cut.report.file), cut.module, report, cut.masks)
         write_text_atomic(self.output / METADATA, self._metadata().to_json())
-        write_text_atomic(self.output / "recipe.yaml", dump_recipe(self.recipe))
+        write_text_atomic(self.output / "recipe.yaml", annotate_recipe(self.recipe))
         write_text_atomic(self.output / "report.json", report.to_json() + "\n")
 
     def _save_slim(self, path: Path, module: nn.Module, report: Report, masks: Mapping[str, Tensor]) -> None:
