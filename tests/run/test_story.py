@@ -168,6 +168,7 @@ def test_events_come_in_order_and_the_report_agrees_with_the_files(tmp_path, spl
     assert json.loads((tmp_path / "report.json").read_text()) == slim.report == json.loads(report.to_json())
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "metrics.jsonl",
+        "model.json",
         "recipe.yaml",
         "report.json",
         "slim.pt",
@@ -752,7 +753,7 @@ def test_last_round_that_breaks_the_floor_is_taken_back(tmp_path, splits, whole,
     assert stages == ["train", "finetune", "finetune"]  # what was held is fine-tuned, too
     assert Report.from_json((tmp_path / "report.json").read_text()) == report
     assert sorted(path.name for path in tmp_path.iterdir()) == [
-        "metrics.jsonl", "recipe.yaml", "report.json", "slim.pt",
+        "metrics.jsonl", "model.json", "recipe.yaml", "report.json", "slim.pt",
     ]  # fmt: skip
 
 
