@@ -198,10 +198,14 @@ class Exported(Event):
 
 
 @dataclass(frozen=True)
-class Measuring(Event):
-    """A measurement starts."""
+class PhaseBegan(Event):
+    """A phase without steps starts, which may take a while: loading, analysing, exporting or measuring.
 
-    kind: ClassVar[str] = "measure"
+    name: one short word. what: what is done, as a clause: "measuring the dense model".
+    """
+
+    kind: ClassVar[str] = "phase"
+    name: str
     what: str
 
 

@@ -9,10 +9,18 @@ from typing import Annotated
 import typer
 
 from dpm_cli.cli import compare, demo, evaluate, export, inspect, predict, prune, recipes, schema, train
-from dpm_cli.cli.outcome import fail, flush, make_output_safe, silence_closed_pipe
+from dpm_cli.cli.outcome import fail, flush, silence_closed_pipe
+from dpm_cli.cli.signs import make_output_safe
 
 # Plain help: rich would triple the time it takes, and would draw boxes into pipes.
-app = typer.Typer(name="dpm", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
+app = typer.Typer(
+    name="dpm",
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+COMPLETE = "_DPM_COMPLETE"  # set by the completion that `dpm --install-completion` puts into the shell
 
 for command in (
     demo.demo,
@@ -59,6 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_output_safe()
     if not os.environ.get("DPM_DEBUG"):
         warnings.simplefilter("ignore")  # libraries warn about their own internals
+    if COMPLETE in os.environ:  # the shell asks what may follow
+        app(prog_name="dpm")
     try:
         try:
             command = typer.main.get_command(app)

@@ -7,7 +7,8 @@ import typer
 
 import dpm_cli
 from dpm_cli.cli.options import AsJson, Device, Overrides, RecipeName, Trust, collect_overrides
-from dpm_cli.cli.outcome import libraries_on_stderr, print_json
+from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.progress import working
 
 
 def evaluate(
@@ -26,7 +27,7 @@ def evaluate(
     Test accuracy on the recipe's data, MACs, parameters, size and latency.
     """
     settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides))
-    with libraries_on_stderr():
+    with working(f"evaluating {file}"):
         result = dpm_cli.evaluate(file, settings, device=device, trust=trust, latency_batch=batch)
     if as_json:
         print_json(result.to_dict())

@@ -9,7 +9,8 @@ import typer
 
 import dpm_cli
 from dpm_cli.cli.options import AsJson, Overwrite, OwnArch
-from dpm_cli.cli.outcome import libraries_on_stderr, print_json
+from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.progress import working
 
 
 class Format(StrEnum):
@@ -39,7 +40,7 @@ def export(
     Every file is loaded again and compared with the slim model.
     """
     formats = list(dict.fromkeys(str(each) for each in format or USUAL))
-    with libraries_on_stderr():
+    with working(f"exporting {slim}"):
         exported = dpm_cli.export_slim(
             slim, formats=formats, output=output, overwrite=overwrite, arch=arch, opset=opset
         )

@@ -8,7 +8,8 @@ import typer
 
 import dpm_cli
 from dpm_cli.cli.options import AsJson, Device, ModelFile, Overrides, RecipeName, Trust, collect_overrides
-from dpm_cli.cli.outcome import flush, libraries_on_stderr, print_json
+from dpm_cli.cli.outcome import flush, print_json
+from dpm_cli.cli.progress import working
 from dpm_cli.errors import TargetError
 
 
@@ -40,7 +41,7 @@ def inspect(
     if csv_file is not None:
         require_writable(csv_file.parent)
     wanted = share if sensitivity or csv_file is not None else None
-    with libraries_on_stderr():
+    with working(f"analysing {model}"):
         plan = dpm_cli.inspect(model, settings, sensitivity=wanted, images=images, device=device, trust=trust)
     if csv_file is not None:
         assert plan.sensitivity is not None

@@ -6,9 +6,24 @@ from typing import Annotated
 import typer
 
 ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A state dict, .safetensors or slim.pt.")]
+
+
+def complete_recipe(incomplete: str) -> list[str]:
+    """List the shipped recipes that begin so, for the shell."""
+    from dpm_cli.recipe import shipped_recipes
+
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
 RecipeName = Annotated[
     str,
-    typer.Option("--recipe", "-r", metavar="RECIPE", help="A YAML file, or a shipped recipe's name (see dpm recipes)."),
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help="A YAML file, or a shipped recipe's name (see dpm recipes).",
+        autocompletion=complete_recipe,
+    ),
 ]
 Overrides = Annotated[
     list[str] | None,

@@ -2,7 +2,6 @@
 
 import contextlib
 import errno
-import io
 import json
 import os
 import sys
@@ -104,13 +103,6 @@ def _one_line(text: object) -> str:
     """Remove line breaks, characters that would steer a terminal, and the middle of very long texts."""
     line = " ".join("".join(char if char.isprintable() else " " for char in str(text)).split())
     return line if len(line) <= LONGEST_LINE else f"{line[: LONGEST_LINE - 300]} ... {line[-300:]}"
-
-
-def make_output_safe() -> None:
-    """Let a stream that cannot show `→` or `×` show `?` instead of stopping a run."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
 
 
 def flush() -> None:

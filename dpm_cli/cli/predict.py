@@ -7,7 +7,8 @@ import typer
 
 import dpm_cli
 from dpm_cli.cli.options import AsJson, OwnArch, Trust
-from dpm_cli.cli.outcome import libraries_on_stderr, print_json
+from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.progress import working
 
 
 def predict(
@@ -22,7 +23,7 @@ def predict(
 
     The file alone is enough: it holds the names of the classes, and how a picture becomes its input.
     """
-    with libraries_on_stderr():
+    with working(f"opening {file}"):
         predicted = dpm_cli.predict(file, images, top=top, arch=arch, trust=trust)
     if as_json:
         print_json([each.to_dict() for each in predicted])

@@ -3,28 +3,20 @@
 import contextlib
 import os
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING
 
 from dpm_cli.cli import numbers
+from dpm_cli.cli.lines import describe, readings
 from dpm_cli.cli.outcome import libraries_on_stderr
-from dpm_cli.events import (
-    Done,
-    EpochEnded,
-    Event,
-    Exported,
-    Measuring,
-    Note,
-    Resumed,
-    RoundStarted,
-    StageBegan,
-    Started,
-    StepTaken,
-    UnitsRemoved,
-    WeightsCut,
-    WentBack,
-)
+from dpm_cli.events import Done, EpochEnded, Event, PhaseBegan, StageBegan, Started, StepTaken
 
+if TYPE_CHECKING:
+    from dpm_cli.cli.bars import Bars
+
+PATIENCE = 2.0  # seconds
 Tell = Callable[[Event], None]
 
 
@@ -34,154 +26,122 @@ def follow(*, quiet: bool, as_json: bool) -> Iterator[Tell]:
     with libraries_on_stderr():
         if quiet:
             yield lambda event: None
-        elif as_json or not _is_terminal():
-            yield print_line
+        elif as_json or not is_terminal():
+            lines = Lines()
+            try:
+                yield lines.show
+            finally:
+                lines.be_silent()
         else:
-            with show_bars() as tell:
-                yield tell
+            from dpm_cli.cli.bars import show_bars  # imported here: rich would slow `dpm --help`
 
-
-def print_line(event: Event) -> None:
-    line = describe(event)
-    if line:
-        with contextlib.suppress(OSError):  # a reader that has gone must not end hours of training
-            print(line, file=sys.stderr, flush=True)
-
-
-def describe(event: Event) -> str | None:
-    """Describe an event in one line. Returns None for steps, checkpoints and other events that need no line."""
-    match event:
-        case Started():
-            return _describe_start(event)
-        case Resumed(stage=stage, step=step, path=path):
-            return f"resumed in stage {stage} after step {step}, from {path}"
-        case EpochEnded(stage=stage, epoch=epoch, epochs=epochs):
-            return f"{stage} {epoch}/{epochs}  " + "  ".join(_readings(event))
-        case RoundStarted():
-            return _describe_round(event)
-        case UnitsRemoved(round=number, removed=removed, released=released):
-            return f"round {number}  {removed} units removed, {released} released  now {_costs(event)}"
-        case WentBack(culprit=culprit, validation_accuracy=accuracy, floor=floor):
-            broken = f"validation {numbers.percent(accuracy)} is below {numbers.percent(floor)}"
-            return f"{culprit} broke the accuracy floor: {broken}  back to {_costs(event)}"
-        case WeightsCut():
-            return _describe_cut(event)
-        case Exported(path=path, max_difference=difference):
-            return f"exported {path}  agrees {numbers.agreement(difference)}"
-        case Measuring(what=what):
-            return f"measuring {what}"
-        case Note(text=text):
-            return f"note: {text}"
-        case _:
-            return None
-
-
-def _describe_start(event: Started) -> str:
-    target, dense = event.target, event.dense
-    if target.limit is None:
-        wanted = ", ".join(f"{sparsity:g}" for sparsity in target.asked)
-    else:
-        wanted = f"≤ {numbers.cost(target.kind, target.limit)}"
-    return (
-        f"{event.arch or 'model'}  {numbers.count(dense.macs)} MACs  {numbers.count(dense.params)} parameters  "
-        f"{dense.channels} units  target {target.kind} {wanted}  {event.device} {event.precision}"
-    )
-
-
-def _describe_round(event: RoundStarted) -> str:
-    planned = f"round {event.round}/{event.rounds}"
-    if event.condemning:
-        return f"{planned}  units start to decay as soon as they are condemned"
-    extra = " to meet the target" if event.round > event.rounds else ""
-    return (
-        f"{planned}  {event.chosen} units start to decay{extra}  leads to {numbers.count(event.predicted_macs)} MACs, "
-        f"{numbers.count(event.predicted_params)} parameters"
-    )
-
-
-def _describe_cut(event: WeightsCut) -> str:
-    accuracies = {
-        "dense": event.dense,
-        "cut": event.cut,
-        "recovered": event.recovered,
-        "recalibrated": event.recalibrated,
-    }
-    measured = [f"{name} {numbers.percent(value)}" for name, value in accuracies.items() if value is not None]
-    return f"cut to sparsity {event.reached:.3f}  {numbers.size(event.bytes)}  " + "  ".join(measured)
-
-
-def _costs(event: UnitsRemoved | WentBack) -> str:
-    """Say what is left."""
-    return f"{numbers.count(event.macs)} MACs, {numbers.count(event.params)} parameters"
-
-
-def _readings(epoch: EpochEnded) -> list[str]:
-    """List the measurements of an epoch, loss first."""
-    accuracy = epoch.validation_accuracy
-    return [
-        f"loss {epoch.loss:.3f}",
-        *([] if accuracy is None else [f"validation {numbers.percent(accuracy, 1)}"]),
-        f"lr {epoch.lr:.2g}",
-        f"{epoch.images_per_second:.0f} images/s",
-        f"waiting for data {numbers.percent(100 * epoch.waiting_for_data, 0)}",
-    ]
+            with show_bars() as bars:
+                yield Drawing(bars).show
 
 
 @contextlib.contextmanager
-def show_bars() -> Iterator[Tell]:
-    """Show one bar per stage; lines about rounds and removals scroll by above them."""
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+def working(what: str) -> Iterator[None]:
+    """Show on a terminal that a command without events is at work, and for how long; libraries print to stderr."""
+    with libraries_on_stderr():
+        if not is_terminal():
+            yield
+            return
+        from dpm_cli.cli.bars import show_bars
 
-    progress = Progress(
-        SpinnerColumn(finished_text=" "),
-        TextColumn("{task.description:<8}", markup=False),
-        BarColumn(bar_width=20),
-        TextColumn("{task.fields[state]}", markup=False),
-        TimeRemainingColumn(compact=True, elapsed_when_finished=True),
-        console=Console(stderr=True, highlight=False),
-    )
-    with progress:
-        yield Bars(progress).show
+        with show_bars() as bars:
+            bars.begin("working", what)
+            yield
+            bars.finish()
 
 
-class Bars:
-    """Draws events on a rich Progress."""
+def is_terminal() -> bool:
+    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
 
-    def __init__(self, progress: Any) -> None:
-        self._progress = progress
-        self._readings = ""
-        self._task = progress.add_task("loading", total=None, state="")
+
+class Lines:
+    """Prints plain lines. Those of epochs say how long the run has taken and will take.
+
+    A phase without steps is told only if it lasts, so that a wrong argument ends in one line.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._start = clock, clock()
+        self._plan: list[tuple[str, int]] = []  # name and steps of every stage, in order
+        self._place = -1  # of the current stage in the plan
+        self._first: int | None = None  # steps of all stages that were done before the first one seen here
+        self._done, self._began = 0, self._start
+        self._phase = threading.Timer(0, self._print, [""])
 
     def show(self, event: Event) -> None:
+        self.be_silent()
+        line = describe(event)
+        match event:
+            case PhaseBegan(what=what):
+                self._phase, line = threading.Timer(PATIENCE, self._print, [what]), None
+                self._phase.daemon = True
+                self._phase.start()
+            case Started(stages=stages):
+                self._plan = [(stage.name, stage.steps) for stage in stages]
+            case StageBegan(name=name):
+                self._enter(name)
+            case StepTaken(stage=stage, step=step, steps=steps):
+                self._count(stage, step, steps)
+            case EpochEnded():
+                line = f"{line}  {self._times()}"
+        if line:
+            self._print(line)
+
+    def be_silent(self) -> None:
+        """Do not tell the current phase. Call at the end, however that comes."""
+        self._phase.cancel()
+
+    def _print(self, line: str) -> None:
+        with contextlib.suppress(OSError, ValueError):  # a reader that has gone must not end hours of training
+            print(line, file=sys.stderr, flush=True)
+
+    def _enter(self, name: str) -> None:
+        """Find the next stage of this name; an accuracy floor can bring an earlier one back."""
+        places = [place for place, (stage, _) in enumerate(self._plan) if stage == name]
+        self._place = next((place for place in places if place > self._place), places[0] if places else -1)
+        if self._first is None:
+            self._began = self._clock()
+
+    def _count(self, stage: str, step: int, steps: int) -> None:
+        if self._place < 0:  # dpm train has one stage, and no plan
+            self._plan, self._place = [(stage, steps)], 0
+        self._done = sum(steps for _, steps in self._plan[: self._place]) + step
+        if self._first is None:
+            self._first = self._done - 1
+
+    def _times(self) -> str:
+        now, taken = self._clock(), self._done - (self._first or 0)
+        steps_left = sum(steps for _, steps in self._plan) - self._done
+        elapsed = f"elapsed {numbers.duration(now - self._start)}"
+        if taken <= 0 or steps_left <= 0:
+            return elapsed
+        return f"{elapsed}, {numbers.duration((now - self._began) / taken * steps_left)} of training left"
+
+
+class Drawing:
+    """Draws events as bars: one a stage, and one a phase that has no steps."""
+
+    def __init__(self, bars: "Bars") -> None:
+        self._bars = bars
+        bars.begin("load")
+
+    def show(self, event: Event) -> None:
+        bars = self._bars
         match event:
             case StageBegan(name=name):
-                self._begin(name)
+                bars.begin(name)
             case StepTaken(epoch=epoch, epochs=epochs, step=step, steps=steps):
-                state = f"epoch {epoch}/{epochs}  {self._readings}"
-                self._progress.update(self._task, total=steps, completed=step, state=state)
+                bars.advance(step, steps, f"epoch {epoch}/{epochs}")
             case EpochEnded(epoch=epoch, epochs=epochs):
-                self._readings = "  ".join(reading for reading in _readings(event) if not reading.startswith("lr"))
-                self._progress.update(self._task, state=f"epoch {epoch}/{epochs}  {self._readings}")
-            case Measuring():
-                self._begin("measure")
+                useful = [reading for reading in readings(event) if not reading.startswith("lr")]
+                bars.read([f"epoch {epoch}/{epochs}", *useful])
+            case PhaseBegan(name=name, what=what):
+                bars.begin(name, what)
             case Done():
-                self._finish()
+                bars.finish()
             case _ if line := describe(event):
-                self._progress.console.print(line, markup=False)
-
-    def _begin(self, name: str) -> None:
-        self._finish()
-        self._readings = ""
-        self._task = self._progress.add_task(name, total=None, state="")
-
-    def _finish(self) -> None:
-        task = self._progress.tasks[-1]
-        if task.total is None:
-            self._progress.remove_task(self._task)
-        else:
-            self._progress.update(self._task, completed=task.total)
-
-
-def _is_terminal() -> bool:
-    return sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+                bars.print(line)

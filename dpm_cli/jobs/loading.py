@@ -48,6 +48,11 @@ def follow(events: Generator[Event, None, T], on_event: OnEvent) -> T:
         events.close()
 
 
+def telling(on_event: OnEvent) -> Callable[[Event], None]:
+    """Return the user's function for events, or one that ignores them."""
+    return on_event or (lambda event: None)
+
+
 def load_splits(recipe: Recipe, device: torch.device) -> Splits:
     """Load the recipe's dataset, onto the device if it fits."""
     spec = recipe.model

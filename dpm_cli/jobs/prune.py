@@ -12,8 +12,18 @@ from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.errors import AccuracyError, OutputError
+from dpm_cli.events import PhaseBegan
 from dpm_cli.files import CHECKPOINT, REPORT, is_unfinished, locked, prepare_output, require_writable
-from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, make_setup, resolve_recipe
+from dpm_cli.jobs.loading import (
+    AnyRecipe,
+    OnEvent,
+    follow,
+    load_module,
+    load_splits,
+    make_setup,
+    resolve_recipe,
+    telling,
+)
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.recipe import Recipe, hash_recipe
 from dpm_cli.report import Report
@@ -49,6 +59,8 @@ def prune(
     with join(device) as world:
         if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder / CHECKPOINT)):
             return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
+        tell = telling(on_event)
+        tell(PhaseBegan("load", "loading the model"))
         torch_device = choose_device(device)
         module, arch = load_module(model, recipe, trust)
         # A run cannot be resumed with another batch size.
@@ -56,9 +68,11 @@ def prune(
             explaining_faults(recipe.data.batch, " --overwrite"),
             _claimed(folder, world, overwrite=overwrite, resume=resume),
         ):
+            tell(PhaseBegan("load", "loading the images"))
             with world.main_first():
                 splits = load_splits(recipe, torch_device)
             setup = make_setup(recipe, splits, folder / CHECKPOINT, torch_device, should_stop, world)
+            tell(PhaseBegan("analyse", "analysing the model"))
             kind = SparseRun if recipe.cuts_weights else Run
             run = kind(recipe, setup, module, arch=arch, output=folder)
             if overwrite and world.is_main:

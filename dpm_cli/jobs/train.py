@@ -18,9 +18,18 @@ from dpm_cli.engine.loop import State
 from dpm_cli.engine.precision import choose_layout
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import OutputError, RecipeError
-from dpm_cli.events import Event, Note
+from dpm_cli.events import Event, Note, PhaseBegan
 from dpm_cli.files import LOCK, checkpoint_of, is_unfinished, locked, remove_leftovers, write_atomic
-from dpm_cli.jobs.loading import AnyRecipe, OnEvent, follow, load_module, load_splits, make_setup, resolve_recipe
+from dpm_cli.jobs.loading import (
+    AnyRecipe,
+    OnEvent,
+    follow,
+    load_module,
+    load_splits,
+    make_setup,
+    resolve_recipe,
+    telling,
+)
 from dpm_cli.measure import count_parameters, flushing_denormals
 from dpm_cli.models import build
 from dpm_cli.recipe import Recipe
@@ -57,8 +66,11 @@ def train(
     with join(device) as world, explaining_faults(recipe.data.batch, " --overwrite"):  # not resumed with another batch
         torch_device = choose_device(device)
         with _claimed(path, world, overwrite=overwrite, resume=resume):
+            tell = telling(on_event)
+            tell(PhaseBegan("load", "loading the model"))
             torch.manual_seed(recipe.seed)
             module = _start_from(model, recipe, trust)
+            tell(PhaseBegan("load", "loading the images"))
             with world.main_first():
                 splits = load_splits(recipe, torch_device)
             setup = make_setup(recipe, splits, checkpoint_of(path), torch_device, should_stop, world)
@@ -106,6 +118,7 @@ class _Training:
             with keeping_freed_memory():
                 yield from course.train(CourseHooks(course))
             yield from course.advance()
+        yield PhaseBegan("measure", "measuring the accuracy on the test images")
         trained = self._finish(started)
         yield from course.tell_corrupt()  # streamed test images are read only now
         for note in course.notes:

@@ -68,6 +68,10 @@ def _build_torchvision(name: str, classes: int, shape: Shape) -> nn.Module:
     import torchvision.models
 
     known = torchvision.models.list_models(module=torchvision.models)
+    if name not in known and name in torchvision.models.list_models():
+        raise RecipeError(
+            f"model.arch is 'torchvision:{name}', which is no image classifier: classification only, for now"
+        )
     if name not in known:
         raise RecipeError(f"model.arch is 'torchvision:{name}'; {_nearest(name, known, prefix='torchvision:')}")
     if shape[0] != 3:

@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import RunError
-from dpm_cli.events import Event, Exported, Measuring
+from dpm_cli.events import Event, Exported, PhaseBegan
 from dpm_cli.export import Format, export_model, open_exported
 from dpm_cli.files import METADATA, write_text_atomic
 from dpm_cli.layers.images import Framing
@@ -65,31 +65,28 @@ class Delivery:
         """slim: in eval mode on the CPU."""
         image, started = self.setup.check_images()[:1].cpu(), time.monotonic()
         exports = []
-        for made in self._export(slim, image):
+        for format in self.recipe.export:
+            yield PhaseBegan("export", f"exporting {EXPORT_NAMES[format]}")
+            made = self._export(format, slim, image)
             exports.append(made)
             yield Exported(format=made.format, path=made.path, max_difference=made.max_difference)
         exported = time.monotonic()
-        yield Measuring("accuracy and latency of the dense and the slim model")
+        yield PhaseBegan("measure", "measuring accuracy and latency of the dense and the slim model")
         dense, measured = self._measure(slim, image, exports)
         spent = {**seconds, "export": exported - started, "measure": time.monotonic() - exported}
         report = self._make_report(dense, measured, outcome, exports, spent)
         self._save(slim, report, outcome)
         return report
 
-    def _export(self, slim: nn.Module, image: Tensor) -> Iterator[ExportedFile]:
-        """Write each file that the recipe asks for, reload it and compare."""
-        recipe = self.recipe
-        for format in recipe.export:
-            path = self.output / EXPORT_NAMES[format]
-            try:
-                made = export_model(
-                    slim, image, format=format, path=path, metadata=self._metadata().to_strings(), opset=recipe.opset
-                )
-            except RunError as error:
-                raise RunError(
-                    f"{error}; the training is kept: --resume with --set export=[] does without it"
-                ) from error
-            yield ExportedFile(format, str(path), made.bytes, made.max_difference)
+    def _export(self, format: Format, slim: nn.Module, image: Tensor) -> ExportedFile:
+        """Write one file, reload it and compare."""
+        path, metadata = self.output / EXPORT_NAMES[format], self._metadata().to_strings()
+        try:
+            opset = self.recipe.opset
+            made = export_model(slim, image, format=format, path=path, metadata=metadata, opset=opset)
+        except RunError as error:
+            raise RunError(f"{error}; the training is kept: --resume with --set export=[] does without it") from error
+        return ExportedFile(format, str(path), made.bytes, made.max_difference)
 
     def _measure(self, slim: nn.Module, image: Tensor, exports: Sequence[ExportedFile]) -> tuple[Measured, Measured]:
         """Measure the dense and the slim model: test accuracy once, and latencies in turns."""

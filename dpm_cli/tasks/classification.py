@@ -89,6 +89,8 @@ def _heads(outputs: object) -> tuple[Tensor, list[Tensor]]:
             heads = []
     if not heads or heads[0].dim() != 2:
         shapes = [tuple(head.shape) for head in heads] or type(outputs).__name__
-        raise UnsupportedModelError(f"the model returns {shapes}; logits of shape (batch, classes) are expected")
+        raise UnsupportedModelError(
+            f"the model returns {shapes}, not logits of shape (batch, classes): classification only, for now"
+        )
     # Only a tensor shaped like the logits can be a head; a feature map is not.
     return heads[0], [head for head in heads[1:] if head.shape == heads[0].shape]

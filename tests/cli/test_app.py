@@ -16,7 +16,7 @@ from dpm_cli.cli.app import app
 from dpm_cli.cli.outcome import explain
 from dpm_cli.recipe import shipped_recipes
 
-COMMANDS = ("demo", "train", "prune", "inspect", "evaluate", "export", "compare", "recipes")
+COMMANDS = ("demo", "train", "prune", "inspect", "evaluate", "export", "predict", "compare", "recipes", "schema")
 SHARED = {"--recipe", "--set", "--json"}
 OPTIONS = {
     "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--quiet"},
@@ -24,9 +24,11 @@ OPTIONS = {
     "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust"},
     "evaluate": SHARED | {"--batch", "--device", "--trust"},
     "export": {"--format", "--opset", "--output", "--arch", "--overwrite", "--json"},
+    "predict": {"--top", "--arch", "--trust", "--json"},
     "compare": {"--csv", "--json"},
     "demo": {"--output", "--json", "--quiet"},
     "recipes": set(),
+    "schema": set(),
 }
 
 
@@ -234,8 +236,21 @@ def test_a_closed_pipe_is_silent() -> None:
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
-def test_a_stream_without_unicode_shows_question_marks() -> None:
+def test_a_stream_without_unicode_spells_signs() -> None:
     code = "import sys; from dpm_cli.cli.app import main; sys.exit(main(['recipes', 'resnet56-folder']))"
     environment = os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, env=environment, timeout=60, check=True)
-    assert b"32?32" in ended.stdout
+    assert b"32x32" in ended.stdout
+
+
+def test_short_help_is_help(dpm: Any) -> None:
+    assert dpm("prune", "-h") == dpm("prune", "--help")
+
+
+def test_the_shell_completes_commands_and_recipes() -> None:
+    code = "from dpm_cli.cli.app import main; main([])"
+    for words, offered in (("dpm insp", "inspect"), ("dpm prune --recipe cif", "cifar10")):
+        asked = {"_DPM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+        command, environment = [sys.executable, "-c", code], os.environ | asked
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, check=False)
+        assert offered in ended.stdout.split()

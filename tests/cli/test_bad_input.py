@@ -123,7 +123,7 @@ def test_a_recipe_that_cannot_be_run_is_refused_before_training(
 ) -> None:
     ended = dpm("prune", dense, "-r", "digits", "--set", setting)
     assert ended.code == code
-    (line,) = ended.err.splitlines()
+    *_, line = ended.err.splitlines()  # after what is told on a slow machine
     assert line.startswith("error: ")
     assert said in line
 

@@ -1,14 +1,13 @@
 """Progress: one plain line per epoch, round and removal in a pipe; bars on a terminal; all of it on stderr."""
 
 import io
+import time
 from dataclasses import replace
-from typing import Any
 
 import pytest
-from rich.console import Console
-from rich.progress import Progress, TextColumn
 
-from dpm_cli.cli.progress import Bars, describe, follow
+from dpm_cli.cli.lines import describe
+from dpm_cli.cli.progress import Lines, follow
 from dpm_cli.events import (
     CheckpointWritten,
     Costs,
@@ -16,8 +15,8 @@ from dpm_cli.events import (
     EpochEnded,
     Event,
     Exported,
-    Measuring,
     Note,
+    PhaseBegan,
     Resumed,
     RoundStarted,
     StageBegan,
@@ -87,7 +86,7 @@ EVENTS = [
     CheckpointWritten(step=4, path="out/checkpoint.pt"),
     Note("[odd] text"),
     Exported(format="onnx", path="out/model.onnx", max_difference=3e-7),
-    Measuring("latency"),
+    PhaseBegan("measure", "measuring latency"),
     Done(),
 ]
 
@@ -143,7 +142,7 @@ def test_lines_in_a_pipe_are_plain_and_on_stderr(capsys: pytest.CaptureFixture[s
     out, err = capsys.readouterr()
     assert out == ""
     assert "\x1b" not in err
-    assert len(err.splitlines()) == 8  # no line for stage, step, checkpoint and done
+    assert len(err.splitlines()) == 7  # no line for stage, step, checkpoint, a short phase and done
     assert "[odd] text" in err
 
 
@@ -173,26 +172,57 @@ def test_a_reader_that_has_gone_does_not_end_the_run(monkeypatch: pytest.MonkeyP
     assert stream.getvalue() == ""
 
 
-def make_bars() -> tuple[Bars, Any, io.StringIO]:
-    stream = io.StringIO()
-    console = Console(file=stream, force_terminal=True, width=100, color_system=None)
-    progress = Progress(TextColumn("{task.description} {task.fields[state]}"), console=console, auto_refresh=False)
-    return Bars(progress), progress, stream
+def test_lines_of_epochs_say_how_long_the_run_has_taken_and_will_take(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [100.0]
+    lines = Lines(lambda: now[0])
+    stages = (StagePlan("tick", 1, 2), StagePlan("tock", 1, 4), StagePlan("tick", 1, 2), StagePlan("finetune", 2, 8))
+    lines.show(replace(START, stages=stages))
+    now[0] = 110.0  # loading and analysis
+    for stage in stages:
+        lines.show(StageBegan(stage.name))
+        for step in range(1, stage.steps + 1):
+            now[0] += 10.0
+            lines.show(replace(STEP, stage=stage.name, step=step, steps=stage.steps))
+        lines.show(replace(EPOCH, stage=stage.name))
+    ends = [line.rpartition("  ")[2] for line in capsys.readouterr().err.splitlines()[1:]]
+    assert ends == [
+        "elapsed 30 s, 2 min 20 s of training left",
+        "elapsed 1 min 10 s, 1 min 40 s of training left",
+        "elapsed 1 min 30 s, 1 min 20 s of training left",
+        "elapsed 2 min 50 s",
+    ]
 
 
-def test_bars_follow_the_steps_of_a_stage() -> None:
-    bars, progress, _ = make_bars()
-    for event in EVENTS[:7]:
-        bars.show(event)
-    (task,) = progress.tasks
-    assert (task.description, task.completed, task.total) == ("train", 4, 8)
-    assert task.fields["state"] == "epoch 3/10  loss 0.412  validation 91.2 %  512 images/s  waiting for data 3 %"
+def test_a_resumed_run_counts_its_own_steps_only(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    lines = Lines(lambda: now[0])
+    lines.show(replace(START, stages=(StagePlan("train", 2, 8),)))
+    lines.show(StageBegan("train"))
+    now[0] = 10.0
+    lines.show(replace(STEP, step=7, steps=8))
+    lines.show(EPOCH)
+    assert "elapsed 10 s, 10 s of training left" in capsys.readouterr().err
 
 
-def test_bars_take_every_event_and_end_full() -> None:
-    bars, progress, stream = make_bars()
-    for event in EVENTS:
-        bars.show(event)
-    (task,) = progress.tasks
-    assert task.finished
-    assert "[odd] text" in stream.getvalue()
+def test_training_without_a_plan_knows_the_steps_of_its_stage(capsys: pytest.CaptureFixture[str]) -> None:
+    now = [0.0]
+    lines = Lines(lambda: now[0])
+    lines.show(StageBegan("dense"))
+    now[0] = 6.0
+    lines.show(replace(STEP, stage="dense", step=1, steps=3))
+    lines.show(replace(EPOCH, stage="dense"))
+    assert "elapsed 6 s, 12 s of training left" in capsys.readouterr().err
+
+
+def test_a_phase_is_told_in_a_pipe_only_if_it_lasts(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpm_cli.cli.progress.PATIENCE", 0.05)
+    with follow(quiet=False, as_json=False) as tell:
+        tell(PhaseBegan("load", "loading the images"))
+        time.sleep(0.3)
+        tell(PhaseBegan("analyse", "analysing the model"))
+        tell(Done())
+        tell(PhaseBegan("measure", "never told"))
+    time.sleep(0.1)
+    assert capsys.readouterr().err == "loading the images\n"

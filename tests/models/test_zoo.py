@@ -133,3 +133,8 @@ def test_timm_by_name_and_never_from_a_hub() -> None:
         assert build("timm:resnet10t", classes=5, shape=(1, 32, 32)).eval()(torch.zeros(1, 1, 32, 32)).shape == (1, 5)
     with pytest.raises(RecipeError):
         build("timm:hf-hub:someone/something", classes=5, shape=CIFAR)
+
+
+def test_a_detector_or_segmenter_is_told_apart_from_a_wrong_name() -> None:
+    with pytest.raises(RecipeError, match="no image classifier: classification only, for now"):
+        build("torchvision:fcn_resnet50", classes=3, shape=(3, 64, 64))

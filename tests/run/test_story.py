@@ -142,7 +142,7 @@ def test_events_come_in_order_and_the_report_agrees_with_the_files(tmp_path, spl
     named = [event.kind for event in events if event.kind not in ("step", "checkpoint")]
     assert named == [
         "start", "stage", "round", "compact", "round", "epoch", "compact", "epoch", "epoch",
-        "stage", "epoch", "measure", "done",
+        "stage", "epoch", "phase", "done",
     ]  # fmt: skip
     steps = [event for event in events if event.kind == "step"]
     assert [event.step for event in steps] == [*range(1, 19), *range(1, 7)]
@@ -288,7 +288,7 @@ def logits_of(module, splits):
 def test_without_training_units_are_cut_at_once_and_the_target_is_met(tmp_path, splits):
     run, events, report = go(tmp_path, make_recipe(*CUT_AT_ONCE, "compact.fold_mean=false"), splits)
     names = [event.kind for event in events if event.kind != "checkpoint"]
-    assert names == ["start", "stage", "round", "compact", "measure", "done"]
+    assert names == ["start", "stage", "round", "compact", "phase", "done"]
     assert report.target.is_met
     assert report.units.removed == report.units.chosen > 0
     dense, slim = make_net(), load_slim(tmp_path / "slim.pt", model=make_net()).module
@@ -299,7 +299,7 @@ def test_without_training_units_are_cut_at_once_and_the_target_is_met(tmp_path, 
 def test_fine_tuning_can_follow_a_cut_without_training(tmp_path, splits):
     _, events, _ = go(tmp_path, make_recipe("train.epochs=0"), splits)
     named = [event.kind for event in events if event.kind not in ("step", "checkpoint")]
-    assert named == ["start", "stage", "round", "compact", "stage", "epoch", "measure", "done"]
+    assert named == ["start", "stage", "round", "compact", "stage", "epoch", "phase", "done"]
 
 
 def test_folded_means_bring_the_outputs_nearer_to_the_dense_model(tmp_path, splits):
@@ -571,10 +571,10 @@ def test_dropped_runs_go_on_from_their_last_checkpoint(tmp_path, splits, whole):
         run = make_run(tmp_path, recipe, splits)
         events = run.events(resume=attempt > 0)
         for _, event in zip(range(length), events):
-            if event.kind == "measure":
+            if event.kind == "phase":
                 break
         events.close()
-    assert event.kind == "measure"
+    assert event.kind == "phase"
     assert not (tmp_path / "slim.pt").exists()
     _, events, _ = go(tmp_path, recipe, splits, resume=True)
     assert [event.kind for event in events][:2] == ["start", "resumed"]
