@@ -12,7 +12,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, assert_never
 
@@ -27,6 +27,12 @@ Counter = Literal["flop_counter", "thop"]
 Run = Callable[[Tensor], object]
 
 
+SPREAD = 1.5  # upper quartile / lower quartile: beyond, a latency is doubted
+WAITED = 0.15  # fraction of the time that a single thread may spend waiting for a core
+ATTEMPTS = 3
+REST = 0.5  # seconds between attempts
+
+
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds of one call: median and quartiles of `runs` warm calls."""
@@ -35,6 +41,8 @@ class Latency:
     low_ms: float
     high_ms: float
     runs: int
+    threads: int  # of torch, and so of what this package runs
+    doubt: str | None = None  # why the figure may be wrong, in one clause
 
 
 def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_counter") -> int:
@@ -92,9 +100,10 @@ def measure_in_turns(
 ) -> dict[str, Latency]:
     """Measure several contenders for `seconds` each, in turns, so that a busy moment of the machine hits them all.
 
-    Meanwhile denormal numbers are flushed to zero: pruned networks can produce them, and CPUs are slow with them.
+    A measurement that a busy machine has spoilt is repeated, up to twice; if it stays doubtful, the calmest attempt is
+    returned, and says so. Meanwhile denormal numbers are flushed to zero: pruned networks can produce them, and CPUs
+    are slow with them.
     """
-    times: dict[str, list[float]] = {name: [] for name in runs}  # milliseconds
     with ExitStack() as stack:
         for run in runs.values():
             if isinstance(run, nn.Module):
@@ -103,12 +112,75 @@ def measure_in_turns(
         stack.enter_context(flushing_denormals())
         for run in runs.values():
             _time(run, example, seconds=seconds / 5, least=3)
-        for _ in range(turns):
-            for name, run in runs.items():
-                if len(runs) > 1:
-                    run(example)  # the others have emptied the caches
-                times[name] += _time(run, example, seconds=seconds / turns, least=math.ceil(least / turns))
-    return {name: _summarise(measured) for name, measured in times.items()}
+        calmest: dict[str, Latency] = {}
+        for attempt in range(ATTEMPTS):
+            if attempt:
+                time.sleep(min(REST, seconds))
+            measured = _take_turns(runs, example, seconds=seconds, least=least, turns=turns)
+            if not calmest or _restlessness(measured) < _restlessness(calmest):
+                calmest = measured
+            if not any(latency.doubt for latency in measured.values()):
+                break
+        return calmest
+
+
+def _take_turns(
+    runs: Mapping[str, Run], example: Tensor, *, seconds: float, least: int, turns: int
+) -> dict[str, Latency]:
+    """Measure all contenders once."""
+    times: dict[str, list[float]] = {name: [] for name in runs}  # milliseconds
+    busy = dict.fromkeys(runs, 0.0)  # seconds of processor time
+    for _ in range(turns):
+        for name, run in runs.items():
+            if len(runs) > 1:
+                run(example)  # the others have emptied the caches
+            start = time.process_time()
+            times[name] += _time(run, example, seconds=seconds / turns, least=math.ceil(least / turns))
+            busy[name] += time.process_time() - start
+    latencies = {}
+    for name, run in runs.items():
+        latency, share = _summarise(times[name]), busy[name] / (sum(times[name]) / 1e3)
+        alone = _time_alone(run, example, seconds=seconds / 5) if latency.threads > 1 else None
+        latencies[name] = replace(latency, doubt=_find_doubt(latency, share, alone, on_cpu=not example.is_cuda))
+    return latencies
+
+
+def _find_doubt(latency: Latency, share: float, alone: float | None, *, on_cpu: bool) -> str | None:
+    """Say why a figure may be wrong. share: processor time / time. alone: milliseconds with one thread of torch."""
+    reasons = []
+    if alone is not None and alone * 2 < latency.median_ms:
+        reasons.append(f"one thread takes {alone:.3g} ms, {latency.threads} mostly wait for each other")
+    if latency.high_ms > SPREAD * latency.low_ms:
+        reasons.append(f"the quartiles are {latency.low_ms:.3g} and {latency.high_ms:.3g} ms")
+    load, cores = _load(), os.cpu_count() or 1
+    if on_cpu and latency.threads == 1 and share < 1 - WAITED:
+        reasons.append(f"it waited for a core for {100 * (1 - share):.0f} % of the time")
+    elif on_cpu and latency.threads > 1 and load > cores + latency.threads:
+        reasons.append("other programs had the cores")
+    if not reasons:
+        return None
+    return f"{'; '.join(reasons)} (load {load:.1f} on {cores} cores)"
+
+
+def _restlessness(measured: Mapping[str, Latency]) -> tuple[int, float]:
+    """Order attempts: fewer doubts first, then the smaller spread."""
+    spreads = [latency.high_ms / latency.low_ms for latency in measured.values() if latency.low_ms > 0]
+    return sum(latency.doubt is not None for latency in measured.values()), max(spreads, default=0.0)
+
+
+def _time_alone(run: Run, example: Tensor, *, seconds: float) -> float:
+    """Return the median milliseconds of a call with one thread of torch; ONNX Runtime keeps its own."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return statistics.median(_time(run, example, seconds=seconds, least=3))
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _load() -> float:
+    """Return the average number of busy programs during the last minute; 0 where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
 
 
 def hardware() -> dict[str, str | int | None]:
@@ -175,7 +247,7 @@ def _time(run: Run, example: Tensor, *, seconds: float, least: int) -> list[floa
 
 def _summarise(times: list[float]) -> Latency:
     low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Latency(median_ms=median, low_ms=low, high_ms=high, runs=len(times))
+    return Latency(median_ms=median, low_ms=low, high_ms=high, runs=len(times), threads=torch.get_num_threads())
 
 
 def _count_with_thop(module: nn.Module, image: Tensor) -> int:

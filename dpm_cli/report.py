@@ -12,6 +12,8 @@ class Milliseconds:
     median: float
     low: float
     high: float
+    threads: int | None = None  # of torch and ONNX Runtime
+    doubt: str | None = None  # why the figure may be wrong: a busy machine, a wide spread
 
 
 @dataclass(frozen=True)

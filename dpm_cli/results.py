@@ -31,7 +31,7 @@ class Trained:
 class BatchMilliseconds(Milliseconds):
     """Holds the latency of one call with a batch of images."""
 
-    batch: int
+    batch: int = 1
 
 
 @dataclass(frozen=True)

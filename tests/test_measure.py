@@ -1,6 +1,9 @@
+import itertools
+import re
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,6 +11,10 @@ from torch import Tensor, nn
 
 from dpm_cli.errors import UsageError
 from dpm_cli.measure import (
+    ATTEMPTS,
+    Latency,
+    _find_doubt,
+    _load,
     count_bytes,
     count_macs,
     count_parameters,
@@ -119,6 +126,7 @@ def test_latency_is_the_median_between_its_quartiles() -> None:
     latency = measure_latency(sleeper(2), torch.zeros(1), seconds=0.05)
     assert 2 <= latency.low_ms <= latency.median_ms <= latency.high_ms
     assert 10 <= latency.runs <= 26
+    assert latency.threads == 1
 
 
 def test_slow_run_is_still_called_often_enough() -> None:
@@ -130,8 +138,48 @@ def test_contenders_take_turns() -> None:
     runs = {name: lambda images, name=name: order.append(name) for name in ("dense", "slim")}
     latencies = measure_in_turns(runs, torch.zeros(1), seconds=0.01, least=10, turns=3)
     changes = [name for index, name in enumerate(order) if index == 0 or order[index - 1] != name]
-    assert changes == ["dense", "slim"] * 4  # to warm up, then three turns
+    assert changes[:8] == ["dense", "slim"] * 4  # to warm up, then three turns
     assert min(latency.runs for latency in latencies.values()) >= 10
+
+
+def test_a_call_that_waits_for_a_core_is_measured_again_and_doubted() -> None:
+    calls = []
+    latency = measure_latency(lambda images: (calls.append(1), time.sleep(0.002)), torch.zeros(1), seconds=0, least=5)
+    assert latency.doubt is not None
+    assert re.match(
+        r"(the quartiles .*; )?it waited for a core for \d+ % of the time \(load .* on \d+ cores\)", latency.doubt
+    )
+    assert len(calls) == 3 + ATTEMPTS * 5
+
+
+def test_a_wide_spread_is_doubted() -> None:
+    pauses = itertools.cycle([0.001, 0.004])
+    latency = measure_latency(lambda images: time.sleep(next(pauses)), torch.zeros(1), seconds=0, least=8)
+    assert "the quartiles are" in (latency.doubt or "")
+
+
+def test_threads_that_wait_for_each_other_are_doubted() -> None:
+    """As two threads on a busy machine: 200 times slower than one, but every call alike."""
+    torch.set_num_threads(2)
+    try:
+        latency = measure_latency(
+            lambda images: time.sleep(0.02 if torch.get_num_threads() > 1 else 0.0001),
+            torch.zeros(1),
+            seconds=0,
+            least=5,
+        )
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert latency.threads == 2
+    assert "ms, 2 mostly wait for each other" in (latency.doubt or "")
+
+
+def test_a_calm_attempt_is_not_doubted_and_ends_the_measurement() -> None:
+    """Three attempts of which one is calm: enough even while other programs run."""
+    latency = Latency(2.0, 1.9, 2.1, runs=9, threads=1)
+    assert _find_doubt(latency, 0.99, None, on_cpu=True) is None
+    assert _find_doubt(replace(latency, threads=2), 1.9, 3.0, on_cpu=True) is None or _load() > 4
 
 
 def test_latency_is_measured_in_eval_mode_without_gradients() -> None:

@@ -13,6 +13,7 @@ from dpm_cli.cli.tables import (
     KINDS,
     LABEL,
     RUNTIMES,
+    describe_doubt,
     describe_export,
     describe_kept,
     describe_odd_widths,
@@ -58,18 +59,25 @@ def print_evaluated(result: Evaluated) -> None:
         speed = 1000 * latency.batch / latency.median
         pairs.append(_describe_latency(runtime, latency, f"batches of {latency.batch}, {speed:.0f} images/s"))
     _print_pairs(pairs)
+    notes = [
+        describe_doubt(f"latency, {RUNTIMES.get(runtime, runtime)},", latency.doubt)
+        for measured in (result.latency, result.latency_in_batches)
+        for runtime, latency in measured.items()
+        if latency.doubt
+    ]
     if result.odd_widths:
-        console = make_console()
-        note = (
-            f"{describe_odd_widths(result.odd_widths)} An unrounded width can cost as much as the next multiple of 8."
-        )
+        odd = describe_odd_widths(result.odd_widths)
+        notes.append(f"{odd} An unrounded width can cost as much as the next multiple of 8.")
+    console = make_console()
+    for note in notes:
         print_detail(console, "note", wrap_words(note, console.width - LABEL))
 
 
 def _describe_latency(runtime: str, latency: Milliseconds, images: str) -> tuple[str, str]:
     """Return a label and a value. images: what one call takes."""
+    threads = "" if latency.threads is None else f"{latency.threads} thread{'s' if latency.threads != 1 else ''}, "
     median, low, high = (numbers.milliseconds(value) for value in (latency.median, latency.low, latency.high))
-    return f"latency, {RUNTIMES.get(runtime, runtime)}", f"{median}  (quartiles {low} to {high}; {images})"
+    return f"latency, {RUNTIMES.get(runtime, runtime)}", f"{median}  (quartiles {low} to {high}; {threads}{images})"
 
 
 def print_exported(exported: Sequence[ExportedFile]) -> None:

@@ -85,13 +85,13 @@ def details(report: Report, width: int) -> Iterable[tuple[str, Sequence[str]]]:
         agreement = numbers.agreement(report.compact_difference)
         yield "checked", [f"outputs before and after removing units agree {agreement}"]
     yield "kept", describe_kept(report.kept, width)
-    yield "latency", ["median over single images, warm, dense and slim in turns"] if report.dense.latency else []
+    yield "latency", [f"median over single images, warm, {_threads(report)}in turns"] if report.dense.latency else []
     more = [each.file for each in report.sparsities[1:]]
     yield "files", [*(path for name, path in report.files.items() if name in ("slim", "report")), *more]
     yield "exports", [describe_export(made) for made in report.exports]
     seconds = [f"{name} {numbers.duration(spent)}" for name, spent in report.seconds.items()]
     yield "time", wrap([*seconds, f"on {report.device} in {report.precision}", f"seed {report.seed}"], width)
-    for note in [*disappointments(report), *report.notes]:
+    for note in [*doubts(report), *disappointments(report), *report.notes]:
         yield "note", wrap_words(note, width)
 
 
@@ -129,6 +129,25 @@ def describe_export(made: ExportedFile) -> str:
     return (
         f"{made.path}  {numbers.size(made.bytes)}, agrees with the slim model {numbers.agreement(made.max_difference)}"
     )
+
+
+def _threads(report: Report) -> str:
+    counts = {latency.threads for latency in report.dense.latency.values()} - {None}
+    return "".join(f"{count} thread{'s' if count != 1 else ''}, " for count in counts)
+
+
+def doubts(report: Report) -> list[str]:
+    """Return a sentence for every latency that may be wrong."""
+    return [
+        describe_doubt(f"latency of the {name} model, {RUNTIMES.get(runtime, runtime)},", latency.doubt)
+        for name, network in (("dense", report.dense), ("slim", report.slim))
+        for runtime, latency in network.latency.items()
+        if latency.doubt
+    ]
+
+
+def describe_doubt(what: str, why: str) -> str:
+    return f"the {what} may be wrong: {why}; measure again while nothing else runs: dpm evaluate"
 
 
 def disappointments(report: Report) -> list[str]:

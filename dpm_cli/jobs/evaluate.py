@@ -97,10 +97,10 @@ def _with_latency(result: Evaluated, run: Run, runtime: str, splits: Splits, bat
     if batch == 1:
         return result
     each = _measure(run, image.repeat(batch, 1, 1, 1))
-    in_batches = BatchMilliseconds(each.median, each.low, each.high, batch)
+    in_batches = BatchMilliseconds(**vars(each), batch=batch)
     return replace(result, latency_in_batches={runtime: in_batches})
 
 
 def _measure(run: Run, images: Tensor) -> Milliseconds:
     measured = measure_latency(run, images.cpu())
-    return Milliseconds(measured.median_ms, measured.low_ms, measured.high_ms)
+    return Milliseconds(measured.median_ms, measured.low_ms, measured.high_ms, measured.threads, measured.doubt)

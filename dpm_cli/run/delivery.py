@@ -99,7 +99,7 @@ class Delivery:
                     export_model(dense, image, format="onnx", path=path, metadata={})
                     runs |= {"dense onnxruntime": open_exported(path), "slim onnxruntime": open_exported(made.path)}
             latencies = {
-                name: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms)
+                name: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms, latency.threads, latency.doubt)
                 for name, latency in measure_in_turns(runs, image).items()
             }
         measured = []
