@@ -11,6 +11,7 @@ from digits_recipe import recipe
 import dpm_cli
 from dpm_cli.cli.app import main
 from dpm_cli.errors import RecipeError
+from dpm_cli.models import build
 from dpm_cli.recipe import dump_recipe, hash_recipe, load_recipe, parse_recipe
 
 JOBS = {
@@ -37,7 +38,7 @@ def named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     (tmp_path / f"{module}.py").write_text(NETS)
     values = recipe(model={"arch": f"{module}:Net", "classes": 10, "input": [1, 8, 8]}, train={"epochs": 0})
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(values))
-    torch.save(dpm_cli.models.build("digits", classes=10, shape=(1, 8, 8)).state_dict(), "model.pt")
+    torch.save(build("digits", classes=10, shape=(1, 8, 8)).state_dict(), "model.pt")
     return f"{module}:Net"
 
 
@@ -85,3 +86,12 @@ def test_list_of_recipes_says_which_need_trust(
     monkeypatch.setattr("dpm_cli.recipe.shipped_recipes", lambda: {"mine": Path("recipe.yaml")})
     assert main(["recipes"]) == 0
     assert "needs --trust" in capsys.readouterr().out
+
+
+def test_code_that_gives_data_needs_trust_too(named: str) -> None:
+    module, _, _ = named.partition(":")
+    values = recipe(data={"name": f"{module}:images"})
+    with pytest.raises(RecipeError, match=rf"data\.name: {module}:images\): --trust"):
+        dpm_cli.train(values)
+    assert not Path("imported").exists()
+    assert parse_recipe(recipe(data={"name": "hf:user/photos"})).code == {}

@@ -22,12 +22,12 @@ class Arrays:
         return Arrays(self.pixels[index], self.labels[index])
 
 
-def check_classes(name: str, arrays: Arrays, names: tuple[str, ...], classes: int) -> None:
-    """Raise DataError unless the dataset has that number of classes and every label is one of them."""
+def check_classes(name: str, labels: Tensor, names: tuple[str, ...], classes: int) -> None:
+    """Raise DataError unless the dataset has that number of classes and every label (N,) is one of them."""
     if len(names) != classes:
         raise DataError(f"{name} has {len(names)} classes but model.classes is {classes}; set it to {len(names)}")
-    wrong = ((arrays.labels < 0) | (arrays.labels >= classes)).nonzero()
+    wrong = ((labels < 0) | (labels >= classes)).nonzero()
     if len(wrong):
         index = int(wrong[0])
-        label = int(arrays.labels[index])
+        label = int(labels[index])
         raise DataError(f"{name} has label {label} at image {index}; labels are 0 to {classes - 1}: repair the file")

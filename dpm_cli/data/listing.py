@@ -21,7 +21,7 @@ TEST_PART = 10  # without test images, every tenth of each class
 class Entry:
     """One image file. `size` in bytes and `modified` in nanoseconds tell a changed file from the old one."""
 
-    name: str  # relative to the listing's folder, with forward slashes
+    name: str  # relative to the listing's folder, with forward slashes; from a table it may be absolute
     label: int
     size: int
     modified: int
@@ -39,7 +39,7 @@ class Listing:
 
     @property
     def paths(self) -> tuple[str, ...]:
-        return tuple(f"{self.folder}/{entry.name}" for entry in self.entries)
+        return tuple(os.path.join(self.folder, entry.name) for entry in self.entries)  # names may be absolute
 
     @property
     def labels(self) -> Tensor:
@@ -121,18 +121,24 @@ def hold_out_test(files: Listing) -> tuple[Listing, Listing]:
     Otherwise a model trained with one seed would meet its training images when tested with another. The names are
     hashed, so that new files move few of the old ones. Raises DataError for a class of one image.
     """
+    names = [os.fsencode(entry.name) for entry in files.entries]
+    is_held = choose_tests([entry.label for entry in files.entries], names, files.paths)
+    return files.select((~is_held).nonzero()[:, 0]), files.select(is_held.nonzero()[:, 0])
+
+
+def choose_tests(labels: Sequence[int], keys: Sequence[bytes], places: Sequence[str]) -> Tensor:
+    """Choose (N,) a tenth of each class by a hash of the keys. places: what to call an image in messages."""
     by_class: dict[int, list[int]] = {}
-    for index, entry in enumerate(files.entries):
-        by_class.setdefault(entry.label, []).append(index)
+    for index, label in enumerate(labels):
+        by_class.setdefault(label, []).append(index)
     held: set[int] = set()
     for members in by_class.values():
         if len(members) == 1:
-            file = files.paths[members[0]]
-            raise DataError(f"{file} is the only image of its class, so none is left to test on; add more")
-        members.sort(key=lambda index: hashlib.blake2b(os.fsencode(files.entries[index].name)).digest())
+            place = places[members[0]]
+            raise DataError(f"{place} is the only image of its class, so none is left to test on; add more")
+        members.sort(key=lambda index: hashlib.blake2b(keys[index]).digest())
         held.update(members[: max(1, len(members) // TEST_PART)])
-    is_held = torch.tensor([index in held for index in range(len(files))])
-    return files.select((~is_held).nonzero()[:, 0]), files.select(is_held.nonzero()[:, 0])
+    return torch.tensor([index in held for index in range(len(labels))])
 
 
 def _class_folders(folder: Path) -> tuple[str, ...]:

@@ -1,20 +1,22 @@
 """Load a dataset by name and split it for training, validation and test."""
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from dpm_cli.data import digits
-from dpm_cli.data.arrays import Arrays, check_classes
+from dpm_cli.data.arrays import Arrays
 from dpm_cli.data.cache import cache, find_cached
+from dpm_cli.data.collect import collect
 from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.data.decode import decode_all
-from dpm_cli.data.downloads import KNOWN, read_known
+from dpm_cli.data.downloads import KNOWN
 from dpm_cli.data.fit import check_shape, check_statistics, fit_pixels, fit_statistics
-from dpm_cli.data.listing import Listing, hold_out_test, list_folder, list_unlabelled
+from dpm_cli.data.hub import Rows
+from dpm_cli.data.listing import Listing
 from dpm_cli.data.randomness import generator
+from dpm_cli.data.sources import Part, find_source
 from dpm_cli.data.splits import Images, Splits
 from dpm_cli.data.streamed import Streamed
 from dpm_cli.errors import DataError
@@ -24,15 +26,15 @@ from dpm_cli.recipe.sections import Data
 STATISTICS = {  # mean and std of pixels in [0, 1]
     "digits": (digits.MEAN, digits.STD),
     **{name: (known.mean, known.std) for name, known in KNOWN.items()},
-    "folder": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),  # ImageNet's, which pretrained models expect
 }
+IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of all other images: what pretrained models expect
 
 
 def load_data(data: Data, *, shape: Shape, classes: int, seed: int, device: torch.device | str = "cpu") -> Splits:
-    """Load digits, cifar10, cifar100, fashion-mnist or an image folder, fitted to a model's input `shape`.
+    """Load the images that `data.name` names, fitted to a model's input `shape`.
 
     seed: chooses the images that are held out for validation, and those kept if there is a limit; the test images never
-    depend on it. Images are kept as uint8 on the device; a folder larger than `data.memory_limit` is streamed. Without
+    depend on it. Images are kept as uint8 on the device; files larger than `data.memory_limit` are streamed. Without
     labels a folder needs no class folders, and its test split is empty. `data.resize` and `data.crop`: see `Framing`.
     Raises DataError for data that is absent, damaged, too large, or does not fit `shape` and `classes`.
 
@@ -40,9 +42,10 @@ def load_data(data: Data, *, shape: Shape, classes: int, seed: int, device: torc
     """
     mean, std = _choose_statistics(data, shape)
     framing = _frame(data, shape)
-    source = _find(data, classes)
+    source = find_source(data, framing, classes)
     chosen = source.train.select(choose(len(source.train), data.limit, seed))
-    fits = _fits_memory(data, len(chosen) + len(source.test), shape)
+    is_streamable = isinstance(chosen, Listing)
+    fits = _fits_memory(data, len(chosen) + len(source.test), shape, is_streamable=is_streamable)
     corrupt, workers = Corrupt(data.max_corrupt), data.workers
     train, test = (
         _open(part, framing, torch.tensor(mean), torch.tensor(std), workers=workers, in_memory=fits, corrupt=corrupt)
@@ -71,7 +74,7 @@ def _choose_statistics(data: Data, shape: Shape) -> tuple[tuple[float, ...], tup
     check_shape(data.name, shape)
     check_statistics("data.mean", data.mean, shape[0])
     check_statistics("data.std", data.std, shape[0])
-    own_mean, own_std = STATISTICS[data.name]
+    own_mean, own_std = STATISTICS.get(data.name, IMAGENET)
     return (
         fit_statistics(own_mean, shape[0]) if data.mean is None else data.mean,
         fit_statistics(own_std, shape[0]) if data.std is None else data.std,
@@ -86,13 +89,13 @@ def _frame(data: Data, shape: Shape) -> Framing:
     return framing
 
 
-def _fits_memory(data: Data, count: int, shape: Shape) -> bool:
+def _fits_memory(data: Data, count: int, shape: Shape, *, is_streamable: bool) -> bool:
     """Tell whether all images fit into the memory limit. Raises DataError if not and they cannot be streamed."""
     decoded_bytes = count * math.prod(shape)
-    if decoded_bytes > data.memory_limit and data.name != "folder":
+    if decoded_bytes > data.memory_limit and not is_streamable:
         raise DataError(
             f"{data.name} at {'x'.join(map(str, shape))} takes {decoded_bytes} bytes; data.memory_limit is "
-            f"{data.memory_limit}: raise it, lower data.limit, or use an image folder, which can be streamed"
+            f"{data.memory_limit}: raise it, lower data.limit, or use an image folder or a CSV of files, which stream"
         )
     return decoded_bytes <= data.memory_limit
 
@@ -116,38 +119,7 @@ def choose(count: int, limit: int | None, seed: int) -> Tensor:
     return torch.randperm(count, generator=generator("limit", seed))[:limit].sort().values
 
 
-@dataclass(frozen=True)
-class _Source:
-    """A dataset before anything is held out, resized or decoded."""
-
-    train: Arrays | Listing
-    test: Arrays | Listing
-    names: tuple[str, ...]
-    test_held_out: bool = False
-
-
-def _find(data: Data, classes: int) -> _Source:
-    """Find the dataset. Raises DataError if it is absent or does not have these classes."""
-    name, root = data.name, data.root.expanduser()
-    if name == "folder" and not data.labels:
-        files = list_unlabelled(root)
-        return _Source(files, files.select(torch.arange(0)), ())
-    if name == "folder":
-        files, test_files, names = list_folder(root, classes)
-        if test_files is None:
-            return _Source(*hold_out_test(files), names, test_held_out=True)
-        return _Source(files, test_files, names)
-    if name == "digits":
-        train, test = digits.read_digits()
-        names = tuple("0123456789")
-    else:
-        train, test, names = read_known(name, root, download=data.download)
-    check_classes(f"{name} (training images)", train, names, classes)
-    check_classes(f"{name} (test images)", test, names, classes)
-    return _Source(train, test, names)
-
-
-def _digest(opened: Images | Streamed, part: Arrays | Listing) -> str:
+def _digest(opened: Images | Streamed, part: Part) -> str:
     """Digest the pixels if they are in memory; reading streamed files would take as long as an epoch."""
     if isinstance(opened, Images):
         return opened.digest()
@@ -156,7 +128,7 @@ def _digest(opened: Images | Streamed, part: Arrays | Listing) -> str:
 
 
 def _open(
-    part: Arrays | Listing,
+    part: Part,
     framing: Framing,
     mean: Tensor,
     std: Tensor,
@@ -168,6 +140,9 @@ def _open(
     """Fit arrays, stream files, or decode them into memory, from the cache if they were decoded before."""
     if isinstance(part, Arrays):
         return Images(fit_pixels(part.pixels, framing.shape), part.labels, mean, std)
+    if isinstance(part, Rows):
+        collected = collect(part, framing, what="the dataset", labels=True, most=len(part))
+        return Images(collected.pixels, part.labels, mean, std)
     if not in_memory:
         return Streamed(part.paths, part.labels, framing, mean, std, workers, corrupt)
     key = part.fingerprint(framing)

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from dpm_cli.errors import ModelFileError, listing, one_line
-from dpm_cli.models.own_code import current_folder_importable
 from dpm_cli.models.recognise import SAFE_WAY, Kind, recognise
+from dpm_cli.recipe.code import current_folder_importable
 
 DAMAGED = "is truncated or damaged: copy or download it again"
 ALLOWED_IN_LEGACY = ("collections.OrderedDict", "torch._utils.", "torch.nn.parameter.Parameter", "torch.Size")

@@ -108,7 +108,8 @@ class Recipe(Section):
     @property
     def code(self) -> dict[str, str]:
         """Map the settings that name code of the user's own to that name."""
-        return {"model.arch": self.model.arch} if is_own_code(self.model.arch) else {}
+        named = {"model.arch": self.model.arch, "data.name": self.data.name.removeprefix("hf:")}
+        return {setting: name for setting, name in named.items() if is_own_code(name)}
 
     @property
     def code_to_trust(self) -> dict[str, str]:

@@ -13,6 +13,7 @@ from dpm_cli.recipe.bases import Gates, OnTheFly, Otov2
 from dpm_cli.recipe.values import (
     Amount,
     Count,
+    DataName,
     Fraction,
     LearningRate,
     NonNegative,
@@ -55,11 +56,11 @@ class Augment(Section):
 class Data(Section):
     """Names a dataset and how to load it."""
 
-    name: Literal["digits", "cifar10", "cifar100", "fashion-mnist", "folder"] = Field(
-        description="folder for your own images, or a dataset known by name"
+    name: DataName = Field(
+        description="folder or csv for your own images; a known dataset; hf:NAME; package.module:function"
     )
     root: Path = Field(
-        default=Path("data"), description="folder of the images, or where a known dataset is downloaded to"
+        default=Path("data"), description="folder of the images, a CSV file, or where a known dataset is downloaded to"
     )
     batch: Positive = Field(default=128, description="images per optimizer step, over all processes together")
     validation: float = Field(

@@ -4,8 +4,9 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
+DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "csv")
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
@@ -42,6 +43,13 @@ def parse_sparsities(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
 
+def parse_data_name(value: object) -> object:
+    """Accept a known dataset, hf:NAME of the Hugging Face hub, or package.module:function of the user's own."""
+    if isinstance(value, str) and (value in DATASETS or re.fullmatch(r"hf:[\w./-]+|(\w+\.)*\w+:\w+", value)):
+        return value
+    raise ValueError(f"known: {', '.join(DATASETS)}, hf:NAME, package.module:function")
+
+
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1, le=10**12)]
 NonNegative = Annotated[int, Field(ge=0, le=10**12)]
@@ -51,6 +59,11 @@ ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
 Amount = Annotated[float, BeforeValidator(parse_amount, json_schema_input_type=float | str)]
 Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step, json_schema_input_type=int | Literal["auto"])]
 Count = Annotated[int | Literal["auto"], BeforeValidator(parse_count, json_schema_input_type=int | Literal["auto"])]
+DataName = Annotated[
+    str,
+    BeforeValidator(parse_data_name),
+    WithJsonSchema({"anyOf": [{"enum": list(DATASETS)}, {"type": "string", "pattern": ":"}]}),
+]
 Sparsity = Annotated[float, Field(gt=0, lt=1)]
 Sparsities = Annotated[
     tuple[Sparsity, ...],
