@@ -57,22 +57,24 @@ def count_macs(module: nn.Module, example: Tensor, counter: Counter = "flop_coun
     image = example[:1].detach()  # (1, C, H, W); parts that do not depend on the batch are counted once, as they should
     match counter:
         case "flop_counter":
-            flops = FlopCounterMode(display=False)
-            # Inference mode hides the matrix products inside aten.linear from the counter, the fast path all attention.
             with (
                 in_mode(module, training=False),
-                _frozen(module),  # its hooks stumble over parameters that are handed from module to module
-                torch.inference_mode(False),
-                torch.no_grad(),
-                plain_attention(),
-                flops,
+                _frozen(module),  # the counter's hooks stumble over parameters that are handed from module to module
             ):
-                module(image)
-            return int(flops.get_total_flops()) // 2
+                return count_macs_of_call(module, image)
         case "thop":
             return _count_with_thop(module, image)
         case _:
             assert_never(counter)
+
+
+def count_macs_of_call(run: Run, images: Tensor) -> int:
+    """Count the multiply-accumulates of one call, as `flop_counter` does; all of torch that `run` calls counts."""
+    flops = FlopCounterMode(display=False)
+    # Inference mode hides the matrix products inside aten.linear from the counter, the fast path all attention.
+    with torch.inference_mode(False), torch.no_grad(), plain_attention(), flops:
+        run(images)
+    return int(flops.get_total_flops()) // 2
 
 
 def count_parameters(module: nn.Module) -> int:

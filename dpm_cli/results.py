@@ -45,8 +45,8 @@ class Evaluated:
     loss: float | None
     images: int  # number of images that the accuracy is measured on
     unreadable: int  # number of images that were skipped
-    macs: int | None = None  # unknown for an exported file, like the parameters
-    params: int | None = None
+    macs: int | None = None  # unknown if a foreign ONNX file does not tell all shapes
+    params: int | None = None  # of an ONNX file: the weights in it, into which exporters fold BatchNorm
     odd_widths: dict[str, int] | None = None  # slim widths that are not multiples of 8; None for exported files
     latency: dict[str, Milliseconds] = field(default_factory=dict)
     latency_in_batches: dict[str, BatchMilliseconds] = field(default_factory=dict)

@@ -1,6 +1,7 @@
 """Write and read ONNX: one file with a dynamic batch, without paths or source lines of the writing machine."""
 
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch.utils._pytree import tree_map_only
 from dpm_cli.errors import ModelFileError, RunError, UsageError, one_line
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.noise import quiet
+from dpm_cli.export.onnx_cost import count_cost
 from dpm_cli.layers.modes import plain_attention
 from dpm_cli.layers.outputs import output_tensors
 from dpm_cli.measure import keeping_denormals
@@ -122,7 +124,7 @@ def read(path: Path) -> ExportedModel:
             ) from error
 
     fixed = (shape[1], shape[2], shape[3]) if all(isinstance(size, int) for size in shape[1:]) else None
-    return ExportedModel("onnx", path, metadata, fixed, outputs)
+    return ExportedModel("onnx", path, metadata, fixed, outputs, partial(count_cost, path))
 
 
 def _strip_(graph: Any) -> None:

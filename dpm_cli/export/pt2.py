@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from dpm_cli.errors import ModelFileError, RunError, one_line
 from dpm_cli.export.exported import ExportedModel, parse_extra
 from dpm_cli.export.noise import quiet
+from dpm_cli.layers.images import Shape
 from dpm_cli.layers.modes import plain_attention
 from dpm_cli.layers.outputs import output_tensors
+from dpm_cli.measure import count_macs_of_call, count_parameters
 
 EXTRA = "dpm.json"  # in the archive: the metadata and the shape of one image, as in TorchScript
 
@@ -60,4 +62,7 @@ def read(path: Path) -> ExportedModel:
                 f"{path} fails on images of shape {tuple(images.shape)}: {one_line(error, root_cause=True)}"
             ) from error
 
-    return ExportedModel("pt2", path, metadata, shape, outputs)
+    def cost(shape: Shape) -> tuple[int | None, int]:
+        return count_macs_of_call(loaded, torch.zeros(1, *shape)), count_parameters(loaded)
+
+    return ExportedModel("pt2", path, metadata, shape, outputs, cost)

@@ -13,8 +13,10 @@ from torch import Tensor, nn
 
 from dpm_cli.errors import ModelFileError, RunError, one_line
 from dpm_cli.export.exported import ExportedModel, parse_extra
+from dpm_cli.layers.images import Shape
 from dpm_cli.layers.modes import plain_attention
 from dpm_cli.layers.outputs import output_tensors
+from dpm_cli.measure import count_macs, count_parameters
 
 EXTRA = "dpm.json"  # beside the code in the archive: the metadata and the shape of one image
 
@@ -58,7 +60,10 @@ def read(path: Path) -> ExportedModel:
         except RuntimeError as error:
             raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {_last_line(error)}") from error
 
-    return ExportedModel("torchscript", path, metadata, shape, outputs)
+    def cost(shape: Shape) -> tuple[int | None, int]:
+        return count_macs(loaded, torch.zeros(1, *shape)), count_parameters(loaded)
+
+    return ExportedModel("torchscript", path, metadata, shape, outputs, cost)
 
 
 def _last_line(error: RuntimeError) -> str:

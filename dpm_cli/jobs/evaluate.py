@@ -57,7 +57,8 @@ def evaluate(
 
 def _score_exported(path: Path, exported: ExportedModel, recipe: Recipe, splits: Splits) -> Evaluated:
     score = score_runner(exported, splits.test, batch=recipe.data.batch) if splits.labelled else None
-    return _combine(path, exported.format, path.stat().st_size, score, splits)
+    macs, params = exported.cost(exported.shape or recipe.model.input)
+    return replace(_combine(path, exported.format, path.stat().st_size, score, splits), macs=macs, params=params)
 
 
 def _score_weights(path: Path, loaded: Loaded, recipe: Recipe, splits: Splits, device: torch.device) -> Evaluated:

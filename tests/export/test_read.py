@@ -4,11 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from dpm_cli.errors import ModelFileError, RunError, UsageError
-from dpm_cli.export import is_program, open_exported
+from dpm_cli.export import export_model, is_program, open_exported
 from dpm_cli.export.torchscript import EXTRA
+from dpm_cli.measure import count_macs, count_parameters
 
 FORMATS = ["onnx_file", "torchscript_file", "pt2_file"]
 
@@ -103,3 +104,36 @@ def test_foreign_torchscript_runs_without_metadata(net: nn.Module, tmp_path: Pat
     torch.testing.assert_close(model(images), net.eval()(images).detach())
     with pytest.raises(RunError, match=r"fails on images of shape \(4, 1, 8, 8\): [^\n]+$"):
         model(images[:, :1])
+
+
+@pytest.mark.parametrize("format", ["torchscript", "pt2"])
+def test_torchscript_and_pt2_cost_what_the_module_costs(
+    net: nn.Module, format: str, torchscript_file: Path, pt2_file: Path
+) -> None:
+    file = {"torchscript": torchscript_file, "pt2": pt2_file}[format]
+    macs, params = open_exported(file, trust=True).cost((3, 8, 8))
+    assert (macs, params) == (count_macs(net, torch.zeros(1, 3, 8, 8)), count_parameters(net))
+
+
+def test_onnx_file_costs_what_the_module_costs_but_for_folded_norms(net: nn.Module, onnx_file: Path) -> None:
+    macs, params = open_exported(onnx_file).cost((3, 8, 8))
+    assert macs == count_macs(net, torch.zeros(1, 3, 8, 8)) == 3 * 8 * 9 * 64 + 8 * 4
+    assert params == 3 * 8 * 9 + 8 + 8 * 4 + 4  # weight and bias of the convolution, with the norm in it, and the head
+
+
+def test_grouped_and_transposed_convolutions_and_matrix_products_are_counted(tmp_path: Path) -> None:
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.depthwise = nn.Conv2d(4, 8, 3, groups=4, padding=1)
+            self.up = nn.ConvTranspose2d(8, 6, 2, stride=2, groups=2)
+            self.head = nn.Linear(6, 5)
+
+        def forward(self, images: Tensor) -> Tensor:
+            pixels = self.up(self.depthwise(images)).flatten(2)  # (B, 6, 4 · H · W)
+            return self.head((pixels @ pixels.transpose(1, 2)).mean(1))
+
+    model = Mixed().eval()
+    export_model(model, torch.randn(1, 4, 5, 5), format="onnx", path=tmp_path / "m.onnx", metadata={})
+    macs, params = open_exported(tmp_path / "m.onnx").cost((4, 5, 5))
+    assert (macs, params) == (count_macs(model, torch.zeros(1, 4, 5, 5)), count_parameters(model))

@@ -418,8 +418,8 @@ def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished)
     assert batches.batch == 3
     assert 0 < batches.low <= batches.median <= batches.high
     exported = dpm_cli.evaluate(folder / "model.ts", recipe(), latency=False)
-    assert (exported.kind, exported.macs, exported.latency) == ("torchscript", None, {})
-    assert exported.accuracy == report.slim.accuracy
+    assert (exported.kind, exported.macs, exported.latency) == ("torchscript", report.slim.macs, {})
+    assert (exported.params, exported.accuracy) == (report.slim.params, report.slim.accuracy)
     with pytest.raises(ModelFileError):
         dpm_cli.evaluate(folder / "report.json", recipe())
 

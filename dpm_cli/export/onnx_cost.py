@@ -1,0 +1,78 @@
+"""Count the multiply-accumulates and weights of an ONNX file from its graph, by the definitions of `measure`."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+from dpm_cli.layers.images import Shape
+
+Shapes = dict[str, tuple[int, ...] | None]
+NOT_TRAINED = {"BatchNormalization": (3, 4)}  # inputs that are statistics, not parameters
+
+
+def count_cost(path: Path, shape: Shape) -> tuple[int | None, int]:
+    """Return MACs of one image (C, H, W), None if a shape is unknown, and the number of weights in the file.
+
+    Convolutions, matrix products and nothing else count, as in `count_macs`. A file holds a few weights less than the
+    module it came from, because exporters fold BatchNorm into convolutions.
+    """
+    import onnx
+
+    model = onnx.load(path)
+    for size, dimension in zip((1, *shape), model.graph.input[0].type.tensor_type.shape.dim):
+        dimension.dim_value = size
+    for output in model.graph.output:  # their old symbols would contradict the sizes that follow
+        output.type.tensor_type.ClearField("shape")
+    del model.graph.value_info[:]
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
+    except (onnx.shape_inference.InferenceError, ValueError):  # a foreign file may contradict itself
+        return None, _count_weights(model.graph)
+    shapes: Shapes = {value.name: _sizes(value) for value in (*inferred.input, *inferred.value_info, *inferred.output)}
+    shapes |= {each.name: tuple(each.dims) for each in inferred.initializer}
+    macs: int | None = 0
+    for node in inferred.node:
+        counted = _count_node(node, shapes)
+        macs = None if macs is None or counted is None else macs + counted
+    return macs, _count_weights(inferred)
+
+
+def _count_weights(graph: Any) -> int:
+    import onnx
+
+    places = ((node, place) for node in graph.node for place in NOT_TRAINED.get(node.op_type, ()))
+    statistics = {node.input[place] for node, place in places if place < len(node.input)}
+    numbers = (onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16, onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
+    return sum(
+        math.prod(each.dims)
+        for each in graph.initializer
+        if each.dims and each.data_type in numbers and each.name not in statistics
+    )
+
+
+def _count_node(node: Any, shapes: Shapes) -> int | None:
+    """Return the MACs of one operator; None if a shape that it needs is unknown."""
+    if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        return 0
+    first, second = (shapes.get(name) for name in node.input[:2])
+    output = shapes.get(node.output[0])
+    if first is None or second is None or output is None:
+        return None
+    match node.op_type:
+        case "Conv":
+            return math.prod(output) * math.prod(second[1:])
+        case "ConvTranspose":
+            return math.prod(first) * math.prod(second[1:])
+        case "Gemm":
+            is_transposed = any(attribute.name == "transA" and attribute.i for attribute in node.attribute)
+            return math.prod(output) * first[0 if is_transposed else 1]
+        case _:
+            return math.prod(output) * first[-1]
+
+
+def _sizes(value: Any) -> tuple[int, ...] | None:
+    """Return the shape of a value; None if any size is unknown."""
+    dimensions = value.type.tensor_type.shape.dim if value.type.tensor_type.HasField("shape") else None
+    if dimensions is None or not all(dimension.HasField("dim_value") for dimension in dimensions):
+        return None
+    return tuple(dimension.dim_value for dimension in dimensions)
