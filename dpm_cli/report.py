@@ -26,6 +26,7 @@ class Measured:
     accuracy: float | None  # percent, on the test set
     loss: float | None  # mean cross-entropy, on the test set
     latency: dict[str, Milliseconds]  # "torch", "onnxruntime"; batch 1
+    onnx_bytes: int | None = None  # of the float32 ONNX file
 
 
 @dataclass(frozen=True)
@@ -89,6 +90,12 @@ class ExportedFile:
     path: str
     bytes: int
     max_difference: float
+    runtime: str | None = None  # where its own accuracy and latency were measured; None if they were not
+    accuracy: float | None = None  # percent, on the test set
+    latency: Milliseconds | None = None  # batch 1, on the CPU
+    agreement: float | None = None  # int8: percent of validation images with the same answer as in float32
+    drop: float | None = None  # int8: points of validation accuracy lost
+    kept: list[str] = field(default_factory=list)  # int8: layers that stayed in float32
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import dpm_cli
-from dpm_cli.cli.options import AsJson, Overwrite, OwnArch
+from dpm_cli.cli.options import AsJson, Overrides, Overwrite, OwnArch, collect_overrides
 from dpm_cli.cli.outcome import print_json
 from dpm_cli.cli.progress import working
 
@@ -17,6 +17,7 @@ class Format(StrEnum):
     torchscript = "torchscript"
     onnx = "onnx"
     onnx_fp16 = "onnx-fp16"
+    onnx_int8 = "onnx-int8"
     pt2 = "pt2"
 
 
@@ -31,6 +32,17 @@ def export(
     ] = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="The folder to write into.")] = Path(),
     arch: OwnArch = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            "--recipe",
+            "-r",
+            metavar="RECIPE",
+            help="Its data and quantize make onnx-int8.",
+            show_default="the recipe in slim.pt",
+        ),
+    ] = None,
+    overrides: Overrides = None,
     opset: Annotated[int, typer.Option(metavar="N", help="The opset of ONNX files.")] = 18,
     overwrite: Overwrite = False,
     as_json: AsJson = False,
@@ -40,9 +52,18 @@ def export(
     Every file is loaded again and compared with the slim model.
     """
     formats = list(dict.fromkeys(str(each) for each in format or USUAL))
+    changes = collect_overrides(overrides)
+    settings = dpm_cli.load_recipe(recipe, changes) if recipe is not None else None
     with working(f"exporting {slim}"):
         exported = dpm_cli.export_slim(
-            slim, formats=formats, output=output, overwrite=overwrite, arch=arch, opset=opset
+            slim,
+            formats=formats,
+            output=output,
+            overwrite=overwrite,
+            arch=arch,
+            opset=opset,
+            recipe=settings,
+            overrides=changes,
         )
     if as_json:
         print_json({"slim": str(slim), "exports": [asdict(each) for each in exported]})

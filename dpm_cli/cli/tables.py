@@ -12,7 +12,7 @@ from rich.table import Table
 
 from dpm_cli.cli import numbers
 from dpm_cli.errors import listing
-from dpm_cli.report import ExportedFile, KeptLayer, Report, SparsityReport, Width
+from dpm_cli.report import ExportedFile, KeptLayer, Milliseconds, Report, SparsityReport, Width
 
 RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "torchscript": "TorchScript"}
 KINDS = {"macs": "MACs", "params": "parameters", "channels": "units"}
@@ -28,10 +28,41 @@ def print_report(report: Report) -> None:
     for row in rows(report):
         table.add_row(*row)
     console.print(table)
+    if any(made.runtime for made in report.exports):
+        console.print(_file_table(report))
     if report.sparsities:
         console.print(_sparsity_table(report.sparsities))
     for label, lines in details(report, console.width - LABEL):
         print_detail(console, label, lines)
+
+
+def _file_table(report: Report) -> Table:
+    """Compare the files that deploy with the dense model in ONNX Runtime."""
+    dense, slim = report.dense, report.slim
+    table = make_table("file", "runtime", "size", "", "test accuracy", "latency", "", title=None)
+
+    def add(name: str, runtime: str, size: int, accuracy: float | None, took: Milliseconds | None) -> None:
+        before = dense.latency.get("onnxruntime")
+        is_dense = name == "dense"
+        table.add_row(
+            name,
+            RUNTIMES.get(runtime, runtime),
+            numbers.size(size),
+            "" if is_dense or not dense.onnx_bytes else f"{dense.onnx_bytes / size:.1f}× smaller",
+            numbers.percent(accuracy),
+            numbers.milliseconds(took.median) if took else numbers.NOTHING,
+            "" if is_dense or not took or not before else numbers.speed_change(before.median, took.median),
+        )
+
+    if dense.onnx_bytes:
+        add("dense", "onnxruntime", dense.onnx_bytes, dense.accuracy, dense.latency.get("onnxruntime"))
+    for made in report.exports:
+        name = made.path.rpartition("/")[2]
+        if made.format == "onnx":
+            add(name, "onnxruntime", made.bytes, slim.accuracy, slim.latency.get("onnxruntime"))
+        elif made.runtime is not None:
+            add(name, made.runtime, made.bytes, made.accuracy, made.latency)
+    return table
 
 
 def title(report: Report) -> str:
@@ -126,9 +157,12 @@ def describe_kept(kept: Sequence[KeptLayer], width: int) -> list[str]:
 
 
 def describe_export(made: ExportedFile) -> str:
-    return (
-        f"{made.path}  {numbers.size(made.bytes)}, agrees with the slim model {numbers.agreement(made.max_difference)}"
-    )
+    size = f"{made.path}  {numbers.size(made.bytes)}"
+    if made.agreement is None:
+        return f"{size}, agrees with the slim model {numbers.agreement(made.max_difference)}"
+    kept = f", {listing(made.kept)} in fp32" if made.kept else ""
+    same = f"{made.agreement:.1f} % of validation answers as the slim model's"
+    return f"{size}, {same}, {made.drop or 0.0:.2f} points lost{kept}"
 
 
 def _threads(report: Report) -> str:

@@ -1,7 +1,18 @@
 """Files that deploy: TorchScript, ONNX and torch.export, each loaded again and compared before it gets its name."""
 
 from dpm_cli.export.exported import ExportedModel
+from dpm_cli.export.int8 import Calibration
 from dpm_cli.export.read import is_program, open_exported
-from dpm_cli.export.write import Exported, Format, export_model
+from dpm_cli.export.write import Exact, Exported, Format, export_int8, export_model
 
-__all__ = ["Exported", "ExportedModel", "Format", "export_model", "is_program", "open_exported"]
+__all__ = [
+    "Calibration",
+    "Exact",
+    "Exported",
+    "ExportedModel",
+    "Format",
+    "export_int8",
+    "export_model",
+    "is_program",
+    "open_exported",
+]

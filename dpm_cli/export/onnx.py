@@ -69,6 +69,17 @@ def serialise(
     return bytes(proto.SerializeToString())
 
 
+def describe_(path: Path, metadata: Mapping[str, str]) -> None:
+    """Replace the metadata of a file, and strip what a tool left in it."""
+    import onnx
+
+    proto = onnx.load(path)
+    _strip_(proto.graph)
+    del proto.metadata_props[:]
+    onnx.helper.set_model_props(proto, dict(metadata))
+    path.write_bytes(proto.SerializeToString())
+
+
 class _Half(nn.Module):
     """Runs a module in half precision, with inputs and outputs of float32."""
 

@@ -1,6 +1,7 @@
 """Write a file that deploys: under a temporary name first, which is loaded again, compared, and only then renamed."""
 
 import copy
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,14 +10,15 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import DpmError, RunError, UsageError
-from dpm_cli.export import onnx, pt2, torchscript
+from dpm_cli.errors import AccuracyError, DpmError, RunError, UsageError
+from dpm_cli.export import int8, onnx, pt2, torchscript
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.verify import answers, largest_difference
 from dpm_cli.files import write_atomic
 
-Format = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]
-TOLERANCE: dict[Format, float] = {"torchscript": 1e-4, "onnx": 1e-4, "onnx-fp16": 1e-2, "pt2": 1e-4}
+Format = Literal["torchscript", "onnx", "onnx-fp16", "onnx-int8", "pt2"]
+Exact = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]  # formats that keep the numbers of the model
+TOLERANCE: dict[Exact, float] = {"torchscript": 1e-4, "onnx": 1e-4, "onnx-fp16": 1e-2, "pt2": 1e-4}
 
 
 @dataclass(frozen=True)
@@ -27,13 +29,14 @@ class Exported:
     path: Path
     bytes: int
     max_difference: float
+    quantized: int8.Quantized | None = None  # what int8 costs, for the format onnx-int8
 
 
 def export_model(
     module: nn.Module,
     example: Tensor,
     *,
-    format: Format,
+    format: Exact,
     path: str | Path,
     metadata: Mapping[str, str],
     tolerance: float | None = None,
@@ -78,6 +81,41 @@ def export_model(
     return Exported(format, path, len(content), difference)
 
 
+def export_int8(
+    module: nn.Module,
+    example: Tensor,
+    *,
+    path: str | Path,
+    metadata: Mapping[str, str],
+    calibration: int8.Calibration,
+    opset: int = 18,
+) -> Exported:
+    """Export a copy of a module as ONNX of 8-bit integers; arguments as for `export_model`.
+
+    The file is loaded again, and its answers to the held-out images are compared with those of the float32 file.
+    Raises AccuracyError if they are worse by more than `quantize.max_drop`; otherwise raises as `export_model` does.
+    """
+    path = Path(path)
+    portable = portable_copy(module)
+    with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
+        source, target = Path(folder) / "float.onnx", Path(folder) / "int8.onnx"
+        export_model(portable, example, format="onnx", path=source, metadata=metadata, opset=opset)
+        try:
+            quantized = int8.quantize(source, target, calibration, int8.name_weights(portable))
+            onnx.describe_(target, metadata)
+            expected = answers(portable, example[:1].detach().to("cpu", torch.float32).contiguous())
+            difference = largest_difference(expected, onnx.read(target).outputs)
+        except (AccuracyError, RunError) as error:
+            raise type(error)(f"{path.name} was not written: {str(error).replace(str(target), 'the file')}") from error
+        content = target.read_bytes()
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(content)
+
+    write_atomic(path, write)
+    return Exported("onnx-int8", path, len(content), difference, quantized)
+
+
 def portable_copy(module: nn.Module) -> nn.Module:
     """Copy a module to the CPU: float32, contiguous, in eval mode, without gradients. Shared parameters stay shared."""
     kept: dict[int, object] = {}  # deepcopy takes these instead of copying, which saves GPU memory
@@ -93,7 +131,7 @@ def _portable(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _serialise(module: nn.Module, example: Tensor, format: Format, metadata: Mapping[str, str], opset: int) -> bytes:
+def _serialise(module: nn.Module, example: Tensor, format: Exact, metadata: Mapping[str, str], opset: int) -> bytes:
     match format:
         case "torchscript":
             return torchscript.serialise(module, example, metadata)
@@ -107,7 +145,7 @@ def _serialise(module: nn.Module, example: Tensor, format: Format, metadata: Map
             assert_never(format)
 
 
-def _read(path: Path, format: Format) -> ExportedModel:
+def _read(path: Path, format: Exact) -> ExportedModel:
     match format:
         case "torchscript":
             return torchscript.read(path)

@@ -6,12 +6,14 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from dpm_cli.errors import OutputError, UsageError
-from dpm_cli.export import export_model
+from dpm_cli.errors import DataError, OutputError, UsageError
+from dpm_cli.export import Calibration
 from dpm_cli.files import METADATA, require_writable, write_text_atomic
-from dpm_cli.models import load_slim
+from dpm_cli.jobs.loading import AnyRecipe, load_splits, resolve_recipe
+from dpm_cli.models import Slim, load_slim
+from dpm_cli.recipe import Recipe, read_recipe
 from dpm_cli.report import ExportedFile
-from dpm_cli.run.delivery import EXPORT_NAMES
+from dpm_cli.run.exporting import EXPORT_NAMES, export_one, make_calibration
 
 
 def export_slim(
@@ -23,14 +25,19 @@ def export_slim(
     arch: str | None = None,
     model: nn.Module | None = None,
     opset: int = 18,
+    recipe: AnyRecipe | None = None,
+    overrides: Sequence[str] = (),
 ) -> list[ExportedFile]:
     """Export a slim.pt, without the run that made it.
 
         dpm_cli.export_slim("slim.pt", formats=["onnx"], output="deploy")
 
-    formats: torchscript, onnx, onnx-fp16, pt2. arch: needed for architectures from your own code. model: a freshly
-    built dense module, for a file that was saved without an architecture. opset: of ONNX. Every file is reloaded and
-    compared before it gets its name.
+    formats: torchscript, onnx, onnx-fp16, onnx-int8, pt2. arch: needed for architectures from your own code. model: a
+    freshly built dense module, for a file that was saved without an architecture. opset: of ONNX. Every file is
+    reloaded and compared before it gets its name.
+
+    recipe, overrides: `data` and `quantize` for onnx-int8, and changes such as "data.root=photos"; by default, the
+    recipe in slim.pt. Raises AccuracyError if int8 costs more than `quantize.max_drop`; other files are then written.
     """
     for format in formats:
         if format not in EXPORT_NAMES:
@@ -46,11 +53,46 @@ def export_slim(
         raise OutputError(f"{beside} exists and describes another model: choose another --output, or --overwrite")
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *loaded.shape, generator=generator)
-    exported = []
-    for format, path in paths.items():
-        made = export_model(
-            loaded.module, image, format=format, path=path, metadata=loaded.metadata.to_strings(), opset=opset
-        )
-        exported.append(ExportedFile(format, str(path), made.bytes, made.max_difference))
+    calibration = _load_calibration(Path(slim), loaded, recipe, overrides) if "onnx-int8" in paths else None
     write_text_atomic(beside, described)
+    exported = []
+    for format in sorted(paths, key="onnx-int8".__eq__):  # the one that may fail comes last
+        made = export_one(
+            loaded.module,
+            image,
+            format,
+            folder,
+            metadata=loaded.metadata.to_strings(),
+            opset=opset,
+            calibration=calibration,
+        )
+        exported.append(made)
     return exported
+
+
+def _load_calibration(path: Path, slim: Slim, recipe: AnyRecipe | None, overrides: Sequence[str]) -> Calibration:
+    """Load the images to quantize with. Raises DataError, with the way out, if they are missing."""
+    if recipe is not None:
+        settings = resolve_recipe(recipe, trust=True)  # code that it names is not run here
+    elif slim.recipe:
+        settings = read_recipe(slim.recipe, overrides, name=f"the recipe in {path}")
+    else:
+        raise UsageError(f"{path} holds no recipe, so onnx-int8 does not know its calibration images: give --recipe")
+    _require_same_images(settings, slim, path)
+    try:
+        splits = load_splits(settings, torch.device("cpu"))
+    except DataError as error:
+        raise DataError(
+            f"onnx-int8 needs training images to calibrate on: {error}; give --recipe, or --set data.root=FOLDER"
+        ) from error
+    return make_calibration(settings, splits)
+
+
+def _require_same_images(recipe: Recipe, slim: Slim, path: Path) -> None:
+    """Check that the images have the shape and the classes of the model. Raises UsageError."""
+    given, wanted = (tuple(recipe.model.input), recipe.model.classes), (tuple(slim.shape), slim.classes)
+    if given != wanted:
+        raise UsageError(
+            f"the recipe has images of {list(given[0])} in {given[1]} classes, {path} takes {list(wanted[0])} in "
+            f"{wanted[1]}: give a recipe for the same images"
+        )

@@ -49,7 +49,12 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    return parse_recipe(_parse_yaml(text, str(path)), overrides, name=str(path))
+    return read_recipe(text, overrides, name=str(path))
+
+
+def read_recipe(text: str, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
+    """Check YAML text, such as the recipe in a slim.pt. Raises RecipeError that names every mistake."""
+    return parse_recipe(_parse_yaml(text, name), overrides, name=name)
 
 
 def parse_recipe(values: object, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:

@@ -5,6 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, PrivateAttr, model_validator
 
 from dpm_cli.recipe.code import is_own_code
+from dpm_cli.recipe.deployment import Quantize
 from dpm_cli.recipe.sections import (
     Checkpoint,
     Compact,
@@ -30,8 +31,9 @@ class Recipe(Section):
     finetune: Training = Field(default=Training(lr=0.02), description="the training of the slim model")
     dense: Training | None = Field(default=None, description="the training of `dpm train`; null: as train")
     export: tuple[ExportFormat, ...] = Field(
-        default=("torchscript", "onnx"), description="the files to write: torchscript, onnx, onnx-fp16, pt2"
+        default=("torchscript", "onnx"), description="the files to write: torchscript, onnx, onnx-fp16, onnx-int8, pt2"
     )
+    quantize: Quantize = Field(default=Quantize(), description="how the export onnx-int8 is made, and when it fails")
     opset: int = Field(default=18, ge=18, le=30, description="of the ONNX files")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of everything random")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
@@ -59,6 +61,12 @@ class Recipe(Section):
     def _can_see_its_floor(self) -> "Recipe":
         if self.prune.max_drop is not None and not self.data.validation:
             raise ValueError("prune.max_drop is judged on validation images: raise data.validation above 0")
+        return self
+
+    @model_validator(mode="after")
+    def _can_judge_int8(self) -> "Recipe":
+        if "onnx-int8" in self.export and not self.data.validation:
+            raise ValueError("the export onnx-int8 is judged on validation images: raise data.validation above 0")
         return self
 
     @model_validator(mode="after")

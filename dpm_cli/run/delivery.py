@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.engine.evaluate import evaluate_module
+from dpm_cli.engine.evaluate import evaluate, evaluate_module
 from dpm_cli.engine.setup import Setup
-from dpm_cli.errors import RunError
+from dpm_cli.errors import AccuracyError, RunError
 from dpm_cli.events import Event, Exported, PhaseBegan
 from dpm_cli.export import Format, export_model, open_exported
 from dpm_cli.files import METADATA, write_text_atomic
@@ -22,14 +22,9 @@ from dpm_cli.models import Metadata, save_slim
 from dpm_cli.models.metadata import printable_names
 from dpm_cli.recipe import Recipe, annotate_recipe, dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
+from dpm_cli.run.exporting import EXPORT_NAMES, OWN_RUNTIMES, export_one, make_calibration
 from dpm_cli.run.outcome import Outcome, remark_on_cost, remark_on_data
 
-EXPORT_NAMES: dict[Format, str] = {
-    "torchscript": "model.ts",
-    "onnx": "model.onnx",
-    "onnx-fp16": "model.fp16.onnx",
-    "pt2": "model.pt2",
-}
 FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "metrics": "metrics.jsonl"}
 
 
@@ -64,49 +59,86 @@ class Delivery:
     ) -> Generator[Event, None, Report]:
         """slim: in eval mode on the CPU."""
         image, started = self.setup.check_images()[:1].cpu(), time.monotonic()
-        exports = []
+        exports: list[ExportedFile] = []
+        failures: list[str] = []
         for format in self.recipe.export:
             yield PhaseBegan("export", f"exporting {EXPORT_NAMES[format]}")
-            made = self._export(format, slim, image)
-            exports.append(made)
-            yield Exported(format=made.format, path=made.path, max_difference=made.max_difference)
+            try:
+                made = self._export(format, slim, image)
+            except AccuracyError as error:  # the other files are worth having
+                failures.append(str(error))
+            else:
+                exports.append(made)
+                yield Exported(format=made.format, path=made.path, max_difference=made.max_difference)
         exported = time.monotonic()
         yield PhaseBegan("measure", "measuring accuracy and latency of the dense and the slim model")
-        dense, measured = self._measure(slim, image, exports)
+        dense, measured, exports = self._measure(slim, image, exports)
         spent = {**seconds, "export": exported - started, "measure": time.monotonic() - exported}
+        outcome = replace(outcome, remarks=[*outcome.remarks, *failures])
         report = self._make_report(dense, measured, outcome, exports, spent)
         self._save(slim, report, outcome)
         return report
 
     def _export(self, format: Format, slim: nn.Module, image: Tensor) -> ExportedFile:
-        """Write one file, reload it and compare."""
-        path, metadata = self.output / EXPORT_NAMES[format], self._metadata().to_strings()
+        """Write one file, reload it and compare. Raises RunError, or AccuracyError if int8 costs too much."""
         try:
-            opset = self.recipe.opset
-            made = export_model(slim, image, format=format, path=path, metadata=metadata, opset=opset)
+            return export_one(
+                slim,
+                image,
+                format,
+                self.output,
+                metadata=self._metadata().to_strings(),
+                opset=self.recipe.opset,
+                calibration=make_calibration(self.recipe, self.setup.splits) if format == "onnx-int8" else None,
+            )
         except RunError as error:
             raise RunError(f"{error}; the training is kept: --resume with --set export=[] does without it") from error
-        return ExportedFile(format, str(path), made.bytes, made.max_difference)
 
-    def _measure(self, slim: nn.Module, image: Tensor, exports: Sequence[ExportedFile]) -> tuple[Measured, Measured]:
-        """Measure the dense and the slim model: test accuracy once, and latencies in turns."""
+    def _measure(
+        self, slim: nn.Module, image: Tensor, exports: Sequence[ExportedFile]
+    ) -> tuple[Measured, Measured, list[ExportedFile]]:
+        """Measure dense, slim, and the files that run elsewhere: test accuracy once, and latencies in turns."""
         dense = copy.deepcopy(self.dense).to(memory_format=torch.contiguous_format).eval()
         runs: dict[str, Callable[[Tensor], object]] = {"dense torch": dense, "slim torch": slim}
+        own = [made for made in exports if made.format in OWN_RUNTIMES]
+        sizes: dict[str, int] = {}
         with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
+            if own or any(made.format == "onnx" for made in exports):
+                path = Path(folder) / "dense.onnx"
+                sizes["dense"] = export_model(dense, image, format="onnx", path=path, metadata={}).bytes
+                runs["dense onnxruntime"] = open_exported(path)
             for made in exports:
                 if made.format == "onnx":
-                    path = Path(folder) / "dense.onnx"
-                    export_model(dense, image, format="onnx", path=path, metadata={})
-                    runs |= {"dense onnxruntime": open_exported(path), "slim onnxruntime": open_exported(made.path)}
+                    runs["slim onnxruntime"], sizes["slim"] = open_exported(made.path), made.bytes
+                elif made in own:
+                    runs[made.path] = open_exported(made.path)
             latencies = {
                 name: Milliseconds(latency.median_ms, latency.low_ms, latency.high_ms, latency.threads, latency.doubt)
                 for name, latency in measure_in_turns(runs, image).items()
             }
         measured = []
         for name, network in (("dense", dense), ("slim", slim)):
-            own = {key.split()[1]: latency for key, latency in latencies.items() if key.startswith(name)}
-            measured.append(self._measure_one(network, image, own))
-        return measured[0], measured[1]
+            times = {key.split()[1]: latency for key, latency in latencies.items() if key.startswith(f"{name} ")}
+            measured.append(replace(self._measure_one(network, image, times), onnx_bytes=sizes.get(name)))
+        finished = [
+            replace(
+                made,
+                runtime=OWN_RUNTIMES[made.format],
+                accuracy=self._score(Path(made.path)),
+                latency=latencies[made.path],
+            )
+            if made in own
+            else made
+            for made in exports
+        ]
+        return measured[0], measured[1], finished
+
+    def _score(self, path: Path) -> float | None:
+        """Measure the test accuracy of an exported file."""
+        splits = self.setup.splits
+        if not splits.labelled:
+            return None
+        return evaluate(open_exported(path), splits.test, batch=self.setup.data.batch).accuracy
 
     def _measure_one(self, network: nn.Module, image: Tensor, latency: dict[str, Milliseconds]) -> Measured:
         setup, score = self.setup, None
