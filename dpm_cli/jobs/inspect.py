@@ -1,20 +1,18 @@
 """`dpm inspect`: show the plan without training."""
 
 from dataclasses import replace
-from pathlib import Path
-
-from torch import nn
 
 from dpm_cli.engine.device import choose_device
 from dpm_cli.errors import UsageError
-from dpm_cli.jobs.loading import AnyRecipe, load_module, load_splits, resolve_recipe
+from dpm_cli.jobs.loading import AnyRecipe, load_splits, resolve_recipe
 from dpm_cli.jobs.plan import Plan
 from dpm_cli.jobs.sensitivity import measure_sensitivity, take_images
+from dpm_cli.jobs.starting import AnyModel, load_start
 from dpm_cli.results import Inspected, Sensitivity
 
 
 def inspect(
-    model: nn.Module | str | Path,
+    model: AnyModel | None,
     recipe: AnyRecipe,
     *,
     sensitivity: float | None = None,
@@ -35,9 +33,9 @@ def inspect(
         raise UsageError(f"images is {images}; at least one is needed")
     if sensitivity is not None and not recipe.data.labels:
         raise UsageError("the sensitivity is measured with labels, but data.labels is false")
-    module, arch = load_module(model, recipe, trust)
-    plan = Plan(module, recipe)
-    result = replace(plan.describe(arch), code=recipe.code)
+    start = load_start(model, recipe, trust)
+    plan = Plan(start.module, recipe)
+    result = replace(plan.describe(start.arch), code=recipe.code)
     if sensitivity is not None:
         torch_device = choose_device(device)
         splits = load_splits(recipe, torch_device)

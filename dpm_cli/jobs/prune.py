@@ -5,8 +5,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import cast
 
-from torch import nn
-
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import World, join
@@ -18,12 +16,12 @@ from dpm_cli.jobs.loading import (
     AnyRecipe,
     OnEvent,
     follow,
-    load_module,
     load_splits,
     make_setup,
     resolve_recipe,
     telling,
 )
+from dpm_cli.jobs.starting import AnyModel, load_start
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.recipe import Recipe, hash_recipe
 from dpm_cli.report import Report
@@ -33,7 +31,7 @@ from dpm_cli.run.story import Run
 
 @flushing_denormals()  # decaying weights pass through denormals, which CPUs compute slowly
 def prune(
-    model: nn.Module | str | Path,
+    model: AnyModel | None,
     recipe: AnyRecipe,
     *,
     output: str | Path = "out",
@@ -48,7 +46,8 @@ def prune(
 
         report = dpm_cli.prune("model.pt", "cifar10", output="out")
 
-    model: a file, or a module of the recipe's architecture (any module, if its code can build it again for `load`).
+    model: a file; a module of the recipe's architecture (any module, if its code can build it again for `load`);
+    "torchvision:NAME" or "timm:NAME" for published weights; None for those of `model.weights`.
     should_stop: called after every step; if it returns true or an exit code, the run writes a checkpoint and raises
     Interrupted. Under a launcher such as torchrun all processes prune together. Each calls `on_event` and returns the
     report; only the first one writes files.
@@ -62,7 +61,7 @@ def prune(
         tell = telling(on_event)
         tell(PhaseBegan("load", "loading the model"))
         torch_device = choose_device(device)
-        module, arch = load_module(model, recipe, trust)
+        start = load_start(model, recipe, trust)
         # A run cannot be resumed with another batch size.
         with (
             explaining_faults(recipe.data.batch, " --overwrite"),
@@ -74,10 +73,11 @@ def prune(
             setup = make_setup(recipe, splits, folder / CHECKPOINT, torch_device, should_stop, world)
             tell(PhaseBegan("analyse", "analysing the model"))
             kind = SparseRun if recipe.cuts_weights else Run
-            run = kind(recipe, setup, module, arch=arch, output=folder)
+            run = kind(recipe, setup, start.module, arch=start.arch, output=folder)
+            run.notes.extend(start.notes)
             if overwrite and world.is_main:
                 remove_checkpoints(folder / CHECKPOINT)  # otherwise a later --resume would continue the abandoned run
-            if arch is None:
+            if start.arch is None:
                 run.notes.append(
                     f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
                     "dpm_cli.load(path, model=...) and a freshly built dense module"

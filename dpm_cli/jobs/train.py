@@ -24,12 +24,12 @@ from dpm_cli.jobs.loading import (
     AnyRecipe,
     OnEvent,
     follow,
-    load_module,
     load_splits,
     make_setup,
     resolve_recipe,
     telling,
 )
+from dpm_cli.jobs.starting import Start, load_start
 from dpm_cli.measure import count_parameters, flushing_denormals
 from dpm_cli.models import build
 from dpm_cli.recipe import Recipe
@@ -53,7 +53,7 @@ def train(
     on_event: OnEvent = None,
     should_stop: Callable[[], int] | None = None,
 ) -> Trained:
-    """Train the dense model of a recipe (its `dense` section, else `train`) from scratch or from a file.
+    """Train the dense model of a recipe (its `dense` section, else `train`) from `model`, `model.weights` or scratch.
 
         trained = dpm_cli.train("cifar10", output="model.pt")
 
@@ -69,13 +69,14 @@ def train(
             tell = telling(on_event)
             tell(PhaseBegan("load", "loading the model"))
             torch.manual_seed(recipe.seed)
-            module = _start_from(model, recipe, trust)
+            start = _start_from(model, recipe, trust)
             tell(PhaseBegan("load", "loading the images"))
             with world.main_first():
                 splits = load_splits(recipe, torch_device)
             setup = make_setup(recipe, splits, checkpoint_of(path), torch_device, should_stop, world)
             setup.require_enough_images()
-            training = _Training(recipe, setup, module, path)
+            training = _Training(recipe, setup, start.module, path)
+            training.course.notes += start.notes
             if overwrite and world.is_main:
                 remove_checkpoints(setup.checkpoint)  # otherwise a later --resume would continue the abandoned training
             return follow(training.events(resume=resume), on_event)
@@ -159,11 +160,11 @@ class _Training:
         return shared
 
 
-def _start_from(model: str | Path | None, recipe: Recipe, trust: bool) -> nn.Module:
+def _start_from(model: str | Path | None, recipe: Recipe, trust: bool) -> Start:
     spec = recipe.model
-    if model is None:
-        return build(spec.arch, classes=spec.classes, shape=spec.input)
-    return load_module(model, recipe, trust)[0]
+    if model is None and spec.weights is None:
+        return Start(build(spec.arch, classes=spec.classes, shape=spec.input), spec.arch)
+    return load_start(model, recipe, trust)
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ def load_weights_(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, 
     Raises ModelFileError that lists the missing, unexpected and misshapen keys.
     """
     expected = module.state_dict()
-    tensors = _strip_wrappers(tensors, expected.keys())
+    tensors = strip_wrappers(tensors, expected.keys())
     misshapen = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
     fitting = {name: tensor for name, tensor in tensors.items() if name not in misshapen}
     missing, unexpected = module.load_state_dict(fitting, strict=False)
@@ -86,12 +86,12 @@ def _find_problem(tensor: Tensor) -> str | None:
     return None
 
 
-def _strip_wrappers(tensors: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
+def strip_wrappers(tensors: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
     """Remove prefixes that all names have, unless the module's own names have them too."""
     wrapper = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)), None)
     if wrapper is None or all(name.startswith(wrapper) for name in expected):
         return tensors
-    return _strip_wrappers({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}, expected)
+    return strip_wrappers({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}, expected)
 
 
 def _compare(name: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str:

@@ -57,7 +57,7 @@ def auxiliary_heads(arch: str) -> tuple[str, ...]:
 
 def _build_built_in(arch: str, classes: int, shape: Shape) -> nn.Module:
     if arch not in BUILT_IN:
-        near = _nearest(arch, BUILT_IN)
+        near = nearest(arch, BUILT_IN)
         raise RecipeError(f"model.arch is {arch!r}; {near}, or torchvision:NAME, timm:NAME, package.module:function")
     if arch.startswith("vgg") and min(shape[1:]) < 32:
         raise RecipeError(f"{arch} halves the image five times: model.input is {list(shape)}, it needs 32×32 or more")
@@ -73,7 +73,7 @@ def _build_torchvision(name: str, classes: int, shape: Shape) -> nn.Module:
             f"model.arch is 'torchvision:{name}', which is no image classifier: classification only, for now"
         )
     if name not in known:
-        raise RecipeError(f"model.arch is 'torchvision:{name}'; {_nearest(name, known, prefix='torchvision:')}")
+        raise RecipeError(f"model.arch is 'torchvision:{name}'; {nearest(name, known, prefix='torchvision:')}")
     if shape[0] != 3:
         raise RecipeError(f"torchvision:{name} takes 3 channels; model.input is {list(shape)}")
     settings: dict[str, Any] = {"num_classes": classes}
@@ -91,7 +91,7 @@ def _build_timm(name: str, classes: int, shape: Shape) -> nn.Module:
         raise RecipeError(f"model.arch 'timm:{name}' needs timm: pip install 'dpm-cli[timm]'") from None
     known = timm.list_models()
     if name not in known:  # also keeps out hf-hub:… and local-dir:…, which would load files
-        raise RecipeError(f"model.arch is 'timm:{name}'; {_nearest(name, known, prefix='timm:')}")
+        raise RecipeError(f"model.arch is 'timm:{name}'; {nearest(name, known, prefix='timm:')}")
     settings: dict[str, Any] = {"num_classes": classes, "in_chans": shape[0]}
     published = timm.get_pretrained_cfg(name)
     if published is not None and published.fixed_input_size:
@@ -117,7 +117,7 @@ def _side(arch: str, shape: Shape) -> int:
     return shape[1]
 
 
-def _nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
+def nearest(name: str, known: Iterable[str], *, prefix: str = "") -> str:
     """Say `did you mean 'a', 'b'?` or, if no name is near, list the known names."""
     names = list(known)
     near = difflib.get_close_matches(name, names, n=3, cutoff=0.5)

@@ -31,6 +31,10 @@ class Model(Section):
     """Names the architecture."""
 
     arch: str = Field(description="a built-in name, torchvision:NAME, timm:NAME, or package.module:function")
+    weights: str | None = Field(
+        default=None,
+        description="what to start from if no MODEL is given: torchvision:DEFAULT, timm:DEFAULT or a file",
+    )
     classes: int = Field(default=10, ge=1, le=10**5, description="number of classes")
     input: tuple[Side, Side, Side] = Field(default=(3, 32, 32), description="one image: channels, height, width")
 
