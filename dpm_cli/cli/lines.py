@@ -1,6 +1,6 @@
 """Describe every event of a run in one plain line."""
 
-from dpm_cli.cli import numbers
+from dpm_cli.display import numbers
 from dpm_cli.events import (
     EpochEnded,
     Event,

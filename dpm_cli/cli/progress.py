@@ -8,9 +8,9 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
-from dpm_cli.cli import numbers
 from dpm_cli.cli.lines import describe, readings
 from dpm_cli.cli.outcome import libraries_on_stderr
+from dpm_cli.display import numbers
 from dpm_cli.events import Done, EpochEnded, Event, PhaseBegan, StageBegan, Started, StepTaken
 
 if TYPE_CHECKING:

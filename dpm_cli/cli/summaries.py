@@ -7,20 +7,17 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
-from dpm_cli.cli import numbers
 from dpm_cli.cli.compared import ComparedRun
-from dpm_cli.cli.tables import (
+from dpm_cli.cli.tables import LABEL, make_console, make_table, print_detail
+from dpm_cli.display import numbers
+from dpm_cli.display.facts import (
     KINDS,
-    LABEL,
     RUNTIMES,
     describe_doubt,
     describe_export,
     describe_kept,
     describe_odd_widths,
     describe_widths,
-    make_console,
-    make_table,
-    print_detail,
     wrap_words,
 )
 from dpm_cli.report import ExportedFile, Milliseconds

@@ -6,7 +6,8 @@ from dataclasses import replace
 import pytest
 from made_up_report import make_report
 
-from dpm_cli.cli.tables import describe_kept, describe_widths, disappointments, print_report, rows, title, wrap
+from dpm_cli.cli.tables import print_report
+from dpm_cli.display.facts import describe_kept, describe_widths, disappointments, rows, title, wrap
 from dpm_cli.report import KeptLayer, Measured, Milliseconds, Report, TargetReport, Width
 
 

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dpm_cli.cli import numbers
+from dpm_cli.display import numbers
 
 
 @pytest.mark.parametrize(

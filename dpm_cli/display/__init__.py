@@ -1,0 +1,1 @@
+"""How results are shown: numbers and facts as text, charts, and the page of a run."""
