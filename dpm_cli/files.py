@@ -1,12 +1,20 @@
-"""Write files whole or not at all, and guard the folder of a run."""
+"""Write files whole or not at all, guard the folder of a run, and never touch a file there that is not ours.
+
+No link is followed for what is written or removed; the folder of a run may itself be a link.
+"""
 
 import contextlib
+import errno
+import fnmatch
+import mmap
 import os
 import re
 import secrets
 import socket
-from collections.abc import Callable, Iterable, Iterator
+import stat
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import BinaryIO
 
 from dpm_cli.errors import OutputError, RunError
 
@@ -14,17 +22,21 @@ REPORT = "report.json"  # written last, so its presence means that the run is fi
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
 METADATA = "model.json"  # beside exported files: class names, and how a picture becomes an input
 LOCK = ".dpm-lock"  # exists while a run writes here
-OUTPUTS = (
-    "slim.pt",
-    "model.ts",
-    "model.onnx",
-    "model.fp16.onnx",
-    "model.pt2",
-    METADATA,
-    REPORT,
-    "recipe.yaml",
-    "metrics.jsonl",
-)
+NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # refuse to open a link, where the system can
+MAGIC = b"DPMCKPT1"  # the first bytes of a checkpoint
+MARKS = {  # what a run writes -> bytes that every such file of ours holds
+    "slim.pt": b"dpm-slim",
+    "slim-*.pt": b"dpm-slim",
+    "model.ts": b"dpm.json",
+    "model.onnx": b"dpm_recipe",
+    "model.fp16.onnx": b"dpm_recipe",
+    "model.int8.onnx": b"dpm_recipe",
+    "model.pt2": b"dpm.json",
+    METADATA: b'"dpm_recipe"',
+    REPORT: b'{\n  "arch"',
+    "recipe.yaml": b"# resolved by dpm",
+    "metrics.jsonl": b'{"event"',
+}
 
 
 def checkpoint_of(model: Path) -> Path:
@@ -74,13 +86,14 @@ def write_text_atomic(path: Path, text: str) -> None:
 def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
     """Create the folder of a run, or check that a run may write into it.
 
-    Existing results are only overwritten with `overwrite`. `resume` continues an unfinished run, or starts at the
-    beginning if nothing was saved yet. Raises OutputError.
+    Existing results are only overwritten with `overwrite`, and only files that carry our mark. `resume` continues an
+    unfinished run, or starts at the beginning if nothing was saved yet. Raises OutputError.
     """
     if overwrite and resume:
         raise OutputError("--resume continues a run and --overwrite starts it again: give one of them")
     require_writable(folder)
-    remove_leftovers(folder, (*OUTPUTS, CHECKPOINT))
+    require_ours(written_in(folder))
+    remove_leftovers(folder, (*MARKS, CHECKPOINT))
     if overwrite:
         return  # old files are replaced when the new run writes its own
     if is_unfinished(folder / CHECKPOINT):
@@ -89,7 +102,7 @@ def prepare_output(folder: Path, *, overwrite: bool, resume: bool) -> None:
         return
     if (folder / REPORT).exists():
         raise OutputError(f"{folder} holds a finished run: choose another folder, or --overwrite to replace it")
-    present = [name for name in OUTPUTS if (folder / name).exists()]
+    present = [path.name for path in written_in(folder)]
     if present and not resume:
         raise OutputError(
             f"{folder} already holds {', '.join(present)}: choose another folder, or --overwrite to replace it"
@@ -101,8 +114,61 @@ def is_unfinished(checkpoint: Path) -> bool:
     return checkpoint.exists() or previous_of(checkpoint).exists()
 
 
+def written_in(folder: Path) -> dict[Path, bytes]:
+    """Map everything in a folder that bears the name of a run's file to the mark that such a file holds."""
+    names = sorted(os.listdir(folder))  # glob would leave out links that lead nowhere
+    found = {folder / name: mark for known, mark in MARKS.items() for name in fnmatch.filter(names, known)}
+    return found | marks_of(folder / CHECKPOINT)
+
+
+def marks_of(checkpoint: Path) -> dict[Path, bytes]:
+    """Map the checkpoints that exist to their mark."""
+    return {path: MAGIC for path in (checkpoint, previous_of(checkpoint)) if os.path.lexists(path)}
+
+
+def require_ours(marks: Mapping[Path, bytes]) -> None:
+    """Raise OutputError that names the first path that is no regular file with its mark: it must not be replaced."""
+    for path, mark in marks.items():
+        if not _is_regular(path):
+            raise OutputError(f"{path} is {_describe(path)}, not a file of dpm: move it, or choose another --output")
+        if not _holds(path, mark):
+            raise OutputError(f"{path} was not written by dpm: move it, or choose another --output")
+
+
+def require_apart(inputs: Mapping[str, str | Path | None], outputs: Mapping[Path, bytes], folder: Path) -> None:
+    """Refuse an input that a run would replace or remove.
+
+    inputs: by what they are, as "the model". outputs: what exists of the run's files, as `written_in` returns it.
+    Raises OutputError.
+    """
+    for what, given in inputs.items():
+        if given is not None and any(_is_same(path, Path(given)) for path in outputs):
+            raise OutputError(
+                f"{what} {given} is among the files that a run writes into {folder}: choose another --output"
+            )
+
+
+def open_regular(path: str | Path) -> BinaryIO:
+    """Open a regular file for reading; links to one are followed. Raises OSError also for pipes and devices."""
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    try:
+        if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular_text(path: Path) -> str:
+    """Read UTF-8 text of a regular file. Raises OSError or UnicodeDecodeError."""
+    with open_regular(path) as file:
+        return file.read().decode("utf-8")
+
+
 def require_writable(folder: Path) -> None:
     """Create the folder if it does not exist. Raises OutputError if it cannot be written."""
+    require_utf8(folder)
     probe = folder / f".dpm-{secrets.token_hex(4)}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -115,9 +181,17 @@ def require_writable(folder: Path) -> None:
         raise OutputError(f"output folder {str(folder)!r} cannot be written: {reason}") from None
 
 
+def require_utf8(path: Path) -> None:
+    """Raise OutputError for a name that is not UTF-8: some libraries could not write there, after all the training."""
+    if not str(path).isprintable() and any("\ud800" <= char <= "\udfff" for char in str(path)):
+        raise OutputError(f"the name {os.fsencode(path)!r} is not UTF-8: choose another --output")
+
+
 @contextlib.contextmanager
-def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
+def locked(folder: Path, name: str = LOCK, *, wanted: bool = True) -> Iterator[None]:
     """Lock a folder against other runs, and create it if needed. Raises OutputError if another run uses it.
+
+    wanted: false on a file system that cannot lock, where the user sees to it that no other run writes here.
 
     The system drops the lock however the process ends, so a killed run never blocks the next one. The file only names
     its holder. filelock closes it in forked children, so a decoding process that outlives a killed run does not keep
@@ -126,6 +200,11 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
     from filelock import FileLock, Timeout  # imported here: it would double the time of `dpm --help`
 
     path = folder / name
+    if not wanted:
+        yield
+        return
+    if os.path.lexists(path) and not _is_regular(path):
+        raise OutputError(f"{path} is {_describe(path)}, not a lock of dpm: remove it, or choose another --output")
     lock = FileLock(path, timeout=0, fallback_to_soft=False)  # a soft lock would outlive a killed run
     try:
         lock.acquire()
@@ -133,11 +212,17 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
         raise OutputError(
             f"{folder} is in use by {_read_holder(path)}: wait until that run is over, or choose another --output"
         ) from None
-    except OSError as error:
-        raise OutputError(f"output folder {str(folder)!r} cannot be locked: {error.strerror or error}") from None
+    except (OSError, NotImplementedError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise OutputError(
+            f"output folder {str(folder)!r} cannot be locked: {reason}; --no-lock does without, if no other run "
+            "writes there"
+        ) from None
     try:
         with contextlib.suppress(OSError):  # on Windows nobody can write to a locked file
-            path.write_text(f"process {os.getpid()} on {socket.gethostname()}", encoding="utf-8")
+            descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | NO_LINK)
+            with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+                file.write(f"process {os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         with contextlib.suppress(OSError):  # the folder may have been removed meanwhile
@@ -146,18 +231,23 @@ def locked(folder: Path, name: str = LOCK) -> Iterator[None]:
 
 
 def _read_holder(path: Path) -> str:
-    with contextlib.suppress(OSError):
-        return path.read_text(encoding="utf-8", errors="replace")[:100] or "another process"
+    with contextlib.suppress(OSError, ValueError):
+        return read_regular_text(path)[:100] or "another process"
     return "another process"
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
     """Remove temporary files that a process left behind when it was killed while writing one of `names`."""
+    for path in find_leftovers(folder, names):
+        path.unlink(missing_ok=True)
+
+
+def find_leftovers(folder: Path, names: Iterable[str]) -> list[Path]:
+    """Find temporary files of `write_atomic` for one of `names`, which may hold a `*`."""
     paths = [Path(name) for name in names]
-    ours = re.compile("|".join(rf"\.{re.escape(n.stem)}-[0-9a-f]{{8}}{re.escape(n.suffix)}" for n in paths))
-    for path in folder.iterdir():
-        if ours.fullmatch(path.name):
-            path.unlink(missing_ok=True)
+    stems = ((re.escape(path.stem).replace(r"\*", ".*"), re.escape(path.suffix)) for path in paths)
+    ours = re.compile("|".join(rf"\.{stem}-[0-9a-f]{{8}}{suffix}" for stem, suffix in stems))
+    return [path for path in sorted(folder.iterdir()) if ours.fullmatch(path.name) and _is_regular(path)]
 
 
 def _flush_to_disk(path: Path, flags: int) -> None:
@@ -166,3 +256,39 @@ def _flush_to_disk(path: Path, flags: int) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _is_regular(path: Path) -> bool:
+    """Tell whether this is a regular file itself, not a link to one."""
+    try:
+        return stat.S_ISREG(path.lstat().st_mode)
+    except OSError:
+        return False
+
+
+def _is_same(left: Path, right: Path) -> bool:
+    try:
+        return left.samefile(right)
+    except OSError:
+        return False
+
+
+def _describe(path: Path) -> str:
+    """Say what a path is that is no regular file."""
+    if path.is_symlink():
+        return "a link"
+    return "a folder" if path.is_dir() else "a pipe or device"
+
+
+def _holds(path: Path, mark: bytes) -> bool:
+    """Tell whether a file holds these bytes (a checkpoint: begins with them). An empty file has nothing to lose."""
+    try:
+        with open_regular(path) as file:
+            if not os.fstat(file.fileno()).st_size:
+                return True
+            if mark == MAGIC:
+                return file.read(len(MAGIC)) == MAGIC
+            with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+                return content.find(mark) >= 0
+    except (OSError, ValueError):
+        return False

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from dpm_cli.errors import OutputError, RunError
-from dpm_cli.files import LOCK, locked, prepare_output, write_atomic, write_text_atomic
+from dpm_cli.files import LOCK, MARKS, locked, prepare_output, write_atomic, write_text_atomic
 
 
 def disk_full(path: Path) -> None:
@@ -94,7 +94,7 @@ def test_unwritable_output_is_refused(tmp_path: Path) -> None:
 
 
 def test_finished_run_is_only_replaced_on_request(tmp_path: Path) -> None:
-    (tmp_path / "report.json").write_text("{}")
+    (tmp_path / "report.json").write_bytes(MARKS["report.json"])
     for resume in (False, True):
         with pytest.raises(OutputError, match=r"finished run.*--overwrite"):
             prepare_output(tmp_path, overwrite=False, resume=resume)
@@ -114,7 +114,7 @@ def test_unfinished_run_is_resumed_or_given_up(tmp_path: Path) -> None:
 
 
 def test_results_without_a_report_are_not_overwritten_either(tmp_path: Path) -> None:
-    (tmp_path / "recipe.yaml").write_text("the user's own")
+    (tmp_path / "recipe.yaml").write_bytes(MARKS["recipe.yaml"])
     with pytest.raises(OutputError, match=r"already holds recipe.yaml"):
         prepare_output(tmp_path, overwrite=False, resume=False)
     prepare_output(tmp_path, overwrite=False, resume=True)  # a run that was stopped before its first checkpoint

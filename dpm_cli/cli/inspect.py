@@ -35,11 +35,12 @@ def inspect(
     one would give. Exit code 3 if the recipe's target cannot be met.
     """
     from dpm_cli.cli.summaries import print_plan, refuse, sensitivities_as_csv
-    from dpm_cli.files import require_writable, write_text_atomic
+    from dpm_cli.files import require_apart, require_writable, write_text_atomic
 
     settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides))
     if csv_file is not None:
         require_writable(csv_file.parent)
+        require_apart({"the model": model, "the recipe": settings.source}, {csv_file: b""}, csv_file.parent)
     wanted = share if sensitivity or csv_file is not None else None
     with working(f"analysing {model}"):
         plan = dpm_cli.inspect(model, settings, sensitivity=wanted, images=images, device=device, trust=trust)

@@ -35,6 +35,10 @@ OutputFolder = Annotated[
 Device = Annotated[str, typer.Option(help="auto (CUDA if there is a GPU, otherwise the CPU), cpu, cuda or cuda:1.")]
 Seed = Annotated[int | None, typer.Option(metavar="N", help="The seed, in place of the recipe's.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace existing results.")]
+NoLock = Annotated[
+    bool,
+    typer.Option("--no-lock", help="Do not lock the output, where the file system cannot. Start one run at a time!"),
+]
 Trust = Annotated[
     bool,
     typer.Option(

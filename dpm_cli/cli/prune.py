@@ -12,6 +12,7 @@ from dpm_cli.cli.options import (
     AsJson,
     Device,
     ModelFile,
+    NoLock,
     OutputFolder,
     Overrides,
     Overwrite,
@@ -38,6 +39,7 @@ def prune(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished run of the output folder.")] = False,
     overwrite: Overwrite = False,
     trust: Trust = False,
+    no_lock: NoLock = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -65,6 +67,7 @@ def prune(
                     resume=resume,
                     overwrite=overwrite,
                     trust=trust,
+                    lock=not no_lock,
                     on_event=stop.listening(tell),
                     should_stop=lambda: stop.is_wanted() and stop.exit_code,
                 )

@@ -10,6 +10,7 @@ from dpm_cli.cli.interrupts import explaining_hard_stops, stop_between_steps
 from dpm_cli.cli.options import (
     AsJson,
     Device,
+    NoLock,
     Overrides,
     Overwrite,
     Quiet,
@@ -39,6 +40,7 @@ def train(
     resume: Annotated[bool, typer.Option("--resume", help="Continue the unfinished training of FILE.")] = False,
     overwrite: Overwrite = False,
     trust: Trust = False,
+    no_lock: NoLock = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -64,6 +66,7 @@ def train(
                 resume=resume,
                 overwrite=overwrite,
                 trust=trust,
+                lock=not no_lock,
                 on_event=stop.listening(tell),
                 should_stop=lambda: stop.is_wanted() and stop.exit_code,
             )

@@ -13,9 +13,8 @@ from typing import IO, Any, NamedTuple
 import torch
 
 from dpm_cli.errors import RunError
-from dpm_cli.files import previous_of, write_atomic
+from dpm_cli.files import MAGIC, open_regular, previous_of, write_atomic
 
-MAGIC = b"DPMCKPT1"
 HEADER_BYTES = len(MAGIC) + hashlib.sha256().digest_size
 
 
@@ -103,7 +102,7 @@ def _write_verified(path: Path, state: dict[str, Any]) -> None:
 
 def _is_intact(path: Path) -> bool:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             return _header_matches(file)
     except OSError:
         return False
@@ -122,7 +121,7 @@ def _header_matches(file: IO[bytes]) -> bool:
 def _read_verified(path: Path) -> dict[str, Any] | None:
     """Read the state; None if the file is damaged, foreign or unreadable. Executes nothing in it."""
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if not _header_matches(file):
                 return None
             with zipfile.ZipFile(file) as archive:

@@ -1,5 +1,6 @@
 """`dpm export`: export a slim.pt for deployment, without the run that made it."""
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,7 +9,15 @@ from torch import nn
 
 from dpm_cli.errors import DataError, OutputError, UsageError
 from dpm_cli.export import Calibration
-from dpm_cli.files import METADATA, require_writable, write_text_atomic
+from dpm_cli.files import (
+    MARKS,
+    METADATA,
+    read_regular_text,
+    require_apart,
+    require_ours,
+    require_writable,
+    write_text_atomic,
+)
 from dpm_cli.jobs.loading import AnyRecipe, load_splits, resolve_recipe
 from dpm_cli.models import Slim, load_slim
 from dpm_cli.recipe import Recipe, read_recipe
@@ -45,11 +54,16 @@ def export_slim(
     loaded, folder = load_slim(Path(slim), arch, model=model), Path(output)
     require_writable(folder)
     paths = {known: folder / name for known, name in EXPORT_NAMES.items() if known in formats}
-    for path in paths.values():
-        if path.exists() and not overwrite:
+    there = {path: MARKS[path.name] for path in paths.values() if os.path.lexists(path)}
+    for path in there:
+        if not overwrite:
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
+    require_apart({"the slim model": slim}, there, folder)
     beside, described = folder / METADATA, loaded.metadata.to_json()
-    if beside.exists() and not overwrite and beside.read_text(encoding="utf-8", errors="replace") != described:
+    if os.path.lexists(beside):
+        there[beside] = MARKS[METADATA]
+    require_ours(there)
+    if beside in there and not overwrite and read_regular_text(beside) != described:
         raise OutputError(f"{beside} exists and describes another model: choose another --output, or --overwrite")
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *loaded.shape, generator=generator)

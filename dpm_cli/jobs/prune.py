@@ -1,7 +1,7 @@
 """`dpm prune`: prune a trained model, the main job."""
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
@@ -11,7 +11,19 @@ from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.errors import AccuracyError, OutputError
 from dpm_cli.events import PhaseBegan
-from dpm_cli.files import CHECKPOINT, REPORT, is_unfinished, locked, prepare_output, require_writable
+from dpm_cli.files import (
+    CHECKPOINT,
+    MARKS,
+    REPORT,
+    is_unfinished,
+    locked,
+    prepare_output,
+    read_regular_text,
+    require_apart,
+    require_ours,
+    require_writable,
+    written_in,
+)
 from dpm_cli.jobs.loading import (
     AnyRecipe,
     OnEvent,
@@ -39,6 +51,7 @@ def prune(
     resume: bool = False,
     overwrite: bool = False,
     trust: bool = False,
+    lock: bool = True,
     on_event: OnEvent = None,
     should_stop: Callable[[], int] | None = None,
 ) -> Report:
@@ -48,6 +61,7 @@ def prune(
 
     model: a file; a module of the recipe's architecture (any module, if its code can build it again for `load`);
     "torchvision:NAME" or "timm:NAME" for published weights; None for those of `model.weights`.
+    lock: false for a file system that cannot lock, if no other run writes into `output`.
     should_stop: called after every step; if it returns true or an exit code, the run writes a checkpoint and raises
     Interrupted. Under a launcher such as torchrun all processes prune together. Each calls `on_event` and returns the
     report; only the first one writes files.
@@ -65,7 +79,7 @@ def prune(
         # A run cannot be resumed with another batch size.
         with (
             explaining_faults(recipe.data.batch, " --overwrite"),
-            _claimed(folder, world, overwrite=overwrite, resume=resume),
+            _claimed(folder, world, _inputs(model, recipe), overwrite=overwrite, resume=resume, lock=lock),
         ):
             tell(PhaseBegan("load", "loading the images"))
             with world.main_first():
@@ -87,23 +101,32 @@ def prune(
             return follow(run.events(resume=resume), on_event)
 
 
+def _inputs(model: AnyModel | None, recipe: Recipe) -> dict[str, str | Path | None]:
+    path = model if isinstance(model, str | Path) else None
+    return {"the model": path, "the recipe": recipe.source, "the data": recipe.data.root}
+
+
 @contextlib.contextmanager
-def _claimed(folder: Path, world: World, *, overwrite: bool, resume: bool) -> Iterator[None]:
+def _claimed(
+    folder: Path, world: World, inputs: Mapping[str, str | Path | None], *, overwrite: bool, resume: bool, lock: bool
+) -> Iterator[None]:
     """Lock the output folder in the main process, and check that this run may write there."""
     if not world.is_main:
         yield
         return
     require_writable(folder)
-    with locked(folder):
+    with locked(folder, wanted=lock):
+        require_apart(inputs, written_in(folder), folder)
         prepare_output(folder, overwrite=overwrite, resume=resume)
         yield
 
 
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:
+    require_ours({folder / REPORT: MARKS[REPORT]})
     try:
-        report = Report.from_json((folder / "report.json").read_text(encoding="utf-8"))
+        report = Report.from_json(read_regular_text(folder / REPORT))
     except (OSError, ValueError) as error:
-        raise OutputError(f"{folder / 'report.json'} is not a report: {error}; start anew with --overwrite") from None
+        raise OutputError(f"{folder / REPORT} is not a report: {error}; start anew with --overwrite") from None
     if report.recipe_hash != hash_recipe(recipe):
         raise OutputError(f"{folder} holds a finished run of another recipe: choose another folder, or --overwrite")
     if report.floor and report.floor.is_broken:

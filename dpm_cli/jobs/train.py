@@ -1,8 +1,9 @@
 """`dpm train`: train the dense model of a recipe."""
 
 import contextlib
+import os
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -19,7 +20,18 @@ from dpm_cli.engine.precision import choose_layout
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import OutputError, RecipeError
 from dpm_cli.events import Event, Note, PhaseBegan
-from dpm_cli.files import LOCK, checkpoint_of, is_unfinished, locked, remove_leftovers, write_atomic
+from dpm_cli.files import (
+    LOCK,
+    checkpoint_of,
+    is_unfinished,
+    locked,
+    marks_of,
+    remove_leftovers,
+    require_apart,
+    require_ours,
+    require_utf8,
+    write_atomic,
+)
 from dpm_cli.jobs.loading import (
     AnyRecipe,
     OnEvent,
@@ -50,6 +62,7 @@ def train(
     resume: bool = False,
     overwrite: bool = False,
     trust: bool = False,
+    lock: bool = True,
     on_event: OnEvent = None,
     should_stop: Callable[[], int] | None = None,
 ) -> Trained:
@@ -58,14 +71,15 @@ def train(
         trained = dpm_cli.train("cifar10", output="model.pt")
 
     Checkpoints are written beside `output`: model.checkpoint.pt. resume: continue from there, bit for bit on a CPU.
-    should_stop and several processes: as for `prune`. Raises a DpmError.
+    lock, should_stop and several processes: as for `prune`. Raises a DpmError.
     """
     recipe, path = resolve_recipe(recipe, trust=trust), Path(output)
     if not recipe.data.labels:
         raise RecipeError("data.labels is false, but training needs labels: set it to true")
     with join(device) as world, explaining_faults(recipe.data.batch, " --overwrite"):  # not resumed with another batch
         torch_device = choose_device(device)
-        with _claimed(path, world, overwrite=overwrite, resume=resume):
+        inputs = {"the model": model, "the recipe": recipe.source, "the data": recipe.data.root}
+        with _claimed(path, world, inputs, overwrite=overwrite, resume=resume, lock=lock):
             tell = telling(on_event)
             tell(PhaseBegan("load", "loading the model"))
             torch.manual_seed(recipe.seed)
@@ -168,7 +182,9 @@ def _start_from(model: str | Path | None, recipe: Recipe, trust: bool) -> Start:
 
 
 @contextlib.contextmanager
-def _claimed(path: Path, world: World, *, overwrite: bool, resume: bool) -> Iterator[None]:
+def _claimed(
+    path: Path, world: World, inputs: Mapping[str, str | Path | None], *, overwrite: bool, resume: bool, lock: bool
+) -> Iterator[None]:
     """Lock the file in the main process, and check that this training may write it."""
     if not world.is_main:
         yield
@@ -177,8 +193,14 @@ def _claimed(path: Path, world: World, *, overwrite: bool, resume: bool) -> Iter
         raise OutputError("--resume continues a training and --overwrite starts it again: give one of them")
     if not path.parent.is_dir():
         raise OutputError(f"{path.parent} is not a folder: create it, or choose another --output")
+    require_utf8(path)
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
+        raise OutputError(f"{path} is a link or no regular file: choose another --output")
     checkpoint = checkpoint_of(path)
-    with locked(path.parent, f"{LOCK}-{path.stem}"):  # model.pt and model.pth have the same checkpoints
+    with locked(path.parent, f"{LOCK}-{path.stem}", wanted=lock):  # model.pt and model.pth have the same checkpoints
+        ours = marks_of(checkpoint)
+        require_apart(inputs, ours | {path: b""}, path.parent)
+        require_ours(ours)
         has_begun = is_unfinished(checkpoint)
         if path.exists() and not overwrite and not (resume and has_begun):
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")

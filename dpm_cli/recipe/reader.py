@@ -49,7 +49,9 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    return read_recipe(text, overrides, name=str(path))
+    recipe = read_recipe(text, overrides, name=str(path))
+    recipe._source = path
+    return recipe
 
 
 def read_recipe(text: str, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:

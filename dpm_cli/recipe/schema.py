@@ -1,5 +1,6 @@
 """Define the whole recipe, and check that its sections agree."""
 
+from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, PrivateAttr, model_validator
@@ -46,6 +47,7 @@ class Recipe(Section):
         default=20, description="batches to recompute BatchNorm statistics from at the end; 0: none"
     )
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="how much work an interruption may lose")
+    _source: Path | None = PrivateAttr(None)
     _typed: frozenset[str] = PrivateAttr(frozenset())  # settings that the user gave beside the file
 
     @model_validator(mode="before")
@@ -112,6 +114,11 @@ class Recipe(Section):
         if not self.data.labels and self.prune.max_drop is not None:
             raise ValueError("data.labels is false, but prune.max_drop is judged by labels: leave one of them out")
         return self
+
+    @property
+    def source(self) -> Path | None:
+        """Return the file that this recipe was read from, if any."""
+        return self._source
 
     @property
     def code(self) -> dict[str, str]:

@@ -9,6 +9,7 @@ from typing import IO, TypeVar, cast
 
 from dpm_cli.errors import RunError
 from dpm_cli.events import Event
+from dpm_cli.files import NO_LINK
 
 T = TypeVar("T")
 
@@ -28,8 +29,9 @@ class Journal:
             yield
             return
         with self._explaining():
-            file = self.path.open("a" if self.bytes else "w", encoding="utf-8")
-            file.truncate(min(self.bytes, self.path.stat().st_size))
+            descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | NO_LINK, 0o666)
+            file = os.fdopen(descriptor, "a", encoding="utf-8")
+            file.truncate(min(self.bytes, os.fstat(descriptor).st_size))
         self._file = file
         try:
             yield

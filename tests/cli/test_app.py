@@ -19,8 +19,8 @@ from dpm_cli.recipe import shipped_recipes
 COMMANDS = ("demo", "train", "prune", "inspect", "evaluate", "export", "predict", "compare", "recipes", "schema")
 SHARED = {"--recipe", "--set", "--json"}
 OPTIONS = {
-    "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--quiet"},
-    "train": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--quiet"},
+    "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--no-lock", "--quiet"},
+    "train": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--no-lock", "--quiet"},
     "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust"},
     "evaluate": SHARED | {"--batch", "--device", "--trust"},
     "export": {"--format", "--opset", "--output", "--arch", "--overwrite", "--json"},

@@ -161,8 +161,11 @@ def test_wrong_files_and_pictures_are_refused_in_one_line(folder: Path, tmp_path
         assert "\n" not in str(caught.value)
 
 
+OTHER = '{"dpm_recipe": ""}'
+
+
 def test_a_folder_of_another_model_is_not_overwritten(folder: Path, tmp_path: Path) -> None:
-    (tmp_path / "model.json").write_text("{}")
+    (tmp_path / "model.json").write_text(OTHER)
     with pytest.raises(UsageError, match="describes another model"):
         dpm_cli.export_slim(folder / "slim.pt", formats=FORMATS, output=tmp_path)
-    assert (tmp_path / "model.json").read_text() == "{}"
+    assert (tmp_path / "model.json").read_text() == OTHER
