@@ -83,6 +83,27 @@ class Predicted:
 
 
 @dataclass(frozen=True)
+class Benchmarked:
+    """Holds the latency of one file in one runtime: median and quartiles of a warm call, in milliseconds."""
+
+    file: str
+    format: str
+    bytes: int
+    runtime: str
+    batch: int
+    threads: int
+    median: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    images_per_second: float = 0.0
+    faster: float = 1.0  # than the first file, at the same batch and threads
+    doubt: str | None = None  # why the figure may be wrong
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class PlannedGroup:
     """Describes a group of tied layers and its units."""
 

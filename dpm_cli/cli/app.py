@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from dpm_cli.cli import compare, demo, evaluate, export, inspect, predict, prune, recipes, schema, train
+from dpm_cli.cli import benchmark, compare, demo, evaluate, export, inspect, predict, prune, recipes, schema, train
 from dpm_cli.cli.outcome import fail, flush, silence_closed_pipe
 from dpm_cli.cli.signs import make_output_safe
 
@@ -30,6 +30,7 @@ for command in (
     evaluate.evaluate,
     export.export,
     predict.predict,
+    benchmark.benchmark,
     compare.compare,
     recipes.recipes,
     schema.schema,

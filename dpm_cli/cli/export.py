@@ -19,6 +19,8 @@ class Format(StrEnum):
     onnx_fp16 = "onnx-fp16"
     onnx_int8 = "onnx-int8"
     pt2 = "pt2"
+    openvino = "openvino"
+    executorch = "executorch"
 
 
 USUAL = (Format.torchscript, Format.onnx)

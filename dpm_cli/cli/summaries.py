@@ -21,7 +21,7 @@ from dpm_cli.display.facts import (
     wrap_words,
 )
 from dpm_cli.report import ExportedFile, Milliseconds
-from dpm_cli.results import Evaluated, Inspected, PlannedTarget, Predicted, Sensitivity, Trained
+from dpm_cli.results import Benchmarked, Evaluated, Inspected, PlannedTarget, Predicted, Sensitivity, Trained
 
 NAME_WIDTH = 16
 CSV_COLUMNS = "group layers units removed macs_saved accuracy accuracy_change loss loss_change".split()
@@ -75,6 +75,25 @@ def _describe_latency(runtime: str, latency: Milliseconds, images: str) -> tuple
     threads = "" if latency.threads is None else f"{latency.threads} thread{'s' if latency.threads != 1 else ''}, "
     median, low, high = (numbers.milliseconds(value) for value in (latency.median, latency.low, latency.high))
     return f"latency, {RUNTIMES.get(runtime, runtime)}", f"{median}  (quartiles {low} to {high}; {threads}{images})"
+
+
+def print_benchmarked(rows: Sequence[Benchmarked]) -> None:
+    """Print one line per file, runtime, batch size and number of threads."""
+    table = make_table("file", "runtime", "batch", "threads", "latency", "images/s", "faster", title=None)
+    for row in rows:
+        table.add_row(
+            row.file + (" *" if row.doubt else ""),
+            RUNTIMES.get(row.runtime, row.runtime),
+            str(row.batch),
+            str(row.threads),
+            numbers.milliseconds(row.median),
+            f"{row.images_per_second:.0f}",
+            f"{row.faster:.2f}×",
+        )
+    console = make_console()
+    console.print(table)
+    for doubt in dict.fromkeys(row.doubt for row in rows if row.doubt):
+        print_detail(console, "*", wrap_words(f"may be wrong: {doubt}", console.width - LABEL))
 
 
 def print_exported(exported: Sequence[ExportedFile]) -> None:

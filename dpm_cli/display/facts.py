@@ -8,7 +8,14 @@ from dpm_cli.display import numbers
 from dpm_cli.errors import listing
 from dpm_cli.report import ExportedFile, KeptLayer, Report, Width
 
-RUNTIMES = {"torch": "torch", "onnxruntime": "ONNX Runtime", "torchscript": "TorchScript"}
+RUNTIMES = {
+    "torch": "torch",
+    "onnxruntime": "ONNX Runtime",
+    "torchscript": "TorchScript",
+    "openvino": "OpenVINO",
+    "executorch": "ExecuTorch",
+    "tensorrt": "TensorRT",
+}
 KINDS = {"macs": "MACs", "params": "parameters", "channels": "units"}
 MOST_LAYERS = 60  # longer lists of layers are cut
 DISAPPOINTING = 0.5  # gains in speed below this share of the gain in MACs get a note

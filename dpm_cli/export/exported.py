@@ -20,7 +20,7 @@ class ExportedModel:
     metadata: Mapping[str, str]
     shape: Shape | None  # (C, H, W) of one image; None if a foreign file does not say
     outputs: Callable[[Tensor], list[Tensor]]  # every output, in order
-    cost: Callable[[Shape], tuple[int | None, int]]  # image shape -> MACs, if they can be counted, and weights
+    cost: Callable[[Shape], tuple[int | None, int | None]]  # image shape -> MACs and weights, where they can be counted
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the first output, on the device of the images. Raises UsageError if they have the wrong shape."""

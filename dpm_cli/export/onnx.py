@@ -95,8 +95,8 @@ def _float_if_half(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype is torch.float16 else tensor
 
 
-def read(path: Path) -> ExportedModel:
-    """Open an ONNX file in ONNX Runtime on the CPU, with as many threads as torch has.
+def read(path: Path, *, threads: int | None = None, provider: str = "CPUExecutionProvider") -> ExportedModel:
+    """Open an ONNX file in ONNX Runtime, on the CPU by default, with as many threads as torch has unless told.
 
     Raises ModelFileError if it is not ONNX, or does not take one batch of images (B, C, H, W) of any size B.
     """
@@ -104,7 +104,7 @@ def read(path: Path) -> ExportedModel:
 
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4  # errors arrive as exceptions
-    options.intra_op_num_threads = torch.get_num_threads()
+    options.intra_op_num_threads = threads or torch.get_num_threads()
     # Threads that spin after a call would slow down anything measured beside this session.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
@@ -112,7 +112,7 @@ def read(path: Path) -> ExportedModel:
     try:
         # The first session of a process switches denormals for the thread that makes it; some failures are printed.
         with keeping_denormals(), quiet():
-            session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            session = onnxruntime.InferenceSession(str(path), options, providers=[provider])
             metadata = dict(session.get_modelmeta().custom_metadata_map)
     except Exception as error:  # its exceptions share no base class
         raise ModelFileError(f"{path} is no ONNX file that can be run ({one_line(error, root_cause=True)})") from None

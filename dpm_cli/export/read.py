@@ -5,12 +5,21 @@ from collections.abc import Callable
 from pathlib import Path
 
 from dpm_cli.errors import ModelFileError
-from dpm_cli.export import onnx, pt2, torchscript
+from dpm_cli.export import executorch, onnx, openvino, pt2, torchscript
 from dpm_cli.export.exported import ExportedModel
+from dpm_cli.export.runtimes import choose_runtime
+
+START = 64  # bytes that tell the kinds of file apart
 
 
-def open_exported(path: str | Path, *, trust: bool = False) -> ExportedModel:
-    """Open a TorchScript, ONNX or .pt2 file for running on the CPU. Raises ModelFileError for anything else.
+def open_exported(
+    path: str | Path, *, trust: bool = False, runtime: str | None = None, threads: int | None = None
+) -> ExportedModel:
+    """Open a TorchScript, ONNX, OpenVINO, ExecuTorch or .pt2 file for running on the CPU.
+
+    runtime: where to run it, instead of the usual place for its format. threads: of ONNX Runtime and OpenVINO, which
+    keep their own; by default as many as torch has. Raises ModelFileError for any other file, UsageError for a runtime
+    that cannot run it or is not installed.
 
     TorchScript and ONNX neither run Python nor unpickle, but both are programs: they call the operators that they name,
     and TorchScript has some that read and write files. Open what you would run. An archive of torch.export may hold
@@ -22,15 +31,22 @@ def open_exported(path: str | Path, *, trust: bool = False) -> ExportedModel:
     path = Path(path)
     try:
         with path.open("rb") as file:
-            start = file.read(4)
+            start = file.read(START)
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist; give a .ts, .onnx or .pt2 file") from None
     except OSError as error:
         raise ModelFileError(f"{path} cannot be read: {error.strerror}") from None
     if not start:
         raise ModelFileError(f"{path} is empty; export it again")
+    if is_openvino(start):
+        choose_runtime("openvino", runtime, path)
+        return openvino.read(path, threads=threads)
+    if is_executorch(start):
+        choose_runtime("executorch", runtime, path)
+        return executorch.read(path)
     if not start.startswith(b"PK"):
-        return onnx.read(path)
+        return _read_onnx(path, runtime, threads)
+    choose_runtime("torchscript", runtime, path)
     if _is(torchscript.is_torchscript, path):
         return torchscript.read(path)
     if not _is(pt2.is_torch_export, path):
@@ -43,10 +59,31 @@ def open_exported(path: str | Path, *, trust: bool = False) -> ExportedModel:
     return pt2.read(path)
 
 
+def is_openvino(start: bytes) -> bool:
+    return start.lstrip().startswith((b"<?xml", b"<net"))
+
+
+def is_executorch(start: bytes) -> bool:
+    return start[4:6] == b"ET"
+
+
+def _read_onnx(path: Path, runtime: str | None, threads: int | None) -> ExportedModel:
+    match choose_runtime("onnx", runtime, path):
+        case "openvino":
+            return openvino.read(path, threads=threads)
+        case "tensorrt":
+            return onnx.read(path, threads=threads, provider="TensorrtExecutionProvider")
+        case _:
+            return onnx.read(path, threads=threads)
+
+
 def is_program(path: str | Path) -> bool:
-    """Tell whether a file is an archive of TorchScript or torch.export, damaged or not, rather than of weights."""
+    """Tell whether a file is a program, damaged or not, rather than weights: ONNX alone cannot be told from these."""
     path = Path(path)
     try:
+        with path.open("rb") as file:
+            if is_openvino(start := file.read(START)) or is_executorch(start):
+                return True
         return torchscript.is_torchscript(path) or pt2.is_torch_export(path)
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError):
         return False

@@ -1,6 +1,7 @@
 """Write a file that deploys: under a temporary name first, which is loaded again, compared, and only then renamed."""
 
 import copy
+import os
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,14 +12,23 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.errors import AccuracyError, DpmError, RunError, UsageError
-from dpm_cli.export import int8, onnx, pt2, torchscript
+from dpm_cli.export import executorch, int8, onnx, openvino, pt2, torchscript
 from dpm_cli.export.exported import ExportedModel
+from dpm_cli.export.runtimes import require_format
 from dpm_cli.export.verify import answers, largest_difference
 from dpm_cli.files import write_atomic
 
-Format = Literal["torchscript", "onnx", "onnx-fp16", "onnx-int8", "pt2"]
-Exact = Literal["torchscript", "onnx", "onnx-fp16", "pt2"]  # formats that keep the numbers of the model
-TOLERANCE: dict[Exact, float] = {"torchscript": 1e-4, "onnx": 1e-4, "onnx-fp16": 1e-2, "pt2": 1e-4}
+Format = Literal["torchscript", "onnx", "onnx-fp16", "onnx-int8", "pt2", "openvino", "executorch"]
+# Formats that keep the numbers of the model.
+Exact = Literal["torchscript", "onnx", "onnx-fp16", "pt2", "openvino", "executorch"]
+TOLERANCE: dict[Exact, float] = {
+    "torchscript": 1e-4,
+    "onnx": 1e-4,
+    "onnx-fp16": 1e-2,
+    "pt2": 1e-4,
+    "openvino": 1e-4,
+    "executorch": 1e-4,
+}
 
 
 @dataclass(frozen=True)
@@ -51,6 +61,7 @@ def export_model(
 
         export_model(model, torch.zeros(1, 3, 32, 32), format="onnx", path="model.onnx", metadata={})
     """
+    require_format(format)
     if example.ndim != 4:
         raise UsageError(f"the example has the shape {tuple(example.shape)}; needed is (1, channels, height, width)")
     path = Path(path)
@@ -58,7 +69,7 @@ def export_model(
     image = example[:1].detach().to("cpu", torch.float32).contiguous()  # (1, C, H, W)
     try:
         expected = answers(portable, image)
-        content = _serialise(portable, image.repeat(2, 1, 1, 1), format, metadata, opset)
+        content, weights = _serialise(portable, image.repeat(2, 1, 1, 1), format, metadata, opset)
     except RunError as error:
         raise RunError(f"{path.name} was not written: {error}") from error
     difference, tolerance = float("nan"), TOLERANCE[format] if tolerance is None else tolerance
@@ -66,6 +77,8 @@ def export_model(
     def write(temporary: Path) -> None:
         nonlocal difference
         temporary.write_bytes(content)
+        if weights:
+            temporary.with_suffix(".bin").write_bytes(weights)
         try:
             difference = largest_difference(expected, _read(temporary, format).outputs)
         except DpmError as error:
@@ -77,8 +90,15 @@ def export_model(
                 f"of their largest, tolerance is {tolerance:.0e}"
             )
 
-    write_atomic(path, write)
-    return Exported(format, path, len(content), difference)
+        if weights:  # first, so that there is never a graph without its weights
+            os.replace(temporary.with_suffix(".bin"), path.with_suffix(".bin"))
+
+    try:
+        write_atomic(path, write)
+    finally:
+        for left in path.parent.glob(f".{path.stem}-*.bin") if weights else ():
+            left.unlink(missing_ok=True)
+    return Exported(format, path, len(content) + len(weights), difference)
 
 
 def export_int8(
@@ -131,16 +151,23 @@ def _portable(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", dtype, copy=True, memory_format=torch.contiguous_format)
 
 
-def _serialise(module: nn.Module, example: Tensor, format: Exact, metadata: Mapping[str, str], opset: int) -> bytes:
+def _serialise(
+    module: nn.Module, example: Tensor, format: Exact, metadata: Mapping[str, str], opset: int
+) -> tuple[bytes, bytes]:
+    """Return the content of the file, and of a second one with the weights, if the format has one."""
     match format:
         case "torchscript":
-            return torchscript.serialise(module, example, metadata)
+            return torchscript.serialise(module, example, metadata), b""
         case "onnx":
-            return onnx.serialise(module, example, metadata, opset=opset)
+            return onnx.serialise(module, example, metadata, opset=opset), b""
         case "onnx-fp16":
-            return onnx.serialise(module, example, metadata, opset=opset, half=True)
+            return onnx.serialise(module, example, metadata, opset=opset, half=True), b""
         case "pt2":
-            return pt2.serialise(module, example, metadata)
+            return pt2.serialise(module, example, metadata), b""
+        case "openvino":
+            return openvino.serialise(onnx.serialise(module, example, metadata, opset=opset), metadata)
+        case "executorch":
+            return executorch.serialise(module, example), b""
         case _:
             assert_never(format)
 
@@ -153,5 +180,9 @@ def _read(path: Path, format: Exact) -> ExportedModel:
             return onnx.read(path)
         case "pt2":
             return pt2.read(path)
+        case "openvino":
+            return openvino.read(path)
+        case "executorch":
+            return executorch.read(path)
         case _:
             assert_never(format)

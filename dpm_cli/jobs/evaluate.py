@@ -13,7 +13,7 @@ from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.errors import UsageError
-from dpm_cli.export import ExportedModel
+from dpm_cli.export import ExportedModel, require_runtime
 from dpm_cli.jobs.loading import AnyRecipe, load_splits, open_deployed, resolve_recipe
 from dpm_cli.measure import Run, count_bytes, count_macs, count_parameters, measure_latency
 from dpm_cli.models import load_model
@@ -31,22 +31,27 @@ def evaluate(
     trust: bool = False,
     latency: bool = True,
     latency_batch: int = 1,
+    runtime: str | None = None,
 ) -> Evaluated:
-    """Measure test accuracy, cost, size and latency of a dense, slim, TorchScript, ONNX or .pt2 file.
+    """Measure test accuracy, cost, size and latency of a dense or slim model, or of an exported file.
 
     Latency is measured on the CPU for single images and, with `latency_batch`, also for batches of that size.
+    runtime: torch, onnxruntime, openvino, executorch or tensorrt; by default the usual one for the file.
     """
     recipe, path = resolve_recipe(recipe, trust=trust), Path(file)
     if latency_batch < 1:
         raise UsageError(f"the batch is {latency_batch}; at least one image is needed")
     with explaining_faults(recipe.data.batch):
-        exported = open_deployed(path, trust)
+        exported = open_deployed(path, trust, runtime=runtime)
         run: Run
         if exported:
-            run, runtime = exported, {"onnx": "onnxruntime"}.get(exported.format, exported.format)
+            run, runtime = exported, runtime or {"onnx": "onnxruntime"}.get(exported.format, exported.format)
             splits = load_splits(recipe, torch.device("cpu"))
             result = _score_exported(path, exported, recipe, splits)
         else:
+            if runtime not in (None, "torch"):
+                require_runtime(runtime)
+                raise UsageError(f"{path} holds weights, which torch runs: dpm export SLIM writes files for {runtime}")
             torch_device, spec = choose_device(device), recipe.model
             loaded = load_model(path, arch=spec.arch, classes=spec.classes, shape=spec.input, trust=trust)
             run, runtime = loaded.module, "torch"

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from dpm_cli.errors import DataError, OutputError, UsageError
-from dpm_cli.export import Calibration
+from dpm_cli.export import Calibration, require_format
 from dpm_cli.files import (
     MARKS,
     METADATA,
@@ -51,6 +51,7 @@ def export_slim(
     for format in formats:
         if format not in EXPORT_NAMES:
             raise UsageError(f"export format {format!r} is not known; known: {', '.join(EXPORT_NAMES)}")
+        require_format(format)
     loaded, folder = load_slim(Path(slim), arch, model=model), Path(output)
     require_writable(folder)
     paths = {known: folder / name for known, name in EXPORT_NAMES.items() if known in formats}

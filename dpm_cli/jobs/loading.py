@@ -78,10 +78,10 @@ def resolve_recipe(recipe: AnyRecipe, *, trust: bool) -> Recipe:
     return recipe
 
 
-def open_deployed(path: Path, trust: bool) -> ExportedModel | None:
-    """Open a deployed file. Returns None if the file may hold weights instead."""
+def open_deployed(path: Path, trust: bool, *, runtime: str | None = None) -> ExportedModel | None:
+    """Open a deployed file, in its usual runtime unless told. Returns None if the file may hold weights instead."""
     try:
-        return open_exported(path, trust=trust)
+        return open_exported(path, trust=trust, runtime=runtime)
     except ModelFileError:
         if is_program(path):
             raise

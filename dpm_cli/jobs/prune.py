@@ -11,6 +11,7 @@ from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.errors import AccuracyError, OutputError
 from dpm_cli.events import PhaseBegan
+from dpm_cli.export import require_format
 from dpm_cli.files import (
     CHECKPOINT,
     MARKS,
@@ -69,6 +70,8 @@ def prune(
     raised after everything was written, and carries the report.
     """
     recipe, folder = resolve_recipe(recipe, trust=trust), Path(output)
+    for format in recipe.export:
+        require_format(format)
     with join(device) as world:
         if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder / CHECKPOINT)):
             return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))

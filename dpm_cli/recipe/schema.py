@@ -32,7 +32,8 @@ class Recipe(Section):
     finetune: Training = Field(default=Training(lr=0.02), description="the training of the slim model")
     dense: Training | None = Field(default=None, description="the training of `dpm train`; null: as train")
     export: tuple[ExportFormat, ...] = Field(
-        default=("torchscript", "onnx"), description="the files to write: torchscript, onnx, onnx-fp16, onnx-int8, pt2"
+        default=("torchscript", "onnx"),
+        description="the files to write: torchscript, onnx, onnx-fp16, onnx-int8, pt2, openvino, executorch",
     )
     quantize: Quantize = Field(default=Quantize(), description="how the export onnx-int8 is made, and when it fails")
     opset: int = Field(default=18, ge=18, le=30, description="of the ONNX files")

@@ -104,13 +104,16 @@ class Delivery:
         own = [made for made in exports if made.format in OWN_RUNTIMES]
         sizes: dict[str, int] = {}
         with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
-            if own or any(made.format == "onnx" for made in exports):
-                path = Path(folder) / "dense.onnx"
+            path = Path(folder) / "dense.onnx"
+            if own or any(made.format in ("onnx", "openvino") for made in exports):
                 sizes["dense"] = export_model(dense, image, format="onnx", path=path, metadata={}).bytes
                 runs["dense onnxruntime"] = open_exported(path)
             for made in exports:
                 if made.format == "onnx":
                     runs["slim onnxruntime"], sizes["slim"] = open_exported(made.path), made.bytes
+                elif made.format == "openvino":
+                    runs["dense openvino"] = open_exported(path, runtime="openvino")
+                    runs["slim openvino"] = open_exported(made.path)
                 elif made in own:
                     runs[made.path] = open_exported(made.path)
             latencies = {

@@ -19,9 +19,15 @@ EXPORT_NAMES: dict[Format, str] = {
     "onnx-fp16": "model.fp16.onnx",
     "onnx-int8": "model.int8.onnx",
     "pt2": "model.pt2",
+    "openvino": "model.xml",
+    "executorch": "model.pte",
 }
 
-OWN_RUNTIMES = {"onnx-int8": "onnxruntime"}  # formats whose accuracy and latency are measured for themselves
+# Formats whose accuracy and latency are measured for themselves.
+OWN_RUNTIMES = {
+    "onnx-int8": "onnxruntime",
+    "executorch": "executorch",
+}
 
 
 def export_one(

@@ -1,0 +1,147 @@
+"""`dpm benchmark`: the latency of many files, in several runtimes, batch sizes and numbers of threads, in turns."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dpm_cli.errors import UsageError
+from dpm_cli.export import RUNS, choose_runtime, open_exported, require_runtime
+from dpm_cli.jobs.loading import AnyRecipe, open_deployed, resolve_recipe
+from dpm_cli.layers.images import Shape
+from dpm_cli.measure import Latency, Run, measure_in_turns
+from dpm_cli.models import load_model, load_slim
+from dpm_cli.models.read import read_model_file
+from dpm_cli.models.slim_content import is_slim
+from dpm_cli.results import Benchmarked
+
+MOST = 10_000  # images of a batch, or threads
+
+
+def benchmark(
+    files: Sequence[str | Path],
+    *,
+    runtimes: Sequence[str] = (),
+    batches: Sequence[int] = (1,),
+    threads: Sequence[int] = (),
+    seconds: float = 1.0,
+    turns: int = 5,
+    recipe: AnyRecipe | None = None,
+    trust: bool = False,
+) -> list[Benchmarked]:
+    """Measure the latency of files on the CPU, all in turns, so that a busy moment of the machine hits them all.
+
+        dpm_cli.benchmark(["out/model.onnx", "out/model.int8.onnx"], batches=[1, 8], threads=[1])
+
+    files: exported files, slim.pt, and with `recipe` dense weights. runtimes: the usual one of each file by default;
+    files that one of them cannot run are left out there. threads: as many as torch has by default. seconds: of each
+    measurement. The first file is what the others are compared with.
+    """
+    _require_sensible(files, batches, threads, seconds, turns)
+    runtimes = [require_runtime(each) for each in runtimes]
+    subjects = [_look_at(Path(file), recipe, trust) for file in files]
+    contenders: dict[str, Run] = {}
+    rows: dict[str, Benchmarked] = {}
+    for count in threads or [torch.get_num_threads()]:
+        for subject in subjects:
+            chosen = [each for each in runtimes if each in RUNS[subject.format]] or (
+                [choose_runtime(subject.format, runtimes[0] if runtimes else None, subject.path)]
+            )
+            for runtime in chosen:
+                run = subject.open(runtime, count, trust)
+                for batch in batches:
+                    name = f"{len(rows)}"
+                    contenders[name] = _hold(run, subject.images(batch), count)
+                    rows[name] = Benchmarked(str(subject.path), subject.format, subject.bytes, runtime, batch, count)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)  # each contender sets its own number
+        measured = measure_in_turns(contenders, torch.zeros(1), seconds=seconds, turns=turns)
+    finally:
+        torch.set_num_threads(before)
+    return _compare([_fill(row, measured[name]) for name, row in rows.items()])
+
+
+@dataclass(frozen=True)
+class _Subject:
+    """A file to measure."""
+
+    path: Path
+    format: str  # of RUNS
+    shape: Shape
+    bytes: int
+    module: torch.nn.Module | None  # None for an exported file
+
+    def images(self, batch: int) -> Tensor:
+        return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(0))  # (B, C, H, W)
+
+    def open(self, runtime: str, threads: int, trust: bool) -> Run:
+        return self.module or open_exported(self.path, trust=trust, runtime=runtime, threads=threads)
+
+
+def _look_at(path: Path, recipe: AnyRecipe | None, trust: bool) -> _Subject:
+    """Find out what a file is and what it takes. Raises ModelFileError or UsageError."""
+    exported = open_deployed(path, trust)
+    size = path.stat().st_size
+    if exported is not None:
+        weights = path.with_suffix(".bin")
+        size += weights.stat().st_size if exported.format == "openvino" and weights.exists() else 0
+        shape = exported.shape or (resolve_recipe(recipe, trust=trust).model.input if recipe is not None else None)
+        if shape is None:
+            raise UsageError(f"{path} does not say how large its images are: give --recipe")
+        return _Subject(path, exported.format, shape, size, None)
+    if is_slim(read_model_file(path, trust=trust)):
+        slim = load_slim(path)
+        return _Subject(path, "weights", slim.shape, size, slim.module.eval())
+    if recipe is None:
+        raise UsageError(f"{path} holds weights of a model that only a recipe describes: give --recipe")
+    spec = resolve_recipe(recipe, trust=trust).model
+    loaded = load_model(path, arch=spec.arch, classes=spec.classes, shape=spec.input, trust=trust)
+    return _Subject(path, "weights", spec.input, size, loaded.module.eval())
+
+
+def _hold(run: Run, images: Tensor, threads: int) -> Run:
+    """Return a call that ignores its argument. Torch computes with its threads, others were opened with theirs."""
+
+    def call(_: Tensor) -> object:
+        torch.set_num_threads(threads)
+        try:
+            return run(images)
+        finally:
+            torch.set_num_threads(1)
+
+    return call
+
+
+def _fill(row: Benchmarked, latency: Latency) -> Benchmarked:
+    return replace(
+        row,
+        median=latency.median_ms,
+        low=latency.low_ms,
+        high=latency.high_ms,
+        images_per_second=1000 * row.batch / latency.median_ms,
+        doubt=latency.doubt,
+    )
+
+
+def _compare(rows: Sequence[Benchmarked]) -> list[Benchmarked]:
+    """Compare each row with the first file's first row of the same batch and threads."""
+    firsts: dict[tuple[int, int], float] = {}
+    for row in rows:
+        firsts.setdefault((row.batch, row.threads), row.median)
+    return [replace(row, faster=firsts[row.batch, row.threads] / row.median) for row in rows]
+
+
+def _require_sensible(
+    files: Sequence[str | Path], batches: Sequence[int], threads: Sequence[int], seconds: float, turns: int
+) -> None:
+    if not files:
+        raise UsageError("no file was given: name at least one")
+    for name, values in (("batch", batches), ("threads", threads)):
+        for value in values:
+            if not 1 <= value <= MOST:
+                raise UsageError(f"{name} is {value}; it lies between 1 and {MOST}")
+    if not 0 < seconds <= 3600 or turns < 1:
+        raise UsageError(f"seconds is {seconds:g} in {turns} turns; both must be above 0, at most an hour")
