@@ -13,7 +13,6 @@ from dpm_cli.cli.options import AsJson, Trust
 from dpm_cli.cli.outcome import print_json
 from dpm_cli.cli.progress import working
 from dpm_cli.errors import UsageError
-from dpm_cli.results import Benchmarked
 
 
 def benchmark(
@@ -62,6 +61,8 @@ def benchmark(
     if as_json:
         print_json([asdict(row) for row in rows])
     elif as_csv:
+        from dpm_cli.results import Benchmarked
+
         writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Benchmarked)], lineterminator="\n")
         writer.writeheader()
         writer.writerows(asdict(row) for row in rows)

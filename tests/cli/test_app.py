@@ -16,15 +16,28 @@ from dpm_cli.cli.app import app
 from dpm_cli.cli.outcome import explain
 from dpm_cli.recipe import shipped_recipes
 
-COMMANDS = ("demo", "train", "prune", "inspect", "evaluate", "export", "predict", "compare", "recipes", "schema")
+COMMANDS = (
+    "demo",
+    "train",
+    "prune",
+    "inspect",
+    "evaluate",
+    "export",
+    "predict",
+    "benchmark",
+    "compare",
+    "recipes",
+    "schema",
+)
 SHARED = {"--recipe", "--set", "--json"}
 OPTIONS = {
     "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--no-lock", "--quiet"},
     "train": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--no-lock", "--quiet"},
     "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust"},
-    "evaluate": SHARED | {"--batch", "--device", "--trust"},
-    "export": {"--format", "--opset", "--output", "--arch", "--overwrite", "--json"},
+    "evaluate": SHARED | {"--batch", "--runtime", "--device", "--trust"},
+    "export": SHARED | {"--format", "--opset", "--output", "--arch", "--overwrite"},
     "predict": {"--top", "--arch", "--trust", "--json"},
+    "benchmark": {"--runtime", "--batch", "--threads", "--seconds", "--recipe", "--trust", "--csv", "--json"},
     "compare": {"--csv", "--json"},
     "demo": {"--output", "--json", "--quiet"},
     "recipes": set(),
