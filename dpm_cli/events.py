@@ -138,6 +138,27 @@ class RoundStarted(Event):
 
 
 @dataclass(frozen=True)
+class UnitsWatched(Event):
+    """Some look at the units during a round.
+
+    released, removed: since the beginning of the run. norms: of some units of the round, as a fraction of what they
+    were when their decay began, by their number in the dense model; `freed` names those of them that were released.
+    """
+
+    kind: ClassVar[str] = "units"
+    is_logged: ClassVar[bool] = True
+    stage: str
+    step: int
+    round: int
+    decaying: int
+    dead: int
+    released: int
+    removed: int
+    norms: dict[str, float]
+    freed: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class UnitsRemoved(Event):
     """Dead units were physically removed. macs, params, units: counts after the removal."""
 
@@ -207,6 +228,23 @@ class PhaseBegan(Event):
     kind: ClassVar[str] = "phase"
     name: str
     what: str
+
+
+@dataclass(frozen=True)
+class Mistaken(Event):
+    """The slim model gets this test image wrong, the dense one right.
+
+    image: its number in the test set. label: what it shows. slim: what the slim model says. picture: a data URL.
+    """
+
+    kind: ClassVar[str] = "mistake"
+    is_logged: ClassVar[bool] = True
+    image: int
+    label: str
+    slim: str
+    dense_confidence: float
+    slim_confidence: float
+    picture: str
 
 
 @dataclass(frozen=True)

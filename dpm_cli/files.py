@@ -20,6 +20,7 @@ from dpm_cli.errors import OutputError, RunError
 
 REPORT = "report.json"  # written last, so its presence means that the run is finished
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
+PAGE = "report.html"  # what report.json and metrics.jsonl say, to look at
 METADATA = "model.json"  # beside exported files: class names, and how a picture becomes an input
 LOCK = ".dpm-lock"  # exists while a run writes here
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # refuse to open a link, where the system can
@@ -33,6 +34,7 @@ MARKS = {  # what a run writes -> bytes that every such file of ours holds
     "model.int8.onnx": b"dpm_recipe",
     "model.pt2": b"dpm.json",
     METADATA: b'"dpm_recipe"',
+    PAGE: b'content="dpm"',
     REPORT: b'{\n  "arch"',
     "recipe.yaml": b"# resolved by dpm",
     "metrics.jsonl": b'{"event"',

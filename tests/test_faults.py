@@ -39,6 +39,7 @@ from dpm_cli.report import Report
 @pytest.fixture(autouse=True)
 def _short_latencies_and_own_cache(monkeypatch, tmp_path):
     monkeypatch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+    monkeypatch.setattr("dpm_cli.jobs.prune.write_page", lambda folder: None)  # tests/display draws it
     monkeypatch.setenv("DPM_CACHE", str(tmp_path / "cache"))
 
 
@@ -61,6 +62,7 @@ def whole(model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("whole")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        patch.setattr("dpm_cli.jobs.prune.write_page", lambda folder: None)  # tests/display draws it
         dpm_cli.prune(model, recipe(), output=folder)
     return load(folder / "slim.pt").state_dict()
 

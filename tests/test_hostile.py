@@ -66,6 +66,7 @@ def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.save(build("digits", classes=10, shape=(1, 8, 8)).state_dict(), folder / "model.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        patch.setattr("dpm_cli.jobs.prune.write_page", lambda folder: None)  # tests/display draws it
         dpm_cli.prune(folder / "model.pt", recipe_values(), output=folder / "out")
     steps = iter(range(100))
     with pytest.raises(Interrupted):

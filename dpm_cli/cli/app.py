@@ -8,7 +8,20 @@ from typing import Annotated
 
 import typer
 
-from dpm_cli.cli import benchmark, compare, demo, evaluate, export, inspect, predict, prune, recipes, schema, train
+from dpm_cli.cli import (
+    benchmark,
+    compare,
+    demo,
+    evaluate,
+    export,
+    inspect,
+    predict,
+    prune,
+    recipes,
+    report,
+    schema,
+    train,
+)
 from dpm_cli.cli.outcome import fail, flush, silence_closed_pipe
 from dpm_cli.cli.signs import make_output_safe
 
@@ -32,6 +45,7 @@ for command in (
     predict.predict,
     benchmark.benchmark,
     compare.compare,
+    report.report,
     recipes.recipes,
     schema.schema,
 ):

@@ -57,7 +57,7 @@ def print_evaluated(result: Evaluated) -> None:
         pairs.append(_describe_latency(runtime, latency, f"batches of {latency.batch}, {speed:.0f} images/s"))
     _print_pairs(pairs)
     notes = [
-        describe_doubt(f"latency, {RUNTIMES.get(runtime, runtime)},", latency.doubt)
+        describe_doubt(f"in {RUNTIMES.get(runtime, runtime)}", latency.doubt)
         for measured in (result.latency, result.latency_in_batches)
         for runtime, latency in measured.items()
         if latency.doubt

@@ -116,17 +116,18 @@ def _threads(report: Report) -> str:
 
 
 def doubts(report: Report) -> list[str]:
-    """Return a sentence for every latency that may be wrong."""
-    return [
-        describe_doubt(f"latency of the {name} model, {RUNTIMES.get(runtime, runtime)},", latency.doubt)
+    """Return a sentence if some latencies may be wrong."""
+    doubtful = {
+        f"{name} in {RUNTIMES.get(runtime, runtime)}": latency.doubt
         for name, network in (("dense", report.dense), ("slim", report.slim))
         for runtime, latency in network.latency.items()
         if latency.doubt
-    ]
+    }
+    return [describe_doubt(f"of {', '.join(doubtful)}", *list(doubtful.values())[:1])] if doubtful else []
 
 
 def describe_doubt(what: str, why: str) -> str:
-    return f"the {what} may be wrong: {why}; measure again while nothing else runs: dpm evaluate"
+    return f"the latency {what} may be wrong: {why}; measure again while nothing else runs, with dpm evaluate"
 
 
 def disappointments(report: Report) -> list[str]:

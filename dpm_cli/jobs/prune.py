@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
+from dpm_cli.display.page import write_page
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import World, join
@@ -101,7 +102,8 @@ def prune(
                 )
             if world.size > 1:
                 run.notes.append(f"trained by {world.size} processes")
-            return follow(run.events(resume=resume), on_event)
+            with _writing_page(folder, world):
+                return follow(run.events(resume=resume), on_event)
 
 
 def _inputs(model: AnyModel | None, recipe: Recipe) -> dict[str, str | Path | None]:
@@ -122,6 +124,19 @@ def _claimed(
         require_apart(inputs, written_in(folder), folder)
         prepare_output(folder, overwrite=overwrite, resume=resume)
         yield
+
+
+@contextlib.contextmanager
+def _writing_page(folder: Path, world: World) -> Iterator[None]:
+    """Write report.html when the run is over, also if the accuracy floor was broken."""
+    try:
+        yield
+    except AccuracyError:
+        if world.is_main:
+            write_page(folder)
+        raise
+    if world.is_main:
+        write_page(folder)
 
 
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:

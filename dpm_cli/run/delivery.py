@@ -3,7 +3,7 @@
 import copy
 import tempfile
 import time
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from dpm_cli.models.metadata import printable_names
 from dpm_cli.recipe import Recipe, annotate_recipe, dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
 from dpm_cli.run.exporting import EXPORT_NAMES, OWN_RUNTIMES, export_one, make_calibration
+from dpm_cli.run.mistakes import find_mistakes
 from dpm_cli.run.outcome import Outcome, remark_on_cost, remark_on_data
 
 RESOLVED = f"\n{MARKS['recipe.yaml'].decode()}\n"
@@ -74,6 +75,7 @@ class Delivery:
         exported = time.monotonic()
         yield PhaseBegan("measure", "measuring accuracy and latency of the dense and the slim model")
         dense, measured, exports = self._measure(slim, image, exports)
+        yield from self._find_mistakes(slim)
         spent = {**seconds, "export": exported - started, "measure": time.monotonic() - exported}
         outcome = replace(outcome, remarks=[*outcome.remarks, *failures])
         report = self._make_report(dense, measured, outcome, exports, spent)
@@ -94,6 +96,14 @@ class Delivery:
             )
         except RunError as error:
             raise RunError(f"{error}; the training is kept: --resume with --set export=[] does without it") from error
+
+    def _find_mistakes(self, slim: nn.Module) -> Iterator[Event]:
+        setup = self.setup
+        dense, slim = (
+            copy.deepcopy(network).to(setup.device).to(memory_format=self.layout).eval()
+            for network in (self.dense, slim)
+        )
+        yield from find_mistakes(dense, slim, setup.splits, batch=setup.data.batch)
 
     def _measure(
         self, slim: nn.Module, image: Tensor, exports: Sequence[ExportedFile]

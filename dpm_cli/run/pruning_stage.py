@@ -10,6 +10,7 @@ from dpm_cli.method.pruning import Pruning, Removal, tell_removal
 from dpm_cli.recipe.stages import steps_before
 from dpm_cli.run.accuracy_floor import AccuracyFloor
 from dpm_cli.run.course import Course, CourseHooks
+from dpm_cli.run.lives import is_due, watch_units
 from dpm_cli.run.subject import Subject
 
 
@@ -69,6 +70,8 @@ class PruningStage(CourseHooks):
             self._pruning.after_step_(self._first_step + step, lr)
 
     def end_step(self, loop: StageLoop) -> Iterator[Event]:
+        if is_due(self._pruning, self._first_step + loop.step):
+            yield watch_units(self._pruning, stage=loop.stage.name, step=loop.step)
         if self._pruning.is_over:
             yield self._remove(loop, self._pruning.finish_round)
 

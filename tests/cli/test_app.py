@@ -26,6 +26,7 @@ COMMANDS = (
     "predict",
     "benchmark",
     "compare",
+    "report",
     "recipes",
     "schema",
 )
@@ -40,6 +41,7 @@ OPTIONS = {
     "benchmark": {"--runtime", "--batch", "--threads", "--seconds", "--recipe", "--trust", "--csv", "--json"},
     "compare": {"--csv", "--json"},
     "demo": {"--output", "--json", "--quiet"},
+    "report": set(),
     "recipes": set(),
     "schema": set(),
 }

@@ -40,6 +40,7 @@ from dpm_cli.report import Report
 @pytest.fixture(autouse=True)
 def _short_latencies(monkeypatch):
     monkeypatch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+    monkeypatch.setattr("dpm_cli.jobs.prune.write_page", lambda folder: None)  # tests/display draws it
     monkeypatch.setattr("dpm_cli.jobs.evaluate.measure_latency", partial(measure_latency, seconds=0.002))
 
 
@@ -64,6 +65,7 @@ def finished(dense_file, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished") / "out"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
+        patch.setattr("dpm_cli.jobs.prune.write_page", lambda folder: None)  # tests/display draws it
         report = dpm_cli.prune(dense_file, recipe(export=["torchscript"]), output=folder)
     return folder, report
 
