@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from dpm_cli.errors import DpmError
     from dpm_cli.jobs.benchmark import benchmark
+    from dpm_cli.jobs.draft import init
     from dpm_cli.jobs.evaluate import evaluate
     from dpm_cli.jobs.export import export_slim
     from dpm_cli.jobs.inspect import inspect
@@ -34,6 +35,7 @@ __all__ = [
     "benchmark",
     "evaluate",
     "export_slim",
+    "init",
     "inspect",
     "load",
     "load_recipe",
@@ -48,6 +50,7 @@ __all__ = [
 _HOMES = {
     "dpm_cli.errors": ("DpmError",),
     "dpm_cli.jobs.benchmark": ("benchmark",),
+    "dpm_cli.jobs.draft": ("init",),
     "dpm_cli.jobs.evaluate": ("evaluate",),
     "dpm_cli.jobs.export": ("export_slim",),
     "dpm_cli.jobs.inspect": ("inspect",),

@@ -59,5 +59,6 @@ def test_wheel_holds_the_whole_package_with_its_types_and_nothing_else(wheel: Pa
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     package = (path for path in (ROOT / "dpm_cli").rglob("*") if path.is_file() and "__pycache__" not in path.parts)
     expected = {str(path.relative_to(ROOT)) for path in package} | {f"dpm_cli/recipes/{name}.yaml" for name in RECIPES}
+    expected.add("dpm_cli/recipes/schema.json")
     assert names == expected
     assert "dpm_cli/py.typed" in names

@@ -25,6 +25,7 @@ from dpm_cli.events import Event
 from dpm_cli.results import Evaluated, Inspected, Trained
 
 recipe: Recipe = dpm_cli.load_recipe("cifar10", ["prune.target.macs=0.5"])
+drafted: Recipe = dpm_cli.init("photos", arch="torchvision:resnet18", output=Path("mine.yaml"))
 network = nn.Sequential(nn.Flatten(), nn.Linear(64, 10))
 values: dict[str, Any] = {"prune": {"target": {"macs": 0.5}}}
 

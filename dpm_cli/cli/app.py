@@ -14,6 +14,7 @@ from dpm_cli.cli import (
     demo,
     evaluate,
     export,
+    init,
     inspect,
     predict,
     prune,
@@ -37,6 +38,7 @@ COMPLETE = "_DPM_COMPLETE"  # set by the completion that `dpm --install-completi
 
 for command in (
     demo.demo,
+    init.init,
     train.train,
     prune.prune,
     inspect.inspect,

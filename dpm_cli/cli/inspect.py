@@ -7,15 +7,38 @@ from typing import Annotated
 import typer
 
 import dpm_cli
-from dpm_cli.cli.options import AsJson, Device, ModelFile, Overrides, RecipeName, Trust, collect_overrides
+from dpm_cli.cli.options import (
+    AnyRecipeName,
+    Architecture,
+    AsJson,
+    Batch,
+    DataPlace,
+    Device,
+    Epochs,
+    Macs,
+    ModelFile,
+    Overrides,
+    Params,
+    Trust,
+    Weights,
+    collect_overrides,
+    read_settings,
+)
 from dpm_cli.cli.outcome import flush, print_json
 from dpm_cli.cli.progress import working
 from dpm_cli.errors import TargetError
 
 
 def inspect(
-    model: ModelFile,
-    recipe: RecipeName,
+    model: ModelFile = None,
+    recipe: AnyRecipeName = None,
+    arch: Architecture = None,
+    data: DataPlace = None,
+    macs: Macs = None,
+    params: Params = None,
+    weights: Weights = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
     overrides: Overrides = None,
     sensitivity: Annotated[
         bool, typer.Option("--sensitivity", help="Measure how much accuracy each group is worth, on validation data.")
@@ -37,7 +60,8 @@ def inspect(
     from dpm_cli.cli.summaries import print_plan, refuse, sensitivities_as_csv
     from dpm_cli.files import require_apart, require_writable, write_text_atomic
 
-    settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides))
+    shortcuts = (arch, data, weights, macs, params, epochs, batch)
+    settings = read_settings(recipe, collect_overrides(overrides), shortcuts, model)
     if csv_file is not None:
         require_writable(csv_file.parent)
         require_apart({"the model": model, "the recipe": settings.source}, {csv_file: b""}, csv_file.parent)

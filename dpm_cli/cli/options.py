@@ -5,7 +5,16 @@ from typing import Annotated
 
 import typer
 
-ModelFile = Annotated[Path, typer.Argument(metavar="MODEL", help="A state dict, .safetensors or slim.pt.")]
+import dpm_cli
+
+ModelFile = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="MODEL",
+        help="A state dict, .safetensors or slim.pt; or torchvision:NAME, timm:NAME for published weights.",
+        show_default=False,
+    ),
+]
 
 
 def complete_recipe(incomplete: str) -> list[str]:
@@ -25,6 +34,37 @@ RecipeName = Annotated[
         autocompletion=complete_recipe,
     ),
 ]
+AnyRecipeName = Annotated[
+    str | None,
+    typer.Option(
+        "--recipe",
+        "-r",
+        metavar="RECIPE",
+        help="A YAML file, or a shipped recipe's name (see dpm recipes). Without one, --data and --arch make it.",
+        show_default=False,
+        autocompletion=complete_recipe,
+    ),
+]
+Architecture = Annotated[
+    str | None,
+    typer.Option(
+        "--arch", metavar="ARCH", help="A built-in name, torchvision:NAME, timm:NAME or package.module:function."
+    ),
+]
+DataPlace = Annotated[
+    str | None,
+    typer.Option("--data", metavar="DATA", help="A folder of images in folders per class, a CSV, or a dataset's name."),
+]
+Weights = Annotated[
+    str | None,
+    typer.Option("--weights", metavar="W", help="Start from torchvision:DEFAULT, timm:DEFAULT or a file."),
+]
+Macs = Annotated[
+    str | None, typer.Option("--macs", metavar="TARGET", help="Multiply-accumulates to keep, such as 0.5 or 60M.")
+]
+Params = Annotated[str | None, typer.Option("--params", metavar="TARGET", help="Parameters to keep, as 0.5 or 2M.")]
+Epochs = Annotated[int | None, typer.Option("--epochs", metavar="N", help="Epochs of every stage of training.")]
+Batch = Annotated[int | None, typer.Option("--batch", metavar="N", help="Images per step.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Change a setting of the recipe, such as prune.rounds=3. Repeat."),
@@ -57,3 +97,20 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, on
 def collect_overrides(overrides: list[str] | None, seed: int | None = None) -> list[str]:
     """Combine `--set` and `--seed` into overrides of a recipe; `--seed` wins."""
     return [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
+
+
+def read_settings(
+    recipe: str | None,
+    overrides: list[str],
+    shortcuts: tuple[str | None, str | None, str | None, str | None, str | None, int | None, int | None],
+    model: Path | None,
+) -> "dpm_cli.Recipe":
+    """Read a recipe, or make one from options. shortcuts: as `Shortcuts` takes them.
+
+    A recipe alone is checked without importing torch.
+    """
+    if recipe is not None and not any(shortcuts) and ":" not in str(model):
+        return dpm_cli.load_recipe(recipe, overrides)
+    from dpm_cli.jobs.shortcuts import Shortcuts, settle
+
+    return settle(recipe, overrides, Shortcuts(*shortcuts), model=model)

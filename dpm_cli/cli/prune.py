@@ -9,18 +9,26 @@ import typer
 import dpm_cli
 from dpm_cli.cli.interrupts import explaining_hard_stops, stop_between_steps
 from dpm_cli.cli.options import (
+    AnyRecipeName,
+    Architecture,
     AsJson,
+    Batch,
+    DataPlace,
     Device,
+    Epochs,
+    Macs,
     ModelFile,
     NoLock,
     OutputFolder,
     Overrides,
     Overwrite,
+    Params,
     Quiet,
-    RecipeName,
     Seed,
     Trust,
+    Weights,
     collect_overrides,
+    read_settings,
 )
 from dpm_cli.cli.outcome import flush, print_json
 from dpm_cli.cli.processes import speaking
@@ -30,9 +38,16 @@ from dpm_cli.files import CHECKPOINT
 
 
 def prune(
-    model: ModelFile,
-    recipe: RecipeName,
+    model: ModelFile = None,
+    recipe: AnyRecipeName = None,
     output: OutputFolder = Path("out"),
+    arch: Architecture = None,
+    data: DataPlace = None,
+    macs: Macs = None,
+    params: Params = None,
+    weights: Weights = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
     overrides: Overrides = None,
     device: Device = "auto",
     seed: Seed = None,
@@ -43,16 +58,18 @@ def prune(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
-    """Prune MODEL to the target of a recipe.
+    """Prune MODEL to a target.
 
-    Writes slim.pt, the exported files and report.json into the output folder.
+    Settings come from a recipe, from options, or both: dpm prune model.pt --arch torchvision:resnet18 --data photos
+    --macs 0.5 -o out. Writes slim.pt, the exported files, report.json and the whole recipe into the output folder.
 
     Ctrl-C saves a checkpoint and stops; the same command with --resume goes on. On several GPUs: torchrun
     --nproc-per-node=K -m dpm_cli prune ...
     """
     broken: AccuracyError | None = None
     with speaking(device) as is_speaker:
-        settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
+        shortcuts = (arch, data, weights, macs, params, epochs, batch)
+        settings = read_settings(recipe, collect_overrides(overrides, seed), shortcuts, model)
         with (
             follow(quiet=quiet or not is_speaker, as_json=as_json) as tell,
             stop_between_steps() as stop,

@@ -8,16 +8,22 @@ import typer
 import dpm_cli
 from dpm_cli.cli.interrupts import explaining_hard_stops, stop_between_steps
 from dpm_cli.cli.options import (
+    AnyRecipeName,
+    Architecture,
     AsJson,
+    Batch,
+    DataPlace,
     Device,
+    Epochs,
     NoLock,
     Overrides,
     Overwrite,
     Quiet,
-    RecipeName,
     Seed,
     Trust,
+    Weights,
     collect_overrides,
+    read_settings,
 )
 from dpm_cli.cli.outcome import print_json
 from dpm_cli.cli.processes import speaking
@@ -26,14 +32,19 @@ from dpm_cli.files import checkpoint_of
 
 
 def train(
-    recipe: RecipeName,
     model: Annotated[
         Path | None,
         typer.Argument(metavar="[MODEL]", help="Weights to start from, instead of from scratch."),
     ] = None,
+    recipe: AnyRecipeName = None,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE", help="The state dict to write.")] = Path(
         "model.pt"
     ),
+    arch: Architecture = None,
+    data: DataPlace = None,
+    weights: Weights = None,
+    epochs: Epochs = None,
+    batch: Batch = None,
     overrides: Overrides = None,
     device: Device = "auto",
     seed: Seed = None,
@@ -52,7 +63,8 @@ def train(
     --nproc-per-node=K -m dpm_cli train ...
     """
     with speaking(device) as is_speaker:
-        settings = dpm_cli.load_recipe(recipe, collect_overrides(overrides, seed))
+        shortcuts = (arch, data, weights, None, None, epochs, batch)
+        settings = read_settings(recipe, collect_overrides(overrides, seed), shortcuts, model)
         with (
             follow(quiet=quiet or not is_speaker, as_json=as_json) as tell,
             stop_between_steps() as stop,

@@ -68,8 +68,8 @@ class Listing:
         return text.hexdigest()
 
 
-def list_folder(root: Path, classes: int) -> tuple[Listing, Listing | None, tuple[str, ...]]:
-    """Return training images, test images or None, and class names of `root`.
+def list_folder(root: Path, classes: int | None) -> tuple[Listing, Listing | None, tuple[str, ...]]:
+    """Return training images, test images or None, and class names of `root`. classes: their number, if it is known.
 
     Layouts: `root/train/<class>/*` with `root/test/<class>/*` (or `val`), or `root/<class>/*` alone.
     Raises DataError that names the folder and the layout, or the classes that do not fit.
@@ -80,7 +80,7 @@ def list_folder(root: Path, classes: int) -> tuple[Listing, Listing | None, tupl
         raise DataError(f"data.root {root} cannot be read: {error}; repair it or its permissions") from None
 
 
-def _list_layout(root: Path, classes: int) -> tuple[Listing, Listing | None, tuple[str, ...]]:
+def _list_layout(root: Path, classes: int | None) -> tuple[Listing, Listing | None, tuple[str, ...]]:
     layout = f"expected {root}/train/{LAYOUT} and {root}/test/{LAYOUT}"
     if not root.is_dir():
         raise DataError(f"data.root {root} is not a folder; {layout}")
@@ -88,7 +88,7 @@ def _list_layout(root: Path, classes: int) -> tuple[Listing, Listing | None, tup
     names = _class_folders(train)
     if not names:
         raise DataError(f"{train} has no class folders; {layout}")
-    if len(names) != classes:
+    if classes is not None and len(names) != classes:
         shown = listing(names, shown=5)
         raise DataError(f"{train} has {len(names)} class folders ({shown}) but model.classes is {classes}")
     test = next((root / name for name in ("test", "val") if (root / name).is_dir()), None) if train != root else None

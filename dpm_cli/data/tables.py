@@ -27,7 +27,7 @@ class Row:
     split: str
 
 
-def list_table(root: Path, classes: int, *, labels: bool) -> tuple[Listing, Listing | None, tuple[str, ...]]:
+def list_table(root: Path, classes: int | None, *, labels: bool) -> tuple[Listing, Listing | None, tuple[str, ...]]:
     """Return training images, test images or None, and class names of a table, or of train.csv and test.csv in `root`.
 
     A column `split` may say which lines are for testing. labels: without them a path alone is enough. Raises DataError
@@ -57,7 +57,7 @@ def list_table(root: Path, classes: int, *, labels: bool) -> tuple[Listing, List
         raise DataError(
             f"{root} names {len(missing)} files that are not there: {listing(missing)}; paths are relative to {folder}"
         )
-    if labels and len(names) != classes:
+    if labels and classes is not None and len(names) != classes:
         shown = listing(names, shown=5)
         raise DataError(
             f"{root} has {len(names)} classes ({shown}) but model.classes is {classes}; set it to {len(names)}"

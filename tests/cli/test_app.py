@@ -14,10 +14,11 @@ import dpm_cli
 from dpm_cli import errors
 from dpm_cli.cli.app import app
 from dpm_cli.cli.outcome import explain
-from dpm_cli.recipe import shipped_recipes
+from dpm_cli.recipe import point_to_schema, shipped_recipes
 
 COMMANDS = (
     "demo",
+    "init",
     "train",
     "prune",
     "inspect",
@@ -31,10 +32,18 @@ COMMANDS = (
     "schema",
 )
 SHARED = {"--recipe", "--set", "--json"}
+SHORTCUTS = {"--arch", "--data", "--weights", "--epochs", "--batch"}
+TARGETS = {"--macs", "--params"}
 OPTIONS = {
-    "prune": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--no-lock", "--quiet"},
-    "train": SHARED | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--no-lock", "--quiet"},
-    "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust"},
+    "init": {"--data", "--arch", "--weights", "--output", "--overwrite"},
+    "prune": SHARED
+    | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--no-lock", "--quiet"}
+    | SHORTCUTS
+    | TARGETS,
+    "train": SHARED
+    | {"--output", "--device", "--seed", "--resume", "--overwrite", "--trust", "--no-lock", "--quiet"}
+    | SHORTCUTS,
+    "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust"} | SHORTCUTS | TARGETS,
     "evaluate": SHARED | {"--batch", "--runtime", "--device", "--trust"},
     "export": SHARED | {"--format", "--opset", "--output", "--arch", "--overwrite"},
     "predict": {"--top", "--arch", "--trust", "--json"},
@@ -118,8 +127,6 @@ def test_version(dpm: Any) -> None:
     ("arguments", "said"),
     [
         (["prun"], "prune"),
-        (["prune"], "MODEL"),
-        (["prune", "model.pt"], "--recipe"),
         (["prune", "model.pt", "--recipe", "digits", "--sed", "1"], "--sed"),
         (["prune", "model.pt", "--recipe", "digits", "--seed", "one"], "--seed"),
         (["export", "slim.pt", "--format", "tflite"], "tflite"),
@@ -223,12 +230,12 @@ def test_ctrl_c_is_one_line(dpm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(ended.out) == {"error": "interrupted", "exit_code": 130}
 
 
-def test_recipes_are_listed_with_their_first_line_and_printed_as_they_are(dpm: Any) -> None:
+def test_recipes_are_listed_with_their_first_line_and_printed(dpm: Any) -> None:
     listed = dpm("recipes")
     assert [line.split()[0] for line in listed.out.splitlines()] == list(shipped_recipes())
     assert all(len(line.split()) > 4 for line in listed.out.splitlines())
     for name, path in shipped_recipes().items():
-        assert dpm("recipes", name).out == path.read_text(encoding="utf-8")
+        assert dpm("recipes", name).out == point_to_schema(path.read_text(encoding="utf-8"))
 
 
 def test_an_unknown_shipped_recipe_names_the_nearest(dpm: Any) -> None:
