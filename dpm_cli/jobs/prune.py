@@ -11,7 +11,7 @@ from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.errors import AccuracyError, OutputError
-from dpm_cli.events import PhaseBegan
+from dpm_cli.events import Event, PhaseBegan
 from dpm_cli.export import require_format
 from dpm_cli.files import (
     CHECKPOINT,
@@ -36,6 +36,7 @@ from dpm_cli.jobs.loading import (
     telling,
 )
 from dpm_cli.jobs.starting import AnyModel, load_start
+from dpm_cli.jobs.tracking import tracking
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.recipe import Recipe, hash_recipe
 from dpm_cli.report import Report
@@ -102,8 +103,8 @@ def prune(
                 )
             if world.size > 1:
                 run.notes.append(f"trained by {world.size} processes")
-            with _writing_page(folder, world):
-                return follow(run.events(resume=resume), on_event)
+            with _recording(recipe, folder, world, on_event) as tell:
+                return follow(run.events(resume=resume), tell)
 
 
 def _inputs(model: AnyModel | None, recipe: Recipe) -> dict[str, str | Path | None]:
@@ -127,16 +128,18 @@ def _claimed(
 
 
 @contextlib.contextmanager
-def _writing_page(folder: Path, world: World) -> Iterator[None]:
-    """Write report.html when the run is over, also if the accuracy floor was broken."""
+def _recording(recipe: Recipe, folder: Path, world: World, on_event: OnEvent) -> Iterator[Callable[[Event], None]]:
+    """Log the run to other stores, and write report.html when it is over, also if the accuracy floor was broken."""
+    if not world.is_main:
+        yield telling(on_event)
+        return
     try:
-        yield
+        with tracking(recipe, folder, telling(on_event)) as tell:
+            yield tell
     except AccuracyError:
-        if world.is_main:
-            write_page(folder)
-        raise
-    if world.is_main:
         write_page(folder)
+        raise
+    write_page(folder)
 
 
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:

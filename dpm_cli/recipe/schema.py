@@ -36,6 +36,9 @@ class Recipe(Section):
         description="the files to write: torchscript, onnx, onnx-fp16, onnx-int8, pt2, openvino, executorch",
     )
     quantize: Quantize = Field(default=Quantize(), description="how the export onnx-int8 is made, and when it fails")
+    track: tuple[Literal["tensorboard", "mlflow"], ...] = Field(
+        default=(), description="stores of other tools to log to as well, inside the output folder: tensorboard, mlflow"
+    )
     opset: int = Field(default=18, ge=18, le=30, description="of the ONNX files")
     seed: int = Field(default=0, ge=0, lt=2**31, description="of everything random")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(

@@ -18,13 +18,13 @@ from dpm_cli.recipe import Recipe, dump_recipe
 class Origin:
     """Identifies what a run starts from. A resumed run and all processes must agree on it."""
 
-    recipe: str  # without the exports, so that a failed export costs no training
+    recipe: str  # without exports and stores, so that a failed one costs no training
     weights: str  # digest
     data: Mapping[str, str]  # name of a split -> number of images and digest
 
     @classmethod
     def of(cls, recipe: Recipe, model: nn.Module, splits: Splits) -> "Origin":
-        settings = dump_recipe(recipe.model_copy(update={"export": (), "opset": 18}))
+        settings = dump_recipe(recipe.model_copy(update={"export": (), "opset": 18, "track": ()}))
         return cls(settings, digest(model.state_dict()), dict(splits.fingerprints))
 
     def to_dict(self) -> dict[str, Any]:
