@@ -36,13 +36,14 @@ class StagePlan:
 class Wanted:
     """Describes the target of a run.
 
-    limit, dense: the largest allowed cost and the cost of the dense model; None for sparsities.
+    limit, dense: the largest allowed cost and the cost of the dense model; None for sparsities, a drop of accuracy, and
+    several targets at once.
     """
 
-    kind: str  # macs | params | channels | sparsity
+    kind: str  # macs | params | channels | size | sparsity | drop, or several: "macs and size"
     limit: int | None = None
     dense: int | None = None
-    asked: tuple[float, ...] = ()  # sparsities
+    asked: tuple[float, ...] = ()  # as in the recipe, where there is no limit
 
 
 @dataclass(frozen=True)

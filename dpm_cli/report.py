@@ -33,8 +33,8 @@ class Measured:
 class TargetReport:
     """Compares the requested cost with the cost that was reached, in the same unit."""
 
-    kind: str  # macs | params | channels
-    asked: float  # as in the recipe: a fraction to keep or an absolute number
+    kind: str  # macs | params | channels | size | drop, whose cost is in MACs
+    asked: float  # as in the recipe: a fraction to keep, an absolute number, or points
     limit: int
     dense: int
     reached: int
@@ -139,7 +139,8 @@ class Report:
     versions: dict[str, Any]  # hardware too
     validation_accuracy: float | None = None  # percent, of the slim model
     notes: list[str] = field(default_factory=list)  # what a user should know, one sentence each
-    floor: FloorReport | None = None  # if the recipe sets prune.max_drop
+    floor: FloorReport | None = None  # if the recipe sets prune.max_drop or target.drop
+    targets: list[TargetReport] = field(default_factory=list)  # all, if there are several
     sparsities: list[SparsityReport] = field(
         default_factory=list
     )  # only for the base on-the-fly; the first one is the slim model

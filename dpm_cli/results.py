@@ -124,7 +124,7 @@ class PlannedGroup:
 class PlannedTarget:
     """Describes the target of the recipe, and whether the model can meet it."""
 
-    kind: str  # macs | params | channels | sparsity
+    kind: str  # macs | params | channels | size | sparsity | drop
     asked: float  # as in the recipe: a fraction to keep, or an absolute number
     limit: int
     is_achievable: bool

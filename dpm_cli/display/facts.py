@@ -16,19 +16,25 @@ RUNTIMES = {
     "executorch": "ExecuTorch",
     "tensorrt": "TensorRT",
 }
-KINDS = {"macs": "MACs", "params": "parameters", "channels": "units"}
+KINDS = {"macs": "MACs", "params": "parameters", "channels": "units", "size": "float32 size"}
 MOST_LAYERS = 60  # longer lists of layers are cut
 DISAPPOINTING = 0.5  # gains in speed below this share of the gain in MACs get a note
 
 
 def title(report: Report) -> str:
     target = report.target
-    asked = f"{target.asked:g}" if target.asked < 1 else numbers.cost(target.kind, target.asked)
+    asked = numbers.asked(target.kind, target.asked)
     share = f"{100 * target.reached / target.dense:.1f} %" if target.dense else numbers.NOTHING
     reached, limit = (numbers.cost(target.kind, cost) for cost in (target.reached, target.limit))
     name = report.arch or "model"
     if report.sparsities:
         return f"{name}, {report.base}, target sparsity {asked}: {share} of the weights left ({reached})"
+    if target.kind == "drop":
+        return f"{name}, {report.method}, target drop {asked}: {share} of the MACs left ({reached})"
+    if report.targets:
+        asked = ", ".join(f"{each.kind} {numbers.asked(each.kind, each.asked)}" for each in report.targets)
+        left = ", ".join(f"{100 * each.reached / each.dense:.1f} % {each.kind}" for each in report.targets)
+        return f"{name}, {report.method}, target {asked}: {left} left"
     return f"{name}, {report.method}, target {target.kind} {asked}: {share} left ({reached} of at most {limit})"
 
 

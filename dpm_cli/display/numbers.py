@@ -10,8 +10,13 @@ def count(number: float | None) -> str:
 
 
 def cost(kind: str, number: float) -> str:
-    """Round MACs and parameters; write units in full, because there are few of them: 1120."""
-    return f"{number:.0f}" if kind == "channels" else count(number)
+    """Round MACs and parameters; write units in full, because there are few of them: 1120; and bytes as a size."""
+    return size(number) if kind == "size" else f"{number:.0f}" if kind == "channels" else count(number)
+
+
+def asked(kind: str, amount: float) -> str:
+    """Write what was asked for: a fraction, points of accuracy, or an absolute cost."""
+    return f"{amount:g} points" if kind == "drop" else f"{amount:g}" if amount < 1 else cost(kind, amount)
 
 
 def size(number: float | None) -> str:

@@ -6,8 +6,8 @@ from torch import nn
 
 from dpm_cli.graph.labels import Flags
 from dpm_cli.method.budget import (
-    Kind,
     Scores,
+    Several,
     choose_victims,
     cost_of,
     find_limit,
@@ -16,12 +16,13 @@ from dpm_cli.method.budget import (
 from dpm_cli.method.pruners import make_base
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe import Recipe
+from dpm_cli.recipe.values import COST_KINDS, CostKind
 from dpm_cli.report import KeptLayer, Width
 from dpm_cli.results import Inspected, PlannedGroup, PlannedTarget
 from dpm_cli.sparse.on_the_fly import find_sparse_layers, find_whole_groups
 from dpm_cli.sparse.polarise import count_kept
 
-KINDS: tuple[Kind, ...] = ("macs", "params", "channels")
+KINDS = COST_KINDS
 
 
 class Plan:
@@ -46,21 +47,21 @@ class Plan:
         everything, lowest = np.ones(self.groups.units, bool), self.widths.lowest(self.groups)
         self.dense: dict[str, int] = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
         self.lowest: dict[str, int] = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
-        self.kind: Kind
-        if prune.target.sparsity:  # all units stay
-            self.kind, self.limit = "params", self.dense["params"]
-        else:
-            self.kind, self.limit = prune.target.kind, find_limit(self.dense[prune.target.kind], prune.target.amount)
+        self.limits = {kind: find_limit(self.dense[kind], amount) for kind, amount in prune.target.limits.items()}
 
     @property
     def is_achievable(self) -> bool:
-        if self.prune.target.sparsity:
-            return True
-        return self.lowest[self.kind] <= self.limit < self.dense[self.kind]
+        return all(self._can_meet(kind) for kind in self.limits)
+
+    def _can_meet(self, kind: CostKind) -> bool:
+        return self.lowest[kind] <= self.limits[kind] < self.dense[kind]
 
     def survivors(self) -> Flags:
         """Return (units,) the survivors if all victims were chosen at once, by the current weights."""
-        return ~choose_victims(self.groups, self.widths, self.scores, kind=self.kind, limit=self.limit)
+        if not self.limits:
+            return np.ones(self.groups.units, bool)
+        kind = Several(tuple(self.limits.items()))
+        return ~choose_victims(self.groups, self.widths, self.scores, kind=kind, limit=Several.WHOLE)
 
     def describe(self, arch: str | None) -> Inspected:
         """Describe the plan. arch: the architecture that the recipe names."""
@@ -88,8 +89,14 @@ class Plan:
 
     def _target(self) -> PlannedTarget:
         target, sparse = self.prune.target, self.prune.on_the_fly
+        if target.drop is not None and not self.limits:
+            return PlannedTarget("drop", target.drop, self.dense["macs"], True)
         if not target.sparsity:
-            return PlannedTarget(self.kind, target.amount, self.limit, self.is_achievable)
+            each = [
+                PlannedTarget(kind, target.limits[kind], limit, self._can_meet(kind))
+                for kind, limit in self.limits.items()
+            ]
+            return min(each, key=lambda planned: planned.is_achievable)  # one that cannot be met comes first
         layers = find_sparse_layers(self.module, self.prune.keep, keep_first=sparse.keep_first)
         left = count_kept((self.module.get_parameter(f"{layer}.weight") for layer in layers), target.sparsity[0])
         return PlannedTarget("sparsity", target.sparsity[0], left, self.is_achievable)

@@ -2,8 +2,9 @@
 
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -11,8 +12,17 @@ import numpy.typing as npt
 from dpm_cli.errors import TargetError, listing
 from dpm_cli.graph import Cost, Groups
 from dpm_cli.graph.labels import Flags, Ids
+from dpm_cli.recipe.values import CostKind
 
-Kind = Literal["macs", "params", "channels"]
+
+class Measure(Protocol):
+    """A cost that grows with every width; `str` names it in messages."""
+
+    def count(self, cost: Cost, alive: Flags) -> int: ...  # alive: (units,)
+
+
+Kind = CostKind | Measure
+BYTES = 4  # of a float32 weight
 Scores = npt.NDArray[np.floating]
 
 
@@ -40,14 +50,17 @@ class WidthLimits:
 AUTO_STEPS = (8, 4, 2, 1)  # kernels on CPUs and GPUs are fastest at multiples of 8
 
 
-def choose_round_to(groups: Groups, asked: int | Literal["auto"], *, min_keep: float, kind: Kind, amount: float) -> int:
-    """Choose what widths must be multiples of. "auto": the largest power of two up to 8 that can meet the target."""
+def choose_round_to(
+    groups: Groups, asked: int | Literal["auto"], *, min_keep: float, amounts: Mapping[CostKind, float]
+) -> int:
+    """Choose what widths must be multiples of. "auto": the largest power of two up to 8 that can meet all targets."""
     if asked != "auto":
         return asked
-    limit = find_limit(cost_of(groups.cost, kind, np.ones(groups.units, bool)), amount)
+    everything = np.ones(groups.units, bool)
+    limits = {kind: find_limit(cost_of(groups.cost, kind, everything), amount) for kind, amount in amounts.items()}
     for step in AUTO_STEPS:
         lowest = find_width_limits(groups, round_to=step, min_keep=min_keep).lowest(groups)
-        if cost_of(groups.cost, kind, lowest) <= limit:
+        if all(cost_of(groups.cost, kind, lowest) <= limit for kind, limit in limits.items()):
             return step
     return AUTO_STEPS[0]  # no step can reach the target
 
@@ -73,6 +86,24 @@ def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
             return cost.parameters(alive)
         case "channels":
             return int(alive.sum())
+        case "size":
+            return BYTES * cost.parameters(alive)
+        case _:
+            return kind.count(cost, alive)
+
+
+@dataclass(frozen=True)
+class Several:
+    """Several limits at once, as one cost: the largest share of a limit that is used, in billionths."""
+
+    limits: tuple[tuple[Kind, int], ...]
+    WHOLE: ClassVar[int] = 10**9  # all limits hold up to here
+
+    def count(self, cost: Cost, alive: Flags) -> int:
+        return max(-(-cost_of(cost, kind, alive) * self.WHOLE // limit) for kind, limit in self.limits)
+
+    def __str__(self) -> str:
+        return " and ".join(str(kind) for kind, _ in self.limits)
 
 
 def find_limit(dense: int, amount: float) -> int:

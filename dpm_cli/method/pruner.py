@@ -221,8 +221,8 @@ class Pruner:
         goal = self._pruning.goal
         skipped = f", {self.skipped} skipped" if self.skipped else ""
         return TargetError(
-            f"target {goal.kind} <= {goal.limit:,} is not met after {self.step} of {self.steps} steps{skipped}: "
-            f"{self.cost():,} are left; take all steps, or give more"
+            f"target {goal} is not met after {self.step} of {self.steps} steps{skipped}: "
+            f"{goal.describe(self.cost())} are left; take all steps, or give more"
         )
 
 

@@ -5,7 +5,7 @@ and a checkpoint can restore it.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -21,7 +21,7 @@ from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.program import Example, run_example
 from dpm_cli.layers.modes import in_mode
 from dpm_cli.layers.outputs import output_tensors, relative_difference
-from dpm_cli.method.budget import Kind, Scores, WidthLimits, choose_victims, cost_of
+from dpm_cli.method.budget import Kind, Scores, Several, WidthLimits, choose_victims, cost_of
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners.base import BasePruner
 from dpm_cli.method.rectify import Rectifier
@@ -41,6 +41,16 @@ class Goal:
     kind: Kind
     limit: int
     widths: WidthLimits
+    asked: Mapping[Kind, tuple[float, int]] = field(default_factory=dict)  # kind -> as in the recipe, and its limit
+
+    def __str__(self) -> str:
+        if not self.asked:
+            return f"{self.kind} <= {self.limit:,}"
+        return " and ".join(f"{kind} <= {limit:,}" for kind, (_, limit) in self.asked.items())
+
+    def describe(self, cost: int) -> str:
+        """Write a cost of this kind; of several limits, the share that is used of the tightest."""
+        return f"{cost / Several.WHOLE:.3f} of the tightest" if isinstance(self.kind, Several) else f"{cost:,}"
 
 
 @dataclass(frozen=True)

@@ -4,12 +4,14 @@ import copy
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 from torch import nn
 
+from dpm_cli.errors import TargetError
 from dpm_cli.graph import Groups, find_groups
 from dpm_cli.graph.folding import Shifts, find_shifts, give_biases_
 from dpm_cli.graph.program import Example
-from dpm_cli.method.budget import WidthLimits, choose_round_to, find_width_limits, resolve_limit
+from dpm_cli.method.budget import Kind, Several, WidthLimits, choose_round_to, cost_of, find_width_limits, resolve_limit
 from dpm_cli.method.pruners import BasePruner
 from dpm_cli.method.pruning import Goal
 from dpm_cli.recipe.sections import Prune, Target
@@ -26,9 +28,24 @@ class Survey:
     widths: WidthLimits
 
     def goal(self, target: Target) -> Goal:
-        """Turn the target into a cost limit. Raises TargetError with the achievable range."""
-        limit = resolve_limit(self.groups, self.widths, kind=target.kind, amount=target.amount)
-        return Goal(target.kind, limit, self.widths)
+        """Turn the target into a cost limit. Raises TargetError with the achievable range.
+
+        A target that limits only the loss of accuracy aims at the fewest MACs; the run stops before.
+        """
+        asked: dict[Kind, tuple[float, int]] = {
+            kind: (amount, resolve_limit(self.groups, self.widths, kind=kind, amount=amount))
+            for kind, amount in target.limits.items()
+        }
+        if not asked:
+            lowest = cost_of(self.groups.cost, "macs", self.widths.lowest(self.groups))
+            if lowest == cost_of(self.groups.cost, "macs", np.ones(self.groups.units, bool)):
+                raise TargetError("target drop cannot be aimed at: no unit may be removed with this min_keep and keep")
+            return Goal("macs", lowest, self.widths)
+        if len(asked) == 1:
+            ((kind, (_, limit)),) = asked.items()
+            return Goal(kind, limit, self.widths, asked)
+        limits = tuple((kind, limit) for kind, (_, limit) in asked.items())
+        return Goal(Several(limits), Several.WHOLE, self.widths, asked)
 
 
 def survey(module: nn.Module, example: Example, prune: Prune, base: BasePruner, *, folds_means: bool = False) -> Survey:
@@ -44,5 +61,5 @@ def survey(module: nn.Module, example: Example, prune: Prune, base: BasePruner, 
             groups = find(module, example)
     groups = base.choosable(groups, module)
     target, min_keep = prune.target, prune.min_keep
-    round_to = choose_round_to(groups, prune.round_to, min_keep=min_keep, kind=target.kind, amount=target.amount)
+    round_to = choose_round_to(groups, prune.round_to, min_keep=min_keep, amounts=target.limits)
     return Survey(module, groups, shifts, round_to, find_width_limits(groups, round_to=round_to, min_keep=min_keep))

@@ -89,7 +89,8 @@ def plain_values(recipe: Recipe) -> dict[str, Any]:
     if recipe.decay.rectify is None:
         values["decay"]["rectify"] = False
     target = recipe.prune.target
-    values["prune"]["target"] = {"sparsity": list(target.sparsity)} if target.sparsity else {target.kind: target.amount}
+    given = target.limits | ({"drop": target.drop} if target.drop is not None else {})
+    values["prune"]["target"] = {"sparsity": list(target.sparsity)} if target.sparsity else given
     return values
 
 

@@ -65,8 +65,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _can_see_its_floor(self) -> "Recipe":
-        if self.prune.max_drop is not None and not self.data.validation:
-            raise ValueError("prune.max_drop is judged on validation images: raise data.validation above 0")
+        if self.prune.floor is not None and not self.data.validation:
+            name = "max_drop" if self.prune.target.drop is None else "target.drop"
+            raise ValueError(f"prune.{name} is judged on validation images: raise data.validation above 0")
         return self
 
     @model_validator(mode="after")
@@ -115,8 +116,9 @@ class Recipe(Section):
         if not self.data.labels and any(epochs.values()):
             wanted = " and ".join(f"{name}: 0" for name, count in epochs.items() if count)
             raise ValueError(f"data.labels is false, but training needs labels: set {wanted}")
-        if not self.data.labels and self.prune.max_drop is not None:
-            raise ValueError("data.labels is false, but prune.max_drop is judged by labels: leave one of them out")
+        if not self.data.labels and self.prune.floor is not None:
+            name = "max_drop" if self.prune.target.drop is None else "target.drop"
+            raise ValueError(f"data.labels is false, but prune.{name} is judged by labels: leave one of them out")
         return self
 
     @property

@@ -11,7 +11,9 @@ from pydantic import Field, field_validator, model_validator
 
 from dpm_cli.recipe.bases import Gates, OnTheFly, Otov2
 from dpm_cli.recipe.values import (
+    COST_KINDS,
     Amount,
+    CostKind,
     Count,
     DataName,
     Fraction,
@@ -20,6 +22,7 @@ from dpm_cli.recipe.values import (
     Positive,
     Section,
     Side,
+    Size,
     Sparsities,
     Step,
 )
@@ -98,8 +101,9 @@ class Data(Section):
 class Target(Section):
     """Sets how small the model must become.
 
-    Give exactly one of macs, params and channels, as a kept fraction or an absolute number. For the base `on-the-fly`
-    give `sparsity`: the share of weights to cut, or several shares of which training aims at the first.
+    Give one or several of macs, params, channels and size, as a kept fraction or an absolute number: all must hold. Or
+    give `drop`: the model then becomes as small as it gets. For the base `on-the-fly` give `sparsity`: the share of
+    weights to cut, or several shares of which training aims at the first.
     """
 
     macs: Amount | None = Field(
@@ -107,27 +111,33 @@ class Target(Section):
     )
     params: Amount | None = Field(default=None, description="parameters to keep: a fraction, or an absolute like 2M")
     channels: Amount | None = Field(default=None, description="units to keep: a fraction, or an absolute number")
+    size: Size | None = Field(
+        default=None, description="weights as exported in float32: a fraction, or an absolute like 5MB"
+    )
+    drop: float | None = Field(
+        default=None,
+        gt=0,
+        le=100,
+        description="points of validation accuracy that pruning may cost: rounds go on until one costs more, and the "
+        "last state that held is fine-tuned",
+    )
     sparsity: Sparsities | None = Field(
         default=None, description="on-the-fly: the share of weights to cut, or several; training aims at the first"
     )
 
     @model_validator(mode="after")
-    def _is_one(self) -> "Target":
-        if sum(value is not None for value in (self.macs, self.params, self.channels, self.sparsity)) != 1:
-            raise ValueError("name exactly one of macs, params, channels, or sparsity for the base on-the-fly")
+    def _is_clear(self) -> "Target":
+        if not self.limits and self.drop is None and self.sparsity is None:
+            raise ValueError("name macs, params, channels, size or drop, or sparsity for the base on-the-fly")
+        if self.sparsity is not None and (self.limits or self.drop is not None):
+            raise ValueError("sparsity, for the base on-the-fly, excludes all other targets: leave one of them out")
         return self
 
     @property
-    def kind(self) -> Literal["macs", "params", "channels"]:
-        """Name the cost that limits the remaining units."""
-        return "macs" if self.macs is not None else "params" if self.params is not None else "channels"
-
-    @property
-    def amount(self) -> float:
-        """Return the target: a kept fraction if below 1, else an absolute number."""
-        amount = getattr(self, self.kind)
-        assert isinstance(amount, float)
-        return amount
+    def limits(self) -> dict[CostKind, float]:
+        """Return the costs that are limited, each to a kept fraction if below 1, else to an absolute number."""
+        amounts = {"macs": self.macs, "params": self.params, "channels": self.channels, "size": self.size}
+        return {kind: amount for kind in COST_KINDS if (amount := amounts[kind]) is not None}
 
 
 class Prune(Section):
@@ -148,7 +158,7 @@ class Prune(Section):
     otov2: Otov2 = Field(default=Otov2(), description="settings of the base otov2")
     gates: Gates = Field(default=Gates(), description="settings of the base gate-decorator")
     on_the_fly: OnTheFly = Field(default=OnTheFly(), description="settings of the base on-the-fly")
-    target: Target = Field(description="how small the model must become; give exactly one")
+    target: Target = Field(description="how small the model must become; all that are given must hold")
     rounds: Count = Field(default="auto", description="in how many rounds units are chosen; auto: 5, or as many as fit")
     start: Fraction = Field(default=0.0, description="fraction of the train stage at which the first round starts")
     end: Fraction = Field(
@@ -184,6 +194,21 @@ class Prune(Section):
         for name in ("importance", "penalty", "sparse_epochs"):
             if self.base != "depgraph" and getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"{name} is a setting of the base depgraph and would change nothing in {self.base}")
+        return self
+
+    @property
+    def floor(self) -> float | None:
+        """Return the points of validation accuracy that may be lost, by `max_drop` or as the target; None: any."""
+        return self.target.drop if self.max_drop is None else self.max_drop
+
+    @model_validator(mode="after")
+    def _has_one_floor(self) -> "Prune":
+        if self.target.drop is None:
+            return self
+        if self.max_drop is not None:
+            raise ValueError("target.drop and max_drop both limit the loss of accuracy: leave one of them out")
+        if self.base == "otov2":
+            raise ValueError("otov2 prunes in one long round, but target.drop looks at accuracy between rounds")
         return self
 
     @model_validator(mode="after")

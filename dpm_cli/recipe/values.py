@@ -27,6 +27,16 @@ def parse_amount(value: object) -> float:
     return float(value)
 
 
+def parse_size(value: object) -> float:
+    """Read a kept fraction in (0, 1), or bytes such as "5MB", "800 KB" or 5000000."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)B\s*", value, re.IGNORECASE)
+        if not match:
+            raise ValueError("must be a fraction to keep such as 0.47, or a size in B, KB, MB or GB such as 5MB")
+        value = float(match[1]) * SUFFIXES.get(match[2].upper(), 1)
+    return parse_amount(value)
+
+
 def parse_step(value: object) -> object:
     if value == "auto" or (type(value) is int and 1 <= value <= 10**6):
         return value
@@ -57,6 +67,9 @@ Side = Annotated[int, Field(ge=1, le=8192)]
 LearningRate = Annotated[float, Field(gt=0, le=100)]
 ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "onnx-int8", "pt2", "openvino", "executorch"]
 Amount = Annotated[float, BeforeValidator(parse_amount, json_schema_input_type=float | str)]
+CostKind = Literal["macs", "params", "channels", "size"]
+COST_KINDS: tuple[CostKind, ...] = ("macs", "params", "channels", "size")
+Size = Annotated[float, BeforeValidator(parse_size, json_schema_input_type=float | str)]
 Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step, json_schema_input_type=int | Literal["auto"])]
 Count = Annotated[int | Literal["auto"], BeforeValidator(parse_count, json_schema_input_type=int | Literal["auto"])]
 DataName = Annotated[

@@ -65,10 +65,11 @@ class AccuracyFloor:
         pruning = subject.pruning
         if not self.broken:
             goal = pruning.goal
+            left = f"{goal.kind} {goal.describe(pruning.cost())}" + (f" (target {goal.limit:,})" if goal.asked else "")
             self.broken = (
                 f"{culprit} broke the accuracy floor and did not recover: validation {accuracy:.2f} %, floor "
                 f"{self.limit:.2f} % ({self.max_drop:g} points below the dense model); the run went back to the last "
-                f"state that held, with {goal.kind} {pruning.cost():,} (target {goal.limit:,})"
+                f"state that held, with {left}"
             )
         return WentBack(
             stage=stage,
@@ -86,7 +87,7 @@ class AccuracyFloor:
         if self.max_drop is None:
             return None
         pruning = self.subject.pruning
-        kept_from_target = self.went_back and pruning.cost() > pruning.goal.limit
+        kept_from_target = self.went_back and bool(pruning.goal.asked) and pruning.cost() > pruning.goal.limit
         return FloorReport(self.max_drop, self.dense, self.limit, kept_from_target, self.broken)
 
     def state_dict(self) -> State:

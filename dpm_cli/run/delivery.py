@@ -188,6 +188,7 @@ class Delivery:
             dense=dense,
             slim=slim,
             target=outcome.target,
+            targets=list(outcome.targets),
             units=outcome.units,
             widths=list(outcome.widths),
             kept=list(outcome.kept),

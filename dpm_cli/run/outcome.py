@@ -3,7 +3,11 @@
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from dpm_cli.data import Splits
+from dpm_cli.events import Wanted
+from dpm_cli.method.budget import cost_of
 from dpm_cli.method.pruners import BasePruner
 from dpm_cli.method.pruning import Pruning
 from dpm_cli.recipe import Recipe
@@ -19,7 +23,7 @@ class Outcome:
     """Holds what a report says besides measurements."""
 
     method: str
-    target: TargetReport
+    target: TargetReport  # of several, the one that came closest to its limit
     units: UnitCounts
     widths: Sequence[Width]
     kept: Sequence[KeptLayer]
@@ -29,6 +33,7 @@ class Outcome:
     predicted: tuple[int, int]  # MACs and parameters of the slim model
     remarks: Sequence[str] = ()  # to follow those on the cost
     floor: FloorReport | None = None
+    targets: Sequence[TargetReport] = ()  # all, if there are several
     cuts: Sequence[CutModel] = ()  # models with single weights cut; the first one is the slim model
 
 
@@ -37,10 +42,11 @@ def describe_outcome(
 ) -> Outcome:
     """Describe the outcome of a run that removed units."""
     recipe, pruning, groups = subject.recipe, subject.pruning, subject.dense_groups
-    target, goal, cost, alive = recipe.prune.target, pruning.goal, pruning.groups.cost, pruning.all_alive
+    cost, alive, targets = pruning.groups.cost, pruning.all_alive, list(_compare_with_target(subject))
     return Outcome(
         method=name_method(pruning.base, recipe.decay, pruning.decay.steps),
-        target=TargetReport(target.kind, target.amount, goal.limit, pruning.dense_cost, pruning.cost()),
+        target=max(targets, key=lambda each: each.reached / each.limit if each.limit else 0.0),
+        targets=targets if len(targets) > 1 else (),
         units=UnitCounts(groups.units, pruning.chosen, pruning.released, groups.units - pruning.groups.units),
         widths=[Width(*width) for width in groups.widths(pruning.survivors)],
         kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
@@ -51,6 +57,29 @@ def describe_outcome(
         predicted=(cost.macs(alive), cost.parameters(alive)),
         floor=floor.report(),
     )
+
+
+def describe_target(subject: Subject) -> Wanted:
+    """Describe the target before anything is trained."""
+    goal, asked = subject.pruning.goal, subject.pruning.goal.asked
+    if len(asked) == 1:
+        return Wanted(str(goal.kind), goal.limit, subject.pruning.dense_cost)
+    if asked:
+        return Wanted(str(goal.kind), asked=tuple(amount for amount, _ in asked.values()))
+    return Wanted("drop", asked=(subject.recipe.prune.target.drop or 0.0,))
+
+
+def _compare_with_target(subject: Subject) -> Iterator[TargetReport]:
+    """Compare what was asked for with what was reached, for each limit; without any, tell the MACs that are left."""
+    pruning, dense = subject.pruning, subject.dense_groups
+    everything = np.ones(dense.units, bool)
+    for kind, (amount, limit) in pruning.goal.asked.items():
+        whole, left = cost_of(dense.cost, kind, everything), cost_of(pruning.groups.cost, kind, pruning.all_alive)
+        yield TargetReport(str(kind), amount, limit, whole, left)
+    if not pruning.goal.asked:
+        drop, whole = subject.recipe.prune.target.drop, dense.cost.macs(everything)
+        assert drop is not None
+        yield TargetReport("drop", drop, whole, whole, pruning.groups.cost.macs(pruning.all_alive))
 
 
 def name_method(base: BasePruner, decay: Decay, steps: int) -> str:

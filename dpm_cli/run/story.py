@@ -8,7 +8,7 @@ from torch import nn
 
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, TargetError
-from dpm_cli.events import Done, Event, Note, Wanted
+from dpm_cli.events import Done, Event, Note
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage
 from dpm_cli.report import Report
@@ -16,7 +16,7 @@ from dpm_cli.run.accuracy_floor import AccuracyFloor
 from dpm_cli.run.course import Course, CourseHooks
 from dpm_cli.run.delivery import Delivery
 from dpm_cli.run.journal import Journal
-from dpm_cli.run.outcome import describe_outcome
+from dpm_cli.run.outcome import describe_outcome, describe_target
 from dpm_cli.run.pruning_stage import PruningStage, SparseLearning
 from dpm_cli.run.resume import Origin
 from dpm_cli.run.subject import Subject
@@ -37,7 +37,7 @@ class Run:
         torch.manual_seed(setup.seed)
         self.recipe, self.setup, self.dense, self.arch, self.output = recipe, setup, model, arch, output
         self.subject = Subject(model, recipe, setup)
-        self.floor = AccuracyFloor(self.subject, recipe.prune.max_drop)
+        self.floor = AccuracyFloor(self.subject, recipe.prune.floor)
         self.course = Course(
             setup,
             self.subject.stages,
@@ -55,8 +55,8 @@ class Run:
 
     def events(self, *, resume: bool = False) -> Generator[Event, None, Report]:
         """Do the run. resume: continue from the checkpoint. Raises AccuracyError after writing all files."""
-        subject, goal = self.subject, self.subject.pruning.goal
-        target = Wanted(goal.kind, goal.limit, subject.pruning.dense_cost)
+        subject = self.subject
+        target = describe_target(subject)
         yield self.course.describe_start(self.arch, subject.dense_groups, target, round_to=subject.round_to)
         report = yield from self.course.carry_out(
             self._train_and_prune(), self._finish(), resume=resume, prepare=self.floor.measure
@@ -96,7 +96,7 @@ class Run:
         pruning.unwrap_()
         if not pruning.is_done and not self.floor.went_back:
             goal = pruning.goal
-            raise TargetError(f"target {goal.kind} <= {goal.limit:,} was not met: {pruning.cost():,} is left")
+            raise TargetError(f"target {goal} was not met: {goal.describe(pruning.cost())} is left")
         self.setup.recalibrate_(self.subject.model, course.unused_epoch, batches=self.recipe.recalibrate_batches)
 
     def _train(self, stage: Stage) -> Events:

@@ -235,7 +235,7 @@ def test_automatic_rounding_is_the_coarsest_that_can_meet_the_target(asked, amou
     # Of 147 parameters 83 are left at widths 8 and 4, 51 at 4 and 4, 23 at 2 and 2, 17 at 2 and 1.
     net = nn.Sequential(nn.Conv2d(3, 16, 1), nn.Conv2d(16, 4, 1), nn.Conv2d(4, 3, 1)).eval()
     groups = find_groups(net, torch.zeros(2, 3, 4, 4))
-    assert choose_round_to(groups, asked, min_keep=0.1, kind="params", amount=amount) == chosen
+    assert choose_round_to(groups, asked, min_keep=0.1, amounts={"params": amount}) == chosen
 
 
 def test_a_target_out_of_reach_is_refused_with_what_keeps_layers_whole():

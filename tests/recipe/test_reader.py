@@ -118,7 +118,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
     values = {
         "model": {"arch": "digits", "input": [3, 32]},
         "data": {"name": "mnist"},
-        "prune": {"base": "magic", "target": {"macs": 2.0, "params": 0.5}, "rounds": 0},
+        "prune": {"base": "magic", "target": {"macs": 2.0, "sparsity": 0.5}, "rounds": 0},
         "trian": {},
     }
     problems = problems_of(values)
@@ -148,7 +148,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         (SMALLEST | {"prune": {"target": {"macs": 1.0}}}, "keeps everything"),
         (SMALLEST | {"prune": {"target": {"macs": "60X"}}}, "such as 60M"),
         (SMALLEST | {"prune": {"target": {"macs": True}}}, "such as 60M"),
-        (SMALLEST | {"prune": {"target": {}}}, "exactly one of macs, params, channels"),
+        (SMALLEST | {"prune": {"target": {}}}, "name macs, params, channels, size or drop"),
         (SMALLEST | {"prune": {"target": {"macs": 0.5}, "start": 0.5, "end": 0.5}}, "must lie before end"),
         (SMALLEST | {"train": {"epochs": 2, "warmup_epochs": 2}}, "fewer than epochs"),
         (SMALLEST | {"seed": -1}, "seed is -1"),
@@ -209,7 +209,7 @@ def test_scientific_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
         ("opset=20", lambda r: r.opset, 20),
         ("prune.round_to=auto", lambda r: r.prune.round_to, "auto"),
         ("prune.round_to=16", lambda r: r.prune.round_to, 16),
-        ("prune.target.params=2M", lambda r: (r.prune.target.kind, r.prune.target.amount), ("params", 2e6)),
+        ("prune.target.params=2M", lambda r: r.prune.target.limits, {"params": 2e6}),
         ("decay.rectify=false", lambda r: r.decay.rectify, None),
         ("decay.rectify.rate=0.3", lambda r: r.decay.rectify.rate, 0.3),
         ("data.root=a=b", lambda r: str(r.data.root), "a=b"),
