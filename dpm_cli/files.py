@@ -10,6 +10,7 @@ import mmap
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -181,6 +182,17 @@ def require_writable(folder: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"output folder {str(folder)!r} cannot be written: {reason}") from None
+
+
+def require_space(folder: Path, needed: int) -> None:
+    """Raise OutputError unless the disk of a folder, which may not exist yet, has so many bytes free."""
+    place = next(each for each in (folder.absolute(), *folder.absolute().parents) if each.is_dir())
+    free = shutil.disk_usage(place).free
+    if free < needed:
+        raise OutputError(
+            f"the disk of {folder} has {free / 1e6:,.0f} MB free, and the run may need {needed / 1e6:,.0f} MB: "
+            "free some, or choose another --output"
+        )
 
 
 def require_utf8(path: Path) -> None:

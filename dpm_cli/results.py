@@ -134,6 +134,18 @@ class PlannedTarget:
 
 
 @dataclass(frozen=True)
+class PlannedRun:
+    """Counts the images of a run and what its schedule makes of them."""
+
+    train: int
+    validation: int
+    test: int
+    steps_per_epoch: int
+    rounds: int  # 0 if single weights are cut
+    decay_steps: int  # 1 cuts at once
+
+
+@dataclass(frozen=True)
 class GroupSensitivity:
     """Holds the accuracy and loss when only this group loses units. Tied layers are judged together."""
 
@@ -179,11 +191,16 @@ class Inspected:
     widths: tuple[Width, ...] | None = None
     sensitivity: Sensitivity | None = None
     code: dict[str, str] = field(default_factory=dict)  # setting -> code of the user's own that the recipe runs
+    run: PlannedRun | None = None  # None if a problem keeps it from beginning
+    problems: tuple[str, ...] = ()  # besides the target, what would keep a run from beginning
+    exit_code: int = 0  # of the first problem
 
     def to_dict(self) -> dict[str, Any]:
         result: dict[str, Any] = {
             "arch": self.arch,
             "code": self.code,
+            "run": None if self.run is None else asdict(self.run),
+            "problems": list(self.problems),
             "dense": self.dense,
             "round_to": self.round_to,
             "achievable": {kind: [self.lowest[kind], dense] for kind, dense in self.dense.items()},

@@ -1,6 +1,5 @@
 """`dpm inspect`: show the plan without training."""
 
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -24,7 +23,7 @@ from dpm_cli.cli.options import (
     collect_overrides,
     read_settings,
 )
-from dpm_cli.cli.outcome import flush, print_json
+from dpm_cli.cli.outcome import flush, print_error, print_json
 from dpm_cli.cli.progress import working
 from dpm_cli.errors import TargetError
 
@@ -55,7 +54,8 @@ def inspect(
     """Show the plan without training.
 
     Groups, units, what stays whole and why, which targets can be met, and the widths that this
-    one would give. Exit code 3 if the recipe's target cannot be met.
+    one would give. All that dpm prune checks is checked: data, schedule, exports, free disk. Exit
+    code 3 if the recipe's target cannot be met.
     """
     from dpm_cli.cli.summaries import print_plan, refuse, sensitivities_as_csv
     from dpm_cli.files import require_apart, require_writable, write_text_atomic
@@ -75,7 +75,9 @@ def inspect(
         print_json(plan.to_dict())
     else:
         print_plan(plan)
-    if not plan.target.is_achievable:
-        flush()
-        print(f"error: {refuse(plan)}", file=sys.stderr)
-        raise typer.Exit(TargetError.exit_code)
+    problems = [*([] if plan.target.is_achievable else [refuse(plan)]), *plan.problems]
+    flush()
+    for problem in problems:
+        print_error(problem)
+    if problems:
+        raise typer.Exit(plan.exit_code if plan.target.is_achievable else TargetError.exit_code)

@@ -109,7 +109,7 @@ def read_settings(
 
     A recipe alone is checked without importing torch.
     """
-    if recipe is not None and not any(shortcuts) and ":" not in str(model):
+    if recipe is not None and all(each is None for each in shortcuts) and ":" not in str(model):
         return dpm_cli.load_recipe(recipe, overrides)
     from dpm_cli.jobs.shortcuts import Shortcuts, settle
 

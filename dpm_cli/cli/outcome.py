@@ -49,6 +49,11 @@ def fail(error: BaseException, *, as_json: bool) -> int:
     return code
 
 
+def print_error(text: object) -> None:
+    """Print one line about an error on stderr."""
+    print(f"error: {_one_line(text)}", file=sys.stderr)
+
+
 def explain(error: BaseException) -> tuple[list[str], int]:
     """Return the lines for the user, and the exit code."""
     match error:

@@ -21,7 +21,16 @@ from dpm_cli.display.facts import (
     wrap_words,
 )
 from dpm_cli.report import ExportedFile, Milliseconds
-from dpm_cli.results import Benchmarked, Evaluated, Inspected, PlannedTarget, Predicted, Sensitivity, Trained
+from dpm_cli.results import (
+    Benchmarked,
+    Evaluated,
+    Inspected,
+    PlannedRun,
+    PlannedTarget,
+    Predicted,
+    Sensitivity,
+    Trained,
+)
 
 NAME_WIDTH = 16
 CSV_COLUMNS = "group layers units removed macs_saved accuracy accuracy_change loss loss_change".split()
@@ -122,7 +131,18 @@ def print_plan(plan: Inspected) -> None:
     print_detail(console, "target", wrap_words(_describe_target(plan.target), width))
     print_detail(console, "widths", [f"multiples of {plan.round_to}", *describe_widths(plan.widths or (), width)])
     print_detail(console, "kept", describe_kept(plan.kept, width))
+    if plan.run is not None:
+        print_detail(console, "run", wrap_words(_describe_run(plan.run), width))
     print_detail(console, "code", [f"{setting}: {name}, which this recipe runs" for setting, name in plan.code.items()])
+
+
+def _describe_run(run: PlannedRun) -> str:
+    images = f"{run.train} images to train on, {run.validation} for validation, {run.test} to test on"
+    if not run.rounds:
+        return images
+    rounds = f"{run.rounds} round{'s' if run.rounds > 1 else ''}"
+    pace = f"units decay over {run.decay_steps} steps" if run.decay_steps > 1 else "units are cut at once"
+    return f"{images}; {run.steps_per_epoch} steps an epoch; {rounds}, {pace}"
 
 
 def _group_table(plan: Inspected) -> Table:

@@ -1,11 +1,13 @@
 """`dpm inspect`: show the plan without training."""
 
 from dataclasses import replace
+from pathlib import Path
 
 from dpm_cli.engine.device import choose_device
 from dpm_cli.errors import UsageError
 from dpm_cli.jobs.loading import AnyRecipe, load_splits, resolve_recipe
 from dpm_cli.jobs.plan import Plan
+from dpm_cli.jobs.readiness import Readiness
 from dpm_cli.jobs.sensitivity import measure_sensitivity, take_images
 from dpm_cli.jobs.starting import AnyModel, load_start
 from dpm_cli.results import Inspected, Sensitivity
@@ -20,11 +22,12 @@ def inspect(
     device: str = "auto",
     trust: bool = False,
 ) -> Inspected:
-    """Plan without training: groups, layers that stay whole and why, achievable costs, and resulting widths.
+    """Plan without training: groups, layers that stay whole and why, achievable costs, resulting widths, and problems.
 
-    The widths result from choosing all victims at once by the current weights; training will shift some.
+    The widths result from choosing all victims at once by the current weights; training will shift some. All that a run
+    checks before it trains is checked: data, schedule, exports, free disk. `problems` says what would stop it.
     sensitivity: the share of its units that each group loses, one group at a time, while accuracy and loss are measured
-    on `images` validation images. Without it nothing is measured, and `device` is not used.
+    on `images` validation images.
     """
     recipe = resolve_recipe(recipe, trust=trust)
     if sensitivity is not None and not 0 < sensitivity < 1:
@@ -35,10 +38,17 @@ def inspect(
         raise UsageError("the sensitivity is measured with labels, but data.labels is false")
     start = load_start(model, recipe, trust)
     plan = Plan(start.module, recipe)
-    result = replace(plan.describe(start.arch), code=recipe.code)
+    torch_device = choose_device(device)
+    ready = Readiness(recipe, start, torch_device, Path("out"))
+    result = replace(
+        plan.describe(start.arch),
+        code=recipe.code,
+        run=ready.run,
+        problems=tuple(str(error) for error in ready.errors),
+        exit_code=ready.exit_code,
+    )
     if sensitivity is not None:
-        torch_device = choose_device(device)
-        splits = load_splits(recipe, torch_device)
+        splits = ready.splits if ready.splits is not None else load_splits(recipe, torch_device)  # or say why not
         held_out = bool(len(splits.validation))
         some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch)
         dense, rows = measure_sensitivity(

@@ -12,7 +12,6 @@ from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.errors import AccuracyError, OutputError
 from dpm_cli.events import Event, PhaseBegan
-from dpm_cli.export import require_format
 from dpm_cli.files import (
     CHECKPOINT,
     MARKS,
@@ -35,6 +34,7 @@ from dpm_cli.jobs.loading import (
     resolve_recipe,
     telling,
 )
+from dpm_cli.jobs.readiness import require_means
 from dpm_cli.jobs.starting import AnyModel, load_start
 from dpm_cli.jobs.tracking import tracking
 from dpm_cli.measure import flushing_denormals
@@ -72,8 +72,6 @@ def prune(
     raised after everything was written, and carries the report.
     """
     recipe, folder = resolve_recipe(recipe, trust=trust), Path(output)
-    for format in recipe.export:
-        require_format(format)
     with join(device) as world:
         if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder / CHECKPOINT)):
             return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
@@ -81,6 +79,7 @@ def prune(
         tell(PhaseBegan("load", "loading the model"))
         torch_device = choose_device(device)
         start = load_start(model, recipe, trust)
+        require_means(recipe, start, folder)
         # A run cannot be resumed with another batch size.
         with (
             explaining_faults(recipe.data.batch, " --overwrite"),

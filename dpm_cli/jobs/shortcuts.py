@@ -48,8 +48,10 @@ def settle(
 
 def _change(shortcuts: Shortcuts, arch: str | None, before: Recipe, overrides: Sequence[str]) -> Iterator[str]:
     """Turn the options into overrides of a recipe. before: the recipe without them."""
-    texts = {"model.arch": arch, "model.weights": shortcuts.weights, "prune.target.macs": shortcuts.macs}
-    texts["prune.target.params"] = shortcuts.params
+    texts = {"model.arch": arch, "model.weights": shortcuts.weights}
+    target = {"macs": shortcuts.macs, "params": shortcuts.params}
+    if target := {kind: amount for kind, amount in target.items() if amount is not None}:
+        yield f"prune.target={json.dumps(target)}"  # both hold if both are given
     yield from (f"{key}={json.dumps(text)}" for key, text in texts.items() if text is not None)
     if shortcuts.data is not None:
         yield from _change_data(shortcuts.data, overrides)

@@ -12,6 +12,7 @@ from dpm_cli.recipe.stages import number_epochs
 
 MOST_EPOCHS = 1 << 20
 ENDS = (0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3, 0.2, 0.1)  # to try as prune.end
+CUTS_AT_ONCE = "decay.steps: 1"
 SHOWN = 3  # ways out that a message names
 
 
@@ -26,7 +27,8 @@ def plan_schedule(
     try:
         return settings.plan()
     except RecipeError as error:
-        ways_out = list(_find_ways_out(settings, epochs))
+        ways_out = list(_find_ways_out(settings, epochs)) or list(_find_larger_changes(settings, epochs))
+        ways_out.sort(key=CUTS_AT_ONCE.__eq__)  # last, because nothing decays then
         way_out = f": set {', or '.join(ways_out[:SHOWN])}" if ways_out else ""
         raise RecipeError(f"{error}{way_out}") from None
 
@@ -53,6 +55,9 @@ class _Settings:
         parts[section] = parts[section].model_copy(update=changes)
         return _Settings(**parts, steps_per_epoch=self.steps_per_epoch)
 
+    def with_epochs(self, epochs: int) -> bool:
+        return self.fit("training", epochs=epochs)
+
     @property
     def fits(self) -> bool:
         try:
@@ -69,7 +74,7 @@ def _find_ways_out(settings: _Settings, epochs: str) -> Iterator[str]:
         yield f"decay.steps: {most}"
     if prune.rounds != "auto" and (most := _largest(prune.rounds, lambda n: settings.fit("prune", rounds=n))):
         yield f"prune.rounds: {most}"
-    if least := _smallest(training.epochs, lambda n: settings.fit("training", epochs=n)):
+    if least := _smallest(training.epochs, settings.with_epochs):
         yield f"{epochs}: {least}"
     if settings.changed("decay", steps="auto").fit("prune", rounds="auto"):
         yield "decay.steps: auto and prune.rounds: auto"
@@ -84,6 +89,18 @@ def _find_ways_out(settings: _Settings, epochs: str) -> Iterator[str]:
         )
     ):
         yield f"prune.gates.tick_epochs: {least}"
+
+
+def _find_larger_changes(settings: _Settings, epochs: str) -> Iterator[str]:
+    """Yield a change of everything that has a say, for settings that no single change makes fit."""
+    settings = settings.changed("decay", steps="auto").changed("prune", rounds="auto", observe_steps="auto")
+    for end in (settings.prune.end, *(end for end in ENDS if settings.prune.start < end < settings.prune.end)):
+        moved = settings.changed("prune", end=end)
+        least = settings.training.epochs if moved.fits else _smallest(settings.training.epochs, moved.with_epochs)
+        if least is not None:
+            changes = [f"prune.end: {end}", "decay.steps: auto", "prune.rounds: auto", "prune.observe_steps: auto"]
+            yield " and ".join([*changes, f"{epochs}: {least}"])
+            return
 
 
 def _largest(above: int, fits: Callable[[int], bool]) -> int | None:

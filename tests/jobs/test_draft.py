@@ -138,9 +138,11 @@ def test_options_alone_make_a_recipe(photos: str) -> None:
 
 
 def test_options_change_a_recipe_and_set_wins(photos: str) -> None:
+    both = settle("folder", [], Shortcuts(macs="0.6", params="2M")).prune.target
+    assert (both.macs, both.params) == (0.6, 2e6)
     recipe = settle("folder", ["train.epochs=7"], Shortcuts(data=photos, params="2M", epochs=3))
     assert (recipe.model.arch, recipe.model.classes) == ("torchvision:resnet50", 3)
-    assert (recipe.prune.target.kind, recipe.prune.target.amount) == ("params", 2e6)
+    assert (recipe.prune.target.macs, recipe.prune.target.params) == (None, 2e6)
     assert (recipe.train.epochs, recipe.finetune.epochs, str(recipe.data.root)) == (7, 3, "photos")
 
 
