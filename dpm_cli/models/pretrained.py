@@ -6,6 +6,7 @@ a file                                            a state dict, .safetensors or 
 """
 
 import contextlib
+import io
 import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -122,7 +123,8 @@ def _fetch_torchvision(name: str, tag: str) -> dict[str, Tensor]:
     weights: Any = getattr(known, tag)
     place = Path(torch.hub.get_dir()) / "checkpoints" / Path(weights.url).name
     try:
-        tensors: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            tensors: dict[str, Tensor] = weights.get_state_dict(progress=False, check_hash=True)
     except Exception as error:  # of the network, the disk or a damaged file
         raise ModelFileError(
             f"model.weights torchvision:{tag} cannot be loaded ({one_line(error)}): download {weights.url} elsewhere "

@@ -2,12 +2,14 @@
 
 import random
 import re
+import textwrap
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from PIL import Image
 from torch import nn
 
@@ -82,6 +84,17 @@ def test_one_epoch_of_a_few_hundred_images_fits_without_any_number(base: str, im
     batch = 32 if base == "otov2" else 128  # it needs three steps: one to look, one to mark, one for what is missing
     settings = [*MORE.get(base, [f"prune.base={base}"]), "train.epochs=1", f"data.batch={batch}"]
     plan(parse_recipe(SMALLEST, settings), images)
+
+
+@pytest.mark.parametrize("images", [54, 200, 1800, 50_000])
+@pytest.mark.parametrize("change", ["seed=0", "train.epochs=1"])
+def test_the_three_lines_of_the_readme_fit_any_folder(images: int, change: str) -> None:
+    readme = (Path(__file__).resolve().parents[2] / "README.md").read_text(encoding="utf-8")
+    block = re.search(r"```yaml\n(.*?)```", readme, re.DOTALL)
+    assert block
+    values = yaml.safe_load(textwrap.dedent(block[1]))
+    assert list(values) == ["model", "data", "prune"]
+    plan(parse_recipe(values, [change]), images)
 
 
 # ------------------------------------------------------------------------------------------------------------- whole
