@@ -1,12 +1,12 @@
-"""What DPM adds to each base pruner: base, + Smooth Pruning, + Self-Rectifying, on paired seeds.
+"""What each part adds to each base pruner, on paired dense nets and seeds: Smooth Pruning, distillation, rectifying.
 
 python benchmarks/paired.py --data CIFAR10_FOLDER --work runs                 trains what is missing, prints the tables
 python benchmarks/paired.py --data CIFAR10_FOLDER --work runs --table         only prints and writes them
 
-Every arm starts from the same dense checkpoint, has the same number of epochs and the same MAC target, and sees the
-same images in the same order for a seed. What is compared is the accuracy of the last weights on the test images, which
-nothing looks at before. Interrupted, it goes on where it was; several processes share the work. The folder has the
-layout train/<class>/*, test/<class>/*; the published numbers use CIFAR-10.
+All arms start from the same dense nets (of different seeds and lengths), have the same number of epochs and the same
+MAC target, and see the same images in the same order for a seed. What is compared is the accuracy of the last weights
+on the test images, which nothing looks at before. Interrupted, it goes on where it was; several processes share the
+work. The folder has the layout train/<class>/*, test/<class>/*; the published numbers use CIFAR-10.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import json
 import math
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -31,12 +31,20 @@ MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]
 
 
 @dataclass(frozen=True)
+class Net:
+    """How a dense net is trained, on all images."""
+
+    epochs: int
+    seed: int
+
+
+@dataclass(frozen=True)
 class Scale:
     """How much of it fits the machine."""
 
     arch: str
     images: int | None
-    dense_epochs: int
+    nets: tuple[Net, ...]
     epochs: int
     decay_steps: int
     budgets: tuple[float, ...]
@@ -44,18 +52,52 @@ class Scale:
 
 
 SCALES = {
-    "cpu": Scale("resnet20", 10_000, 20, epochs=6, decay_steps=70, budgets=(0.5, 0.25), seeds=5),
-    "gpu": Scale("resnet56", None, 160, epochs=60, decay_steps=1000, budgets=(0.47, 0.25), seeds=5),
-    "gpu-vgg16": Scale("vgg16_bn", None, 160, epochs=60, decay_steps=1000, budgets=(0.265, 0.1), seeds=5),
+    "cpu": Scale("resnet20", 10_000, (Net(10, 77), Net(7, 0)), epochs=6, decay_steps=70, budgets=(0.25, 0.5), seeds=5),
+    "gpu": Scale(
+        "resnet56", None, (Net(160, 0), Net(80, 77)), epochs=60, decay_steps=1000, budgets=(0.47, 0.25), seeds=5
+    ),
+    "gpu-vgg16": Scale(
+        "vgg16_bn", None, (Net(160, 0), Net(80, 77)), epochs=60, decay_steps=1000, budgets=(0.265, 0.1), seeds=5
+    ),
 }
 RELEASE = {"criterion": "significance", "rate": 2.0, "length": 1.0, "start": 0.3}
+DISTILL = 0.7
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What is switched on besides the base pruner."""
+
+    smooth: bool = False  # units decay over `Scale.decay_steps`; else they are cut in one step
+    distill: float = 0.0
+    rectify: Mapping[str, Any] | None = None
+    late: bool = False  # depgraph: cut at the step at which a decay would end, not at the first
+    importance: str = "group-norm"  # depgraph
+
+
+CUT, SMOOTH = Arm(), Arm(smooth=True)
 ARMS = {
-    "depgraph": ("base", "base, cut at once", "+ SP", "+ SP + SR"),
-    "depgraph, mixed": ("base", "+ SP"),
-    "otov2": ("base", "+ SP", "+ SP + SR"),
-    "gate-decorator": ("base", "+ SP", "+ SP + SR"),
-    "soft": ("SFP", "ASFP"),
+    "depgraph": {
+        "cut": CUT,
+        "cut, distilled": replace(CUT, distill=DISTILL),
+        "+ SP": SMOOTH,
+        "+ SP, distilled": replace(SMOOTH, distill=DISTILL),
+        "+ SP + SR, distilled": replace(SMOOTH, distill=DISTILL, rectify=RELEASE),
+        "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
+        "mixed + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="mixed"),
+    },
+    **{
+        base: {
+            "cut": CUT,
+            "cut, distilled": replace(CUT, distill=DISTILL),
+            "+ SP, distilled": replace(SMOOTH, distill=DISTILL),
+            "+ SP + SR, distilled": replace(SMOOTH, distill=DISTILL, rectify=RELEASE),
+        }
+        for base in ("otov2", "gate-decorator")
+    },
+    "soft": {"SFP": CUT, "ASFP": CUT},
 }
+REFERENCES = ("cut", "cut, distilled")
 
 
 @dataclass(frozen=True)
@@ -65,44 +107,49 @@ class Trial:
     base: str
     arm: str
     budget: float
+    net: Net
     seed: int
 
     @property
+    def pair(self) -> tuple[float, Net, int]:
+        """What two trials must share to be compared."""
+        return self.budget, self.net, self.seed
+
+    @property
     def folder(self) -> str:
-        words = f"{self.base}-{self.arm}-{self.budget:g}-{self.seed}".replace("+ ", "").replace(",", "")
-        return words.replace(" ", "-")
+        words = f"{self.base}-{self.arm}-{self.budget:g}-net{self.net.seed}-{self.seed}"
+        return words.replace("+ ", "").replace(",", "").replace(" ", "-")
 
 
-def list_trials(scale: Scale, bases: Sequence[str]) -> Iterator[Trial]:
-    """Seed by seed, so that a table can be made early."""
-    for seed in range(scale.seeds):
+def list_trials(scale: Scale, bases: Sequence[str], arms: Sequence[str]) -> Iterator[Trial]:
+    """Seed by seed, so that a table can be made early. Seeds of runs are not those of dense nets."""
+    for seed in range(100, 100 + scale.seeds):
         for budget in scale.budgets:
-            for base in bases:
-                for arm in ARMS[base]:
-                    yield Trial(base, arm, budget, seed)
+            for net in scale.nets:
+                for base in bases:
+                    for arm in ARMS[base]:
+                        if not arms or arm in arms:
+                            yield Trial(base, arm, budget, net, seed)
 
 
 def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
-    """The method's own stages within `scale.epochs`; units are all dead at the same step in every arm."""
-    per_epoch = (scale.images or 50_000) // 128
-    steps, smooth = scale.epochs * per_epoch, "SP" in trial.arm
-    decay_steps = scale.decay_steps if smooth else 1
+    """The method's own stages within `scale.epochs`; decays end at the same step in every arm."""
+    arm, per_epoch = ARMS[trial.base][trial.arm], (scale.images or 50_000) // 128
+    steps = scale.epochs * per_epoch
+    decay_steps = scale.decay_steps if arm.smooth else 1
     prune: dict[str, Any] = {
-        "base": trial.base.partition(",")[0],
+        "base": trial.base if trial.base != "soft" else "depgraph",
         "target": {"macs": trial.budget},
         "round_to": 1,
         "rounds": 1,
     }
-    train: dict[str, Any] = {"epochs": scale.epochs, "lr": 0.05}
+    train: dict[str, Any] = {"epochs": scale.epochs, "lr": 0.05, "distill": arm.distill}
     finetune: dict[str, Any] = {"epochs": 0}
     match prune["base"]:
         case "depgraph":
-            observed = 0
-            if "mixed" in trial.base:
-                prune["importance"] = "mixed"
-                observed = 50
-            cut = 0 if "at once" in trial.arm else scale.decay_steps  # the step from which on nothing more is removed
-            prune["start"] = observed / steps if smooth else (observed + cut) / steps
+            prune["importance"] = arm.importance
+            observed = 50 if arm.importance != "group-norm" else 0
+            prune["start"] = (observed + (scale.decay_steps if arm.late else 0)) / steps
             prune["end"] = (observed + scale.decay_steps + 1) / steps
         case "otov2":
             prune["end"] = 0.4
@@ -111,7 +158,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             decay_steps = max(1, decay_steps // 2)  # two decays must fit into the last tock
             train["epochs"] = max(1, (scale.epochs - 2) // 4)
             train["schedule"] = "triangular"
-            finetune = {"epochs": scale.epochs - 2 - 2 * train["epochs"], "lr": 0.05}
+            finetune = {"epochs": scale.epochs - 2 - 2 * train["epochs"], "lr": 0.05, "distill": arm.distill}
     return {
         "model": {"arch": scale.arch, "classes": 10, "input": [3, 32, 32]},
         "data": {
@@ -119,7 +166,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             "mean": MEAN, "std": STD,
         },
         "prune": prune,
-        "decay": {"steps": decay_steps, "rectify": RELEASE if "SR" in trial.arm else False},
+        "decay": {"steps": decay_steps, "rectify": arm.rectify or False},
         "train": train,
         "finetune": finetune,
         "export": [],
@@ -128,10 +175,15 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def train_net(net: Net, scale: Scale, data: Path, path: Path) -> None:
+    recipe = make_recipe(scale, data, Trial("depgraph", "cut", scale.budgets[0], net, net.seed))
+    recipe["data"] |= {"limit": None}
+    recipe["dense"] = {"epochs": net.epochs, "lr": 0.1, "nesterov": True, "warmup_epochs": 1}
+    dpm_cli.train(recipe, output=path, resume=True)
+
+
 def run(trial: Trial, scale: Scale, data: Path, dense: Path, folder: Path) -> None:
-    recipe = make_recipe(
-        scale, data, trial if trial.base != "soft" else Trial("depgraph", "base", trial.budget, trial.seed)
-    )
+    recipe = make_recipe(scale, data, trial)
     if trial.base == "soft":
         prune_softly(dense, recipe, epochs=scale.epochs, asymptotic=trial.arm == "ASFP", output=folder)
     else:
@@ -159,6 +211,7 @@ def read(trial: Trial, work: Path) -> dict[str, Any] | None:
         "base": trial.base,
         "arm": trial.arm,
         "budget": trial.budget,
+        "net": trial.net.seed,
         "seed": trial.seed,
         "accuracy": report["slim"]["accuracy"],
         "dense_accuracy": report["dense"]["accuracy"],
@@ -176,34 +229,24 @@ def interval(differences: Sequence[float]) -> float:
 
 
 def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """One line per base, budget and arm: the mean, and the paired differences to that base's first arm."""
+    """One line per budget, base and arm: the mean, and the paired differences to the base's cuts."""
     table = []
     for budget in sorted({row["budget"] for row in rows}, reverse=True):
         for base, arms in ARMS.items():
-            own = [row for row in rows if row["base"] == base and row["budget"] == budget]
-            reference_base, reference_arm = ("depgraph", "base") if base == "soft" else (base, arms[0])
-            reference = {
-                row["seed"]: row["accuracy"]
-                for row in rows
-                if (row["base"], row["arm"], row["budget"]) == (reference_base, reference_arm, budget)
+            by_arm = {
+                arm: {(row["net"], row["seed"]): row for row in rows if key(row) == (budget, base, arm)} for arm in arms
             }
-            for arm in arms:
-                mine = {row["seed"]: row for row in own if row["arm"] == arm}
+            for arm, mine in by_arm.items():
                 if not mine:
                     continue
-                paired = [row["accuracy"] - reference[seed] for seed, row in mine.items() if seed in reference]
-                is_reference = (base, arm) == (reference_base, reference_arm)
                 table.append(
                     {
                         "kept MACs": f"{statistics.mean(row['macs'] for row in mine.values()):.1%}",
                         "base": base,
                         "arm": arm,
                         "accuracy %": f"{statistics.mean(row['accuracy'] for row in mine.values()):.2f}",
-                        "difference": ""
-                        if is_reference or not paired
-                        else f"{statistics.mean(paired):+.2f} ± {interval(paired):.2f}",
-                        "sd": "" if is_reference or len(paired) < 2 else f"{statistics.stdev(paired):.2f}",
-                        "seeds": len(mine),
+                        **{f"against {name}": compare(mine, by_arm.get(name, {}), arm == name) for name in REFERENCES},
+                        "runs": len(mine),
                         "kept parameters": f"{statistics.mean(row['params'] for row in mine.values()):.1%}",
                         "released": f"{statistics.mean(row['released'] for row in mine.values()):.1f}",
                         "seconds": f"{statistics.median(row['seconds'] for row in mine.values()):.0f}",
@@ -212,12 +255,23 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
+def key(row: Mapping[str, Any]) -> tuple[float, str, str]:
+    return row["budget"], row["base"], row["arm"]
+
+
+def compare(mine: Mapping[Any, Mapping[str, Any]], reference: Mapping[Any, Mapping[str, Any]], is_same: bool) -> str:
+    """The mean of the paired differences in points, with its 95 % interval."""
+    paired = [row["accuracy"] - reference[pair]["accuracy"] for pair, row in mine.items() if pair in reference]
+    return "" if is_same or not paired else f"{statistics.mean(paired):+.2f} ± {interval(paired):.2f}"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
-    parser.add_argument("--work", type=Path, required=True, help="where runs and the dense checkpoint are kept")
+    parser.add_argument("--work", type=Path, required=True, help="where runs and dense checkpoints are kept")
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--bases", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", default=[], help="only these; default: all")
     parser.add_argument("--seeds", type=int, help="fewer or more than the scale's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="run nothing")
@@ -225,24 +279,22 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     scale, work = SCALES[arguments.scale], arguments.work
     if arguments.seeds:
-        scale = Scale(**{**vars(scale), "seeds": arguments.seeds})
-    trials = list(list_trials(scale, arguments.bases))
-    dense = work / f"{scale.arch}.pt"
+        scale = replace(scale, seeds=arguments.seeds)
+    trials = list(list_trials(scale, arguments.bases, arguments.arms))
     work.mkdir(parents=True, exist_ok=True)
     if not arguments.table:
-        if not dense.exists():
-            recipe = make_recipe(scale, arguments.data, trials[0])
-            recipe["data"] |= {"limit": None}
-            recipe["dense"] = {"epochs": scale.dense_epochs, "lr": 0.1, "nesterov": True, "warmup_epochs": 1}
-            dpm_cli.train(recipe, output=dense)
+        dense = {net: work / f"{scale.arch}-{net.seed}.pt" for net in scale.nets}
+        for net, path in dense.items():
+            if not path.exists():
+                train_net(net, scale, arguments.data, path)
         for trial in trials:
             folder = work / trial.folder
-            if fill(folder, partial(run, trial, scale, arguments.data, dense, folder)):
+            if fill(folder, partial(run, trial, scale, arguments.data, dense[trial.net], folder)):
                 print(json.dumps(read(trial, work)), flush=True)
     rows = [row for trial in trials if (row := read(trial, work))]
     if rows:
         print_table(summarise(rows))
-        settings = {"scale": {**vars(scale)}, "release": RELEASE, "threads": arguments.threads}
+        settings = {"scale": repr(scale), "release": RELEASE, "distill": DISTILL, "threads": arguments.threads}
         save(f"paired_{arguments.scale}", rows, **settings)
 
 

@@ -1,8 +1,9 @@
 """Choose which units to remove so that the cost just meets a limit. Nothing here touches the model."""
 
+import heapq
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -142,6 +143,9 @@ def _explain_kept(groups: Groups) -> str:
     return f". Kept whole: {listing(layers, shown=1)} ({reason})"
 
 
+MOST_SPARED = 8  # dear steps of width that `choose_victims` tries to do without
+
+
 def choose_victims(
     groups: Groups,
     widths: WidthLimits,
@@ -152,16 +156,46 @@ def choose_victims(
     alive: Flags | None = None,
     eligible: Flags | None = None,
 ) -> Flags:
-    """Choose (units,) the lowest-scored units whose removal brings the cost to the limit or just below it.
+    """Choose (units,) low-scored units whose removal brings the cost to the limit, and no further than it must.
 
-    Ranks globally and stops at the first set that meets the limit, so one unit (or one step of `round_to`) fewer
-    would miss it. If the eligible units do not suffice, all removable ones are chosen. A group that releases left
-    between two allowed widths always loses the excess.
+    Ranks globally and takes the first set that meets the limit. Its last step of width may be a dear one, say of a
+    residual stage, which leaves room below the limit: victims then come back, best scores first, while a step of width
+    fits. The result is compared with what leaving out that step would choose instead; the lower sum of scores wins.
+    So one more unit in any group (or one step of `round_to`) would miss the limit. If the eligible units are too few,
+    all removable ones are chosen. A group that releases left between two allowed widths always loses the excess.
 
     scores: (units,) low is redundant. alive: (units,) units still present. eligible: (units,) units that may be chosen.
     """
     alive = np.ones(groups.units, bool) if alive is None else alive
-    candidates = np.flatnonzero(alive if eligible is None else alive & eligible)
+    eligible = alive if eligible is None else alive & eligible
+
+    def fits(victims: Flags) -> bool:
+        return cost_of(groups.cost, kind, alive & ~victims) <= limit
+
+    best, dear = _take_lowest(groups, widths, scores, fits, alive, eligible)
+    best = _give_back(groups, widths, scores, fits, alive, best)
+    losses = scores - scores.min(initial=0.0)
+    for _ in range(MOST_SPARED):
+        if not dear.any():
+            break
+        eligible = eligible & ~dear
+        other, dear = _take_lowest(groups, widths, scores, fits, alive, eligible)
+        other = _give_back(groups, widths, scores, fits, alive, other)
+        if not fits(other) or losses[other].sum() >= losses[best].sum():
+            break
+        best = other
+    return best
+
+
+def _take_lowest(
+    groups: Groups, widths: WidthLimits, scores: Scores, fits: Callable[[Flags], bool], alive: Flags, eligible: Flags
+) -> tuple[Flags, Flags]:
+    """Return (units,) the first set in order of score that fits, and the units that may not be taken to avoid its last.
+
+    The latter are those of the last step of width, with all units of its group that were not taken; none if there is no
+    such step, or if nothing fits.
+    """
+    candidates = np.flatnonzero(eligible)
     candidates = candidates[np.argsort(scores[candidates], kind="stable")]
     group = groups.group_of_unit[candidates]
     present = np.bincount(groups.group_of_unit[alive], minlength=len(groups))
@@ -180,17 +214,54 @@ def choose_victims(
             if not width_allowed[number]:
                 turn[ranks[: allowed[0] + 1]] = -1
 
-    def survivors(turns: int) -> Flags:
-        left = alive.copy()
-        left[candidates[turn <= turns]] = False
-        return left
+    def taken(turns: int) -> Flags:
+        victims = np.zeros(groups.units, bool)
+        victims[candidates[turn <= turns]] = True
+        return victims
 
     turns = np.append(-1, np.unique(turn[(turn >= 0) & (turn < len(candidates))]))
     low, high = 0, len(turns) - 1
     while low < high:
         middle = (low + high) // 2
-        if cost_of(groups.cost, kind, survivors(int(turns[middle]))) <= limit:
+        if fits(taken(int(turns[middle]))):
             high = middle
         else:
             low = middle + 1
-    return alive & ~survivors(int(turns[low]))
+    victims, dear = taken(int(turns[low])), np.zeros(groups.units, bool)
+    if low and fits(victims):
+        last = groups.group_of_unit == group[int(turns[low])]
+        dear = last & eligible & ~taken(int(turns[low - 1]))
+    return victims, dear
+
+
+def _give_back(
+    groups: Groups, widths: WidthLimits, scores: Scores, fits: Callable[[Flags], bool], alive: Flags, victims: Flags
+) -> Flags:
+    """Take back (units,) victims, the best scores first, as long as a step of width in any group fits."""
+    victims = victims.copy()
+    if not fits(victims):
+        return victims
+    present = np.bincount(groups.group_of_unit[alive & ~victims], minlength=len(groups))
+
+    def next_step(number: int) -> tuple[float, int, Ids] | None:
+        """Find the best-scored victims of a group that make its next allowed width; None if there is none."""
+        own = np.flatnonzero(victims & (groups.group_of_unit == number))
+        wider = present[number] + np.arange(1, len(own) + 1)
+        allowed = np.flatnonzero((wider % widths.step[number] == 0) | (wider == widths.sizes[number]))
+        if not len(allowed):
+            return None
+        back = own[np.argsort(scores[own], kind="stable")][::-1][: allowed[0] + 1]
+        return -float(scores[back].mean()), number, back
+
+    steps = [step for number in np.unique(groups.group_of_unit[victims]).tolist() if (step := next_step(number))]
+    heapq.heapify(steps)
+    while steps:  # what does not fit now never will, because costs only grow with the other widths
+        _, number, back = heapq.heappop(steps)
+        victims[back] = False
+        if not fits(victims):
+            victims[back] = True
+            continue
+        present[number] += len(back)
+        if following := next_step(number):
+            heapq.heappush(steps, following)
+    return victims

@@ -12,7 +12,15 @@ from torch import nn
 from dpm_cli.errors import TargetError
 from dpm_cli.graph import compact_, find_groups
 from dpm_cli.measure import count_macs, count_parameters
-from dpm_cli.method.budget import choose_round_to, choose_victims, cost_of, find_limit, find_width_limits, resolve_limit
+from dpm_cli.method.budget import (
+    _take_lowest,
+    choose_round_to,
+    choose_victims,
+    cost_of,
+    find_limit,
+    find_width_limits,
+    resolve_limit,
+)
 
 KINDS = ["macs", "params", "channels"]
 
@@ -75,16 +83,26 @@ def slow_choice(widths, scores, kind, limit, alive, eligible):
     gone=st.sampled_from([0.0, 0.2]),
     ineligible=st.sampled_from([0.0, 0.3]),
 )
-def test_choice_is_that_of_walking_down_the_ranking(seed, kind, share, round_to, min_keep, gone, ineligible):
+def test_the_first_choice_is_that_of_walking_down_the_ranking(seed, kind, share, round_to, min_keep, gone, ineligible):
     rng = np.random.default_rng(seed)
     widths = find_width_limits(GROUPS, round_to=round_to, min_keep=min_keep)
     scores = rng.integers(0, 9, UNITS) / 4 if seed % 2 else rng.random(UNITS)  # with and without ties
     alive, eligible = rng.random(UNITS) >= gone, rng.random(UNITS) >= ineligible
     lowest, dense = cost_of(GROUPS.cost, kind, widths.lowest(GROUPS)), cost_of(GROUPS.cost, kind, alive)
     limit = lowest + round(share * max(dense - lowest, 0))
+    first, dear = _take_lowest(
+        GROUPS, widths, scores, lambda victims: cost_of(GROUPS.cost, kind, alive & ~victims) <= limit, alive,
+        alive & eligible,
+    )  # fmt: skip
+    assert np.array_equal(first, slow_choice(widths, scores, kind, limit, alive, eligible))
+    assert not (dear & ~(alive & eligible)).any()
     victims = choose_victims(GROUPS, widths, scores, kind=kind, limit=limit, alive=alive, eligible=eligible)
-    assert np.array_equal(victims, slow_choice(widths, scores, kind, limit, alive, eligible))
     assert not (victims & ~(alive & eligible)).any()
+    if cost_of(GROUPS.cost, kind, alive & ~first) > limit:
+        assert np.array_equal(victims, first)
+    else:
+        assert cost_of(GROUPS.cost, kind, alive & ~victims) <= limit
+        assert scores[victims].sum() <= scores[first].sum()
 
 
 @settings(max_examples=60, deadline=None, derandomize=True)
@@ -106,13 +124,29 @@ def test_target_is_met_and_one_step_fewer_would_miss_it(seed, kind, share, round
         assert left >= max(1, math.ceil(0.1 * group.size))
         assert left == group.size or (left * group.channels_per_unit) % round_to == 0
         assert left >= widths.least[number]
-    # The last step taken is the one whose last unit ranks lowest: take it back.
-    last_group = GROUPS.groups[GROUPS.group_of_unit[max(np.flatnonzero(victims), key=lambda unit: scores[unit])]]
-    members = sorted(np.flatnonzero(victims[last_group.range]) + last_group.start, key=lambda unit: scores[unit])
-    step = int(widths.step[GROUPS.groups.index(last_group)])
-    fewer = victims.copy()
-    fewer[members[-(len(members) % step or step) :]] = False
-    assert cost_of(GROUPS.cost, kind, ~fewer) > limit
+        back = np.flatnonzero(victims[group.range]) + group.start
+        for count in range(1, len(back) + 1):  # no step of width fits
+            if left + count == group.size or (left + count) * group.channels_per_unit % round_to == 0:
+                more = ~victims
+                more[back[:count]] = True
+                assert cost_of(GROUPS.cost, kind, more) > limit
+
+
+def test_a_dear_step_is_left_out_if_a_cheap_one_loses_less():
+    widths = find_width_limits(GROUPS, round_to=1, min_keep=0)
+    costs = [GROUPS.cost.macs(np.arange(UNITS) != group.start) for group in GROUPS]
+    dear, cheap = (GROUPS.groups[index(costs)] for index in (np.argmin, np.argmax))
+    scores = np.full(UNITS, 9.0)
+    scores[dear.start], scores[cheap.start] = 1.0, 1.5
+    only_cheap = np.arange(UNITS) == cheap.start
+    limit = GROUPS.cost.macs(~only_cheap)
+    victims = choose_victims(GROUPS, widths, scores, kind="macs", limit=limit)
+    assert np.flatnonzero(victims).tolist() == [dear.start]  # one unit goes, and the other could not come back
+    scores[dear.start + 1], widths = 1.2, find_width_limits(GROUPS, round_to=2, min_keep=0)
+    both = np.isin(np.arange(UNITS), [cheap.start, cheap.start + 1])
+    scores[cheap.start : cheap.start + 2] = 0.3, 1.6
+    victims = choose_victims(GROUPS, widths, scores, kind="macs", limit=GROUPS.cost.macs(~both))
+    assert np.flatnonzero(victims).tolist() == np.flatnonzero(both).tolist()  # 1.9 lost instead of 2.2
 
 
 def test_groups_are_as_these_tests_assume():
