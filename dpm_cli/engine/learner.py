@@ -66,14 +66,22 @@ class Learner:
         images = mixed.images.contiguous(memory_format=self._layout)
 
         def objective(outputs: object, labels: Tensor) -> Tensor:
-            loss = classification_loss(
-                outputs, labels, label_smoothing=training.label_smoothing, partners=mixed.partners, share=mixed.share
-            )
-            if training.distill and self.teacher:
+            distill = training.distill if self.teacher else 0.0
+            terms = []
+            if distill < 1:
+                loss = classification_loss(
+                    outputs,
+                    labels,
+                    label_smoothing=training.label_smoothing,
+                    partners=mixed.partners,
+                    share=mixed.share,
+                )
+                terms.append((1 - distill) * loss if distill else loss)
+            if distill and self.teacher:
                 with torch.no_grad():
                     taught = self.teacher(images)
-                softened = distillation_loss(outputs, taught, training.temperature)
-                loss = (1 - training.distill) * loss + training.distill * softened
+                terms.append(distill * distillation_loss(outputs, taught, training.temperature))
+            loss = sum(terms[1:], start=terms[0])
             return self.world.weigh(loss, len(labels), count or len(labels))
 
         loss = train_step(

@@ -174,7 +174,7 @@ def choose_victims(
 
     best, dear = _take_lowest(groups, widths, scores, fits, alive, eligible)
     best = _give_back(groups, widths, scores, fits, alive, best)
-    losses = scores - scores.min(initial=0.0)
+    losses = scores - scores[eligible].min(initial=np.inf)
     for _ in range(MOST_SPARED):
         if not dear.any():
             break

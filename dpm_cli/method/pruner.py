@@ -22,7 +22,7 @@ from dpm_cli.method.pruning import Pruning, tell_removal
 from dpm_cli.method.schedule import plan_schedule
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe.check import check_section
-from dpm_cli.recipe.sections import Decay, Prune, Training, default_decay
+from dpm_cli.recipe.sections import Decay, Prune, Training
 from dpm_cli.recipe.stages import number_epochs
 
 Settings = Mapping[str, Any]
@@ -74,7 +74,7 @@ class Pruner:
             raise UsageError(f"steps is {steps}; it counts the optimizer steps that are to come")
         values = {"base": base, "target": dict(target)} | dict(prune or {})
         settings = check_section(Prune, values, "prune")
-        fades = check_section(Decay, default_decay(settings.base, dict(decay or {})), "decay")
+        fades = check_section(Decay, dict(decay or {}), "decay")
         chosen = make_base(settings, Training(epochs=steps), seed=seed)
         stages = number_epochs(chosen.stages())
         if any(stage.ends_with_pruning or not stage.prunes for stage in stages):

@@ -1,7 +1,7 @@
 """Define the whole recipe, and check that its sections agree."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from pydantic import Field, PrivateAttr, model_validator
 
@@ -14,8 +14,8 @@ from dpm_cli.recipe.sections import (
     Decay,
     Model,
     Prune,
+    Retraining,
     Training,
-    default_decay,
 )
 from dpm_cli.recipe.values import ExportFormat, NonNegative, Section
 
@@ -27,9 +27,9 @@ class Recipe(Section):
     data: Data = Field(description="the images")
     prune: Prune = Field(description="which units are removed, and when")
     decay: Decay = Field(default=Decay(), description="how chosen units shrink to zero, and when they are released")
-    train: Training = Field(default=Training(), description="the training while units are chosen and decay")
+    train: Retraining = Field(default=Retraining(), description="the training while units are chosen and decay")
     compact: Compact = Field(default=Compact(), description="what happens to the means of units that are cut at once")
-    finetune: Training = Field(default=Training(lr=0.02), description="the training of the slim model")
+    finetune: Retraining = Field(default=Retraining(lr=0.02), description="the training of the slim model")
     dense: Training | None = Field(default=None, description="the training of `dpm train`; null: as train")
     export: tuple[ExportFormat, ...] = Field(
         default=("torchscript", "onnx"),
@@ -53,15 +53,6 @@ class Recipe(Section):
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="how much work an interruption may lose")
     _source: Path | None = PrivateAttr(None)
     _typed: frozenset[str] = PrivateAttr(frozenset())  # settings that the user gave beside the file
-
-    @model_validator(mode="before")
-    @classmethod
-    def _rectifies_where_it_helps(cls, values: Any) -> Any:
-        """Turn `decay.rectify` off for otov2 unless set: releases cost accuracy there (benchmarks/RESULTS.md)."""
-        prune, decay = (values.get(name, {}) if isinstance(values, dict) else {} for name in ("prune", "decay"))
-        if isinstance(prune, dict) and isinstance(decay, dict):
-            return values | {"decay": default_decay(prune.get("base"), decay)}
-        return values
 
     @model_validator(mode="after")
     def _can_see_its_floor(self) -> "Recipe":
@@ -107,19 +98,34 @@ class Recipe(Section):
         return self
 
     @model_validator(mode="after")
+    def _has_a_teacher(self) -> "Recipe":
+        if self.dense and self.dense.distill:
+            raise ValueError("dense.distill has no dense model to learn from: leave it out")
+        return self
+
+    @model_validator(mode="after")
     def _trains_with_labels(self) -> "Recipe":
-        epochs = {
-            "train.epochs": self.train.epochs,
-            "finetune.epochs": self.finetune.epochs,
-            "prune.sparse_epochs": self.prune.sparse_epochs,
-        }
-        if not self.data.labels and any(epochs.values()):
-            wanted = " and ".join(f"{name}: 0" for name, count in epochs.items() if count)
-            raise ValueError(f"data.labels is false, but training needs labels: set {wanted}")
+        epochs = {"train": self.train.epochs + self.prune.sparse_epochs, "finetune": self.finetune.epochs}
+        unlabelled = [name for name, count in epochs.items() if count and getattr(self, name).distill < 1]
+        if not self.data.labels and unlabelled:
+            wanted, instead = (
+                " and ".join(f"{name}.{setting}" for name in unlabelled) for setting in ("distill: 1", "epochs: 0")
+            )
+            raise ValueError(
+                "data.labels is false, but training needs labels or the dense model alone as its teacher: set "
+                f"{wanted}, or {instead}"
+            )
         if not self.data.labels and self.prune.floor is not None:
             name = "max_drop" if self.prune.target.drop is None else "target.drop"
             raise ValueError(f"data.labels is false, but prune.{name} is judged by labels: leave one of them out")
         return self
+
+    def __eq__(self, other: object) -> bool:
+        """Compare the settings, not where they came from."""
+        return isinstance(other, Recipe) and self.__dict__ == other.__dict__
+
+    def __hash__(self) -> int:
+        return hash(tuple(self.__dict__.values()))
 
     @property
     def source(self) -> Path | None:

@@ -263,7 +263,7 @@ class Decay(Section):
         default="exact", description="how the norm of a unit is held to its decay; multiplicative is HESSO's"
     )
     rectify: Rectify | None = Field(
-        default=Rectify(), description="when training wins a decaying unit back; false: never"
+        default=None, description="when training wins a decaying unit back; false: never, true: by the defaults below"
     )
 
     @field_validator("rectify", mode="before", json_schema_input_type=Rectify | bool | None)
@@ -314,15 +314,16 @@ class Training(Section):
         return self
 
 
+class Retraining(Training):
+    """Configures one stage of training a model that is pruned, with the dense model as its teacher."""
+
+    distill: Fraction = Field(
+        default=0.7,
+        description="weight of the dense model's softened outputs in the loss; 1: labels are not used",
+    )
+
+
 class Checkpoint(Section):
     """Sets how much work an interruption may lose."""
 
     every: Positive = Field(default=500, description="steps between checkpoints")
-
-
-def default_decay(base: object, decay: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of `decay`, with `rectify` off for otov2 unless it is set.
-
-    Released units cost accuracy there (benchmarks/RESULTS.md).
-    """
-    return decay | {"rectify": False} if base == "otov2" and "rectify" not in decay else decay

@@ -32,7 +32,7 @@ def test_the_example_runs_as_it_is(plain_loop, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(plain_loop, "EPOCHS", (1, 4))
     plain_loop.main()
     assert "with half of the multiply-accumulates" in capsys.readouterr().out
-    assert {path.name for path in tmp_path.iterdir()} == {"slim.pt", "model.onnx"}
+    assert {path.name for path in tmp_path.iterdir()} == {"slim.pt", "model.onnx", "model.json"}
 
 
 @pytest.mark.parametrize("base", ["depgraph", "otov2"])
@@ -43,7 +43,7 @@ def test_the_plain_loop_and_dpm_prune_end_with_the_same_bits(plain_loop, base, t
             "data": {"name": "digits", "batch": 64, "augment": {"crop": 1, "flip": False}},
             "prune": {"base": base, "target": {"macs": 0.5}},
             "decay": {"steps": 6},
-            "train": {"epochs": EPOCHS, "lr": 0.05, "schedule": "constant"},
+            "train": {"epochs": EPOCHS, "lr": 0.05, "schedule": "constant", "distill": 0},
             "finetune": {"epochs": 0},
             "export": [],
             "precision": "fp32",

@@ -183,8 +183,9 @@ def test_signal_gives_its_exit_code(tmp_path):
 def test_resuming_before_the_first_checkpoint_says_so_and_starts_anew(tmp_path, whole):
     path, events = tmp_path / "model.pt", []
     dpm_cli.train(settings_of(), output=path, resume=True, on_event=events.append)
-    assert events[0].kind == "note"
-    assert "no checkpoint" in events[0].text
+    (note, *_) = [event for event in events if event.kind != "phase"]
+    assert note.kind == "note"
+    assert "no checkpoint" in note.text
     assert_same_bits(weights_of(path), weights_of(whole()[0]))
 
 
@@ -286,7 +287,7 @@ def test_training_stopped_between_its_model_and_its_checkpoints_is_resumed(tmp_p
     assert names_in(tmp_path) == ["model.checkpoint.previous.pt", "model.checkpoint.pt", "model.pt"]
     refuse(path, "exists")
     dpm_cli.train(settings_of(), output=path, resume=True, on_event=lambda event: told.append(event.kind))
-    assert told == ["resumed"]
+    assert [kind for kind in told if kind != "phase"] == ["resumed"]
     assert_same_bits(weights_of(path), weights_of(whole()[0]))
     assert names_in(tmp_path) == ["model.pt"]
 

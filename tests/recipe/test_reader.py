@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from dpm_cli.errors import RecipeError
 from dpm_cli.method.pruners import make_base
 from dpm_cli.recipe import Recipe, dump_recipe, hash_recipe, load_recipe, parse_recipe, shipped_recipes
-from dpm_cli.recipe.sections import Decay, Rectify
+from dpm_cli.recipe.sections import Decay, Rectify, Training
 from dpm_cli.recipe.stages import Stage, number_epochs
 from dpm_cli.recipe.values import parse_amount
 
@@ -101,12 +101,17 @@ def test_a_rate_left_out_is_that_of_the_criterion() -> None:
         assert (rectify.criterion, rectify.rate) == expected
 
 
-def test_rectifying_is_left_out_for_otov2_unless_it_is_asked_for() -> None:
-    otov2 = SMALLEST | {"prune": {"base": "otov2", "target": {"macs": 0.5}}}
-    assert parse_recipe(otov2).decay.rectify is None
-    assert parse_recipe(otov2 | {"decay": {"steps": 7}}).decay == Decay(steps=7, rectify=None)
-    assert parse_recipe(otov2 | {"decay": {"rectify": True}}).decay.rectify == Rectify()
-    assert parse_recipe(SMALLEST).decay.rectify == Rectify()
+def test_rectifying_is_left_out_unless_it_is_asked_for() -> None:
+    assert parse_recipe(SMALLEST).decay.rectify is None
+    assert parse_recipe(SMALLEST | {"decay": {"steps": 7}}).decay == Decay(steps=7, rectify=None)
+    assert parse_recipe(SMALLEST | {"decay": {"rectify": True}}).decay.rectify == Rectify()
+
+
+def test_the_dense_model_teaches_while_units_go_and_after_but_not_itself() -> None:
+    recipe = parse_recipe(SMALLEST | {"dense": {"epochs": 3}})
+    assert (recipe.train.distill, recipe.finetune.distill, recipe.dense) == (0.7, 0.7, Training(epochs=3))
+    with pytest.raises(RecipeError, match=r"dense\.distill has no dense model to learn from: leave it out"):
+        parse_recipe(SMALLEST | {"dense": {"distill": 0.5}})
 
 
 def test_an_unknown_key_inside_rectify_is_explained_too() -> None:
@@ -211,6 +216,7 @@ def test_scientific_numbers_without_a_point_are_numbers(tmp_path: Path) -> None:
         ("prune.round_to=16", lambda r: r.prune.round_to, 16),
         ("prune.target.params=2M", lambda r: r.prune.target.limits, {"params": 2e6}),
         ("decay.rectify=false", lambda r: r.decay.rectify, None),
+        ("decay.rectify=true", lambda r: r.decay.rectify, Rectify()),
         ("decay.rectify.rate=0.3", lambda r: r.decay.rectify.rate, 0.3),
         ("data.root=a=b", lambda r: str(r.data.root), "a=b"),
     ],
@@ -299,7 +305,7 @@ def test_any_value_for_any_key_is_accepted_or_explained(value: object) -> None:
         assert outcome
 
 
-@pytest.mark.parametrize("override", ["seed=1", "train.lr=0.06", "decay.rectify=false", "prune.target.macs=0.51"])
+@pytest.mark.parametrize("override", ["seed=1", "train.lr=0.06", "decay.rectify=true", "prune.target.macs=0.51"])
 def test_the_hash_changes_with_any_setting(override: str) -> None:
     assert hash_recipe(parse_recipe(SMALLEST)) != hash_recipe(parse_recipe(SMALLEST, [override]))
     assert hash_recipe(parse_recipe(SMALLEST)) == hash_recipe(Recipe.model_validate(SMALLEST))

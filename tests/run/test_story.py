@@ -75,8 +75,8 @@ def make_recipe(*overrides):
         "data": {"name": "digits", "batch": BATCH, "augment": {"crop": 1, "flip": False}},
         "prune": {"target": {"macs": 0.5}, "rounds": 2, "round_to": 1},
         "decay": {"steps": 4, "rectify": False},
-        "train": {"epochs": 3, "lr": 0.05},
-        "finetune": {"epochs": 1, "lr": 0.02},
+        "train": {"epochs": 3, "lr": 0.05, "distill": 0},
+        "finetune": {"epochs": 1, "lr": 0.02, "distill": 0},
         "export": [],
         "precision": "fp32",
         "recalibrate_batches": 2,
@@ -662,7 +662,7 @@ def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatc
     def fail(*args, **settings):
         raise RunError("model.onnx was not written: an operator is not supported")
 
-    monkeypatch.setattr("dpm_cli.run.delivery.export_model", fail)
+    monkeypatch.setattr("dpm_cli.run.delivery.export_one", fail)
     with pytest.raises(RunError, match=r"not supported; the training is kept: --resume with --set export=\[\]"):
         go(tmp_path, make_recipe("export=[onnx]"), splits)
     _, events, _ = go(tmp_path, make_recipe(), splits, resume=True)

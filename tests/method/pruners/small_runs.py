@@ -72,7 +72,7 @@ def make_recipe(*overrides):
         "data": {"name": "digits", "batch": BATCH, "augment": {"crop": 1, "flip": False}},
         "prune": {"target": {"macs": 0.4}, "rounds": 2, "round_to": 1},
         "decay": {"steps": 1, "rectify": False},
-        "train": {"epochs": 3, "lr": 0.05},
+        "train": {"epochs": 3, "lr": 0.05, "distill": 0},
         "finetune": {"epochs": 0},
         "export": [],
         "precision": "fp32",

@@ -310,23 +310,47 @@ def plain_dhspg(recipe, splits):
     def left(gone):
         return [size - sum(group == g for g, _ in gone) for group, size in enumerate(SIZES)]
 
-    def order():
-        """Live units, most redundant first, by the measures of the last step."""
+    def salience():
+        """Of live units, low is redundant, by the measures of the last step."""
         live = [unit for unit in EVERY_UNIT if unit not in dead]
         cosine = {u: seen[u][2] / (seen[u][0] * seen[u][1]) for u in live}
         small = {u: 1 / (seen[u][0] / len(vector(ones, *u, removed)) + 1e-6) for u in live}
         lengths = [math.sqrt(sum(v * v for v in values.values())) for values in (cosine, small)]
-        return sorted(live, key=lambda u: -(cosine[u] / lengths[0] + small[u] / lengths[1]))
+        return {u: -(cosine[u] / lengths[0] + small[u] / lengths[1]) for u in live}
+
+    def order():
+        return sorted(scores := salience(), key=scores.get)
+
+    def fits(taken):
+        return macs(*left(dead | set(taken))) <= limit
 
     def take(candidates):
-        """The first of them that bring the cost to the limit; of every group a tenth stays."""
-        taken = set()
-        for unit in candidates:
-            if macs(*left(dead | taken)) <= limit:
-                break
-            if left(dead | taken)[unit[0]] > math.ceil(0.1 * SIZES[unit[0]]):
-                taken.add(unit)
-        return taken
+        """The first of them that bring the cost to the limit, or what does so without the last; a tenth always stays.
+
+        Those that then fit below the limit come back, best first. What loses less salience is taken.
+        """
+        best, scores = None, salience()
+        worst = min((scores[unit] for unit in candidates), default=0)
+        while True:
+            taken = []
+            for unit in candidates:
+                if fits(taken):
+                    break
+                if left(dead | set(taken))[unit[0]] > math.ceil(0.1 * SIZES[unit[0]]):
+                    taken.append(unit)
+            last = taken[-1] if taken else None
+            if fits(taken):
+                for unit in reversed(taken):
+                    if fits(set(taken) - {unit}):
+                        taken.remove(unit)
+            loss = sum(scores[unit] - worst for unit in taken)
+            if best is not None and (not fits(taken) or loss >= best[0]):
+                return best[1]
+            best = loss, set(taken)
+            if not fits(taken) or last is None:
+                return best[1]
+            place = candidates.index(last)
+            candidates = [*candidates[:place], *(unit for unit in candidates[place:] if unit[0] != last[0])]
 
     torch.manual_seed(recipe.seed)
     step = 0
