@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from dpm_cli.data.augment import find_boxes
 from dpm_cli.data.corrupt import Corrupt
 from dpm_cli.errors import DataError, flatten
+from dpm_cli.files import open_regular
 from dpm_cli.layers.images import Framing
 
 Pixels = NDArray[np.uint8]
@@ -24,12 +25,18 @@ WORTH_WORKERS = 16 << 20  # bytes of image files; below, starting processes take
 LONGEST = 64  # times its short side
 CHUNK = 256  # images that a worker hands over at once
 MODES = {1: "L", 3: "RGB"}
+# What Pillow decodes itself; for others, such as EPS, it would start another program on a stranger's file.
+FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
 
 
 def open_image(path: str, channels: int) -> Image.Image:
     """Decode a file completely. Raises DataError naming the file."""
     try:
-        with warnings.catch_warnings(action="ignore"), Image.open(path) as image:  # about EXIF data and palettes
+        with (
+            warnings.catch_warnings(action="ignore"),  # about EXIF data and palettes
+            open_regular(path) as file,
+            Image.open(file, formats=FORMATS) as image,
+        ):
             mode = image.mode
             decoded = image.convert(MODES[channels])
     except Exception as error:  # damaged files make PIL raise nearly anything, SyntaxError included

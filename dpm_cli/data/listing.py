@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dpm_cli.errors import DataError, listing
+from dpm_cli.errors import DataError, flatten, listing
 from dpm_cli.layers.images import Framing
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm", ".pgm")
@@ -97,6 +97,9 @@ def _list_layout(root: Path, classes: int | None) -> tuple[Listing, Listing | No
     if (found := _class_folders(test)) != names:
         odd = sorted(set(found) ^ set(names))
         raise DataError(f"the class folders of {test} differ from those of {train}: {listing(odd, shown=5)}")
+    for left, right in [(train, test), *((train / name, test / name) for name in names)]:
+        if left.samefile(right):
+            raise DataError(f"{right} leads to {left}: testing on the training images would tell nothing; repair it")
     return _list_split(train, names), _list_split(test, names), names
 
 
@@ -157,14 +160,24 @@ def _list_split(folder: Path, names: Sequence[str]) -> Listing:
 
 
 def _walk(folder: Path, prefix: str, label: int) -> Iterator[Entry]:
-    """Yield the image files below `folder`, without hidden ones such as macOS leaves behind."""
-    with os.scandir(folder) as items:
-        for item in items:
-            name = f"{prefix}/{item.name}" if prefix else item.name
-            if item.name.startswith("."):
-                continue
-            if item.is_dir():
-                yield from _walk(Path(item.path), name, label)
-            elif item.name.lower().endswith(EXTENSIONS):
-                status = item.stat()
-                yield Entry(name, label, status.st_size, status.st_mtime_ns)
+    """Yield the image files below `folder`, without hidden ones such as macOS leaves behind.
+
+    Raises DataError for a link that leads back to a folder around it.
+    """
+    rest: list[tuple[str, str, frozenset[tuple[int, int]]]] = [(str(folder), prefix, frozenset())]
+    while rest:  # a stack of our own, because folders may be thousands deep
+        place, prefix, around = rest.pop()
+        status = os.stat(place)
+        here = (status.st_dev, status.st_ino)
+        if here in around:
+            raise DataError(f"{flatten(place)} leads back to a folder around it: remove that link")
+        with os.scandir(place) as items:
+            for item in items:
+                name = f"{prefix}/{item.name}" if prefix else item.name
+                if item.name.startswith("."):
+                    continue
+                if item.is_dir():
+                    rest.append((item.path, name, around | {here}))
+                elif item.name.lower().endswith(EXTENSIONS):
+                    status = item.stat()
+                    yield Entry(name, label, status.st_size, status.st_mtime_ns)

@@ -1,4 +1,6 @@
+import os
 import shutil
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -303,3 +305,64 @@ def test_only_image_of_a_class_cannot_be_held_out(
     write_images(tmp_path / "few", count=1)
     with pytest.raises(DataError, match=r"a/000\.png is the only image of its class"):
         load("folder", root=tmp_path / "few")
+
+
+EPS = b"""%!PS-Adobe-3.0 EPSF-3.0
+%%BoundingBox: 0 0 8 8
+%%EndComments
+(executed) (w) file closefile
+showpage
+"""
+
+
+def test_no_other_program_is_started_for_an_image(
+    load: Load, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pillow would hand EPS to Ghostscript, whatever the name of the file."""
+    fake = tmp_path / "bin" / "gs"
+    fake.parent.mkdir()
+    fake.write_text(f"#!/bin/sh\ntouch {tmp_path}/executed\n")
+    fake.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{fake.parent}:{os.environ['PATH']}")
+    monkeypatch.setattr("PIL.EpsImagePlugin.gs_binary", None)  # what Pillow has found before
+    (folder / "train" / "a" / "000.jpg").write_bytes(EPS)
+    with pytest.raises(DataError, match=r"000\.jpg is not a readable image"):
+        load("folder", root=folder)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_pipe_and_device_are_no_images(load: Load, folder: Path, kind: str) -> None:
+    path = folder / "train" / "a" / "pipe.png"
+    if kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to("/dev/zero")
+    with pytest.raises(DataError, match=r"pipe\.png is not a readable image .*not a regular file"):
+        load("folder", root=folder)
+    assert len(load("folder", root=folder, max_corrupt=1, validation=0.0).train) == 30
+
+
+@pytest.mark.parametrize("place", ["test", "test/a"])
+def test_test_images_that_are_the_training_images_are_refused(load: Load, folder: Path, place: str) -> None:
+    shutil.rmtree(folder / place)
+    (folder / place).symlink_to(folder / place.replace("test", "train"))
+    with pytest.raises(DataError, match="testing on the training images would tell nothing"):
+        load("folder", root=folder)
+
+
+def test_thousands_of_nested_folders_are_listed_or_refused_in_one_line(load: Load, folder: Path) -> None:
+    place = os.open(folder / "train" / "a", os.O_RDONLY)
+    for _ in range(1200):
+        os.mkdir("d", dir_fd=place)
+        place, above = os.open("d", os.O_RDONLY, dir_fd=place), place
+        os.close(above)
+    os.close(place)
+    assert len(load("folder", root=folder, validation=0.0).train) == 30
+    subprocess.run(["rm", "-r", folder / "train" / "a"], check=True)  # Python's own rmtree is not deep enough
+
+
+def test_link_to_a_folder_around_it_is_refused(load: Load, folder: Path) -> None:
+    (folder / "train" / "a" / "again").symlink_to("..")
+    with pytest.raises(DataError, match="leads back to a folder around it"):
+        load("folder", root=folder)
