@@ -34,6 +34,8 @@ MARKS = {  # what a run writes -> bytes that every such file of ours holds
     "model.fp16.onnx": b"dpm_recipe",
     "model.int8.onnx": b"dpm_recipe",
     "model.pt2": b"dpm.json",
+    "model.xml": b"dpm_recipe",
+    "model.pte": b"ET",  # its format has no place for more
     METADATA: b'"dpm_recipe"',
     PAGE: b'content="dpm"',
     REPORT: b'{\n  "arch"',

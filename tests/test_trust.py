@@ -11,7 +11,8 @@ from digits_recipe import recipe
 import dpm_cli
 from dpm_cli.cli.app import main
 from dpm_cli.errors import RecipeError
-from dpm_cli.models import build
+from dpm_cli.layers.images import Framing
+from dpm_cli.models import Metadata, build, save_slim
 from dpm_cli.recipe import dump_recipe, hash_recipe, load_recipe, parse_recipe
 
 JOBS = {
@@ -95,3 +96,14 @@ def test_code_that_gives_data_needs_trust_too(named: str) -> None:
         dpm_cli.train(values)
     assert not Path("imported").exists()
     assert parse_recipe(recipe(data={"name": "hf:user/photos"})).code == {}
+
+
+def test_data_code_in_the_recipe_of_a_slim_file_is_not_imported(named: str, tmp_path: Path) -> None:
+    """`dpm export --format onnx-int8` loads the data of the recipe that the file holds."""
+    settings = recipe(data={"name": named})
+    module = dpm_cli.models.build("digits", classes=10, shape=(1, 8, 8)).eval()
+    metadata = Metadata(10, Framing((1, 8, 8)), mean=(0.0,), std=(1.0,), arch="digits")
+    save_slim(tmp_path / "slim.pt", module, metadata=metadata, recipe=dump_recipe(parse_recipe(settings)), report={})
+    with pytest.raises(RecipeError, match="names code"):
+        dpm_cli.export_slim("slim.pt", formats=["onnx-int8"], output="there")
+    assert not Path("imported").exists()

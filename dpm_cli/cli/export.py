@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import dpm_cli
-from dpm_cli.cli.options import AsJson, Overrides, Overwrite, OwnArch, collect_overrides
+from dpm_cli.cli.options import AsJson, Overrides, Overwrite, OwnArch, Trust, collect_overrides
 from dpm_cli.cli.outcome import print_json
 from dpm_cli.cli.progress import working
 
@@ -47,6 +47,7 @@ def export(
     overrides: Overrides = None,
     opset: Annotated[int, typer.Option(metavar="N", help="The opset of ONNX files.")] = 18,
     overwrite: Overwrite = False,
+    trust: Trust = False,
     as_json: AsJson = False,
 ) -> None:
     """Export a slim.pt again, without its run.
@@ -66,6 +67,7 @@ def export(
             opset=opset,
             recipe=settings,
             overrides=changes,
+            trust=trust,
         )
     if as_json:
         print_json({"slim": str(slim), "exports": [asdict(each) for each in exported]})

@@ -36,6 +36,7 @@ def export_slim(
     opset: int = 18,
     recipe: AnyRecipe | None = None,
     overrides: Sequence[str] = (),
+    trust: bool = False,
 ) -> list[ExportedFile]:
     """Export a slim.pt, without the run that made it.
 
@@ -46,13 +47,14 @@ def export_slim(
     reloaded and compared before it gets its name.
 
     recipe, overrides: `data` and `quantize` for onnx-int8, and changes such as "data.root=photos"; by default, the
-    recipe in slim.pt. Raises AccuracyError if int8 costs more than `quantize.max_drop`; other files are then written.
+    recipe in slim.pt. trust: run code that this recipe names for its data, and accept images far larger than the file.
+    Raises AccuracyError if int8 costs more than `quantize.max_drop`; other files are then written.
     """
     for format in formats:
         if format not in EXPORT_NAMES:
             raise UsageError(f"export format {format!r} is not known; known: {', '.join(EXPORT_NAMES)}")
         require_format(format)
-    loaded, folder = load_slim(Path(slim), arch, model=model), Path(output)
+    loaded, folder = load_slim(Path(slim), arch, model=model, trust=trust), Path(output)
     require_writable(folder)
     paths = {known: folder / name for known, name in EXPORT_NAMES.items() if known in formats}
     there = {path: MARKS[path.name] for path in paths.values() if os.path.lexists(path)}
@@ -68,7 +70,7 @@ def export_slim(
         raise OutputError(f"{beside} exists and describes another model: choose another --output, or --overwrite")
     generator = torch.Generator().manual_seed(0)
     image = torch.randn(1, *loaded.shape, generator=generator)
-    calibration = _load_calibration(Path(slim), loaded, recipe, overrides) if "onnx-int8" in paths else None
+    calibration = _load_calibration(Path(slim), loaded, recipe, overrides, trust) if "onnx-int8" in paths else None
     write_text_atomic(beside, described)
     exported = []
     for format in sorted(paths, key="onnx-int8".__eq__):  # the one that may fail comes last
@@ -85,12 +87,14 @@ def export_slim(
     return exported
 
 
-def _load_calibration(path: Path, slim: Slim, recipe: AnyRecipe | None, overrides: Sequence[str]) -> Calibration:
+def _load_calibration(
+    path: Path, slim: Slim, recipe: AnyRecipe | None, overrides: Sequence[str], trust: bool
+) -> Calibration:
     """Load the images to quantize with. Raises DataError, with the way out, if they are missing."""
     if recipe is not None:
-        settings = resolve_recipe(recipe, trust=True)  # code that it names is not run here
+        settings = resolve_recipe(recipe, trust=trust)
     elif slim.recipe:
-        settings = read_recipe(slim.recipe, overrides, name=f"the recipe in {path}")
+        settings = resolve_recipe(read_recipe(slim.recipe, overrides, name=f"the recipe in {path}"), trust=trust)
     else:
         raise UsageError(f"{path} holds no recipe, so onnx-int8 does not know its calibration images: give --recipe")
     _require_same_images(settings, slim, path)

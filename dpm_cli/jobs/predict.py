@@ -88,7 +88,7 @@ def _open(
     exported = open_deployed(path, trust)
     if exported:
         return exported, parse_strings(exported.metadata, path)
-    slim = rebuild(_read_slim(path), path, arch, model=model)
+    slim = rebuild(_read_slim(path), path, arch, model=model, trust=trust)
     return slim.module, slim.metadata
 
 

@@ -11,10 +11,11 @@ from dpm_cli.errors import DpmError, ModelFileError, one_line
 from dpm_cli.layers.images import Shape
 from dpm_cli.models.outputs import compare, find_failure
 from dpm_cli.models.read import read_model_file
+from dpm_cli.models.sketch import sketch
 from dpm_cli.models.slim import TOLERANCE, rebuild
 from dpm_cli.models.slim_content import Content, is_slim, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
-from dpm_cli.models.weights import find_weights, load_weights_, require_finite, require_tensors
+from dpm_cli.models.weights import find_weights, load_weights_, require_finite, require_fit, require_tensors
 from dpm_cli.models.zoo import auxiliary_heads, build
 
 
@@ -38,30 +39,35 @@ def load_model(path: str | Path, *, arch: str, classes: int, shape: Shape, trust
     path = Path(path)
     content = read_model_file(path, trust=trust)
     if is_slim(content):
-        return _load_earlier(parse_content(content, path), path, arch, classes, shape)
+        return _load_earlier(parse_content(content, path), path, arch, classes, shape, trust)
     weights = find_weights(content, path)
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # the initial weights are replaced; the caller's random state must not change
-        module = build(arch, classes=classes, shape=shape)
     if isinstance(weights, nn.Module):
-        return _adopt(weights, module, path, arch, shape, classes)
+        return _adopt(weights, _build(arch, classes, shape), path, arch, shape, classes)
     tensors = require_tensors(weights, path)
     heads = auxiliary_heads(arch)
     ignored = tuple(name for name in tensors if heads and name.removeprefix("module.").startswith(heads))
-    load_weights_(module, {name: tensors[name] for name in tensors if name not in ignored}, path, arch=arch)
+    tensors = {name: tensors[name] for name in tensors if name not in ignored}
+    if (sketched := sketch(arch, classes=classes, shape=shape)) is not None:
+        require_fit(sketched, tensors, path, arch=arch)  # before the memory of the architecture is taken
+    module = _build(arch, classes, shape)
+    load_weights_(module, tensors, path, arch=arch)
     _require_usable(module, path, arch, shape, classes)
     return Loaded(module, ignored=ignored)
 
 
-def _load_earlier(content: Content, path: Path, arch: str, classes: int, shape: Shape) -> Loaded:
+def _build(arch: str, classes: int, shape: Shape) -> nn.Module:
+    with torch.random.fork_rng(devices=[]):  # the initial weights are replaced; the caller's random state stays
+        return build(arch, classes=classes, shape=shape)
+
+
+def _load_earlier(content: Content, path: Path, arch: str, classes: int, shape: Shape, trust: bool) -> Loaded:
     """Rebuild an earlier slim model. Raises ModelFileError if it does not fit the recipe."""
     if (content.classes, content.shape) != (classes, tuple(shape)):
         raise ModelFileError(
             f"{path} has {content.classes} classes and input {list(content.shape)}; "
             f"the recipe says model.classes {classes} and model.input {list(shape)}"
         )
-    slim = rebuild(content, path, arch)
+    slim = rebuild(content, path, arch, trust=trust)
     return Loaded(slim.module, edits=slim.edits, recipe=slim.recipe, report=slim.report)
 
 

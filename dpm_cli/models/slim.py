@@ -25,9 +25,10 @@ from dpm_cli.errors import ModelFileError, RecipeError, RunError
 from dpm_cli.files import write_atomic
 from dpm_cli.layers.images import Shape
 from dpm_cli.models.metadata import Metadata
-from dpm_cli.models.outputs import compare, find_failure
-from dpm_cli.models.packed import pack
+from dpm_cli.models.outputs import compare, find_excess, find_failure
+from dpm_cli.models.packed import Packed, pack, unpack
 from dpm_cli.models.read import read_model_file
+from dpm_cli.models.sketch import sketch
 from dpm_cli.models.slim_content import FORMAT, VERSION, Content, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
 from dpm_cli.models.weights import require_finite
@@ -110,30 +111,37 @@ def save_slim(
     write_atomic(path, write)
 
 
-def load_slim(path: Path, arch: str | None = None, *, model: nn.Module | None = None) -> Slim:
+def load_slim(path: Path, arch: str | None = None, *, model: nn.Module | None = None, trust: bool = False) -> Slim:
     """Read a slim.pt and rebuild its module, bit for bit.
 
     A file may name `package.module:function`, which would import what a stranger wrote into it, so such a name is only
     used if `arch` gives it too. model: a freshly built dense module for a file that was saved from an object; it is
-    copied. Raises ModelFileError.
+    copied. trust: accept images that take far more memory than the file. Raises ModelFileError.
 
         slim = load_slim(Path("out/slim.pt"))
         slim.module, slim.report, slim.recipe
     """
-    return rebuild(parse_content(read_model_file(path), path), path, arch, model=model)
+    return rebuild(parse_content(read_model_file(path), path), path, arch, model=model, trust=trust)
 
 
-def rebuild(content: Content, path: Path, arch: str | None = None, *, model: nn.Module | None = None) -> Slim:
+def rebuild(
+    content: Content, path: Path, arch: str | None = None, *, model: nn.Module | None = None, trust: bool = False
+) -> Slim:
     """Rebuild the module of a file that has been read and checked. Arguments as for `load_slim`."""
-    dense = copy.deepcopy(model) if model is not None else _build_dense(content, arch, path)
+    dense = copy.deepcopy(model) if model is not None else _sketch_dense(content, arch, path)
     try:
         _fill_(dense, content)
+        if _is_meta(dense):  # large constants that the file does not hold, now that it is known to fit
+            dense = _build_dense(content, arch, path)
+            _fill_(dense, content)
     except ModelFileError as error:
         raise ModelFileError(
             f"{path} does not fit {'the given model' if model is not None else arch or content.arch}: {error}"
         ) from None
     require_finite(dense, path)
     dense.eval()
+    if not trust and (excess := find_excess(dense, content.shape)):
+        raise ModelFileError(f"{path}: {excess}; --trust (in Python trust=True) if you trust whoever made it")
     if failure := find_failure(dense, content.shape, content.classes):
         raise ModelFileError(f"{path} is damaged: {failure}")
     return Slim(
@@ -148,13 +156,15 @@ def rebuild(content: Content, path: Path, arch: str | None = None, *, model: nn.
     )
 
 
-def load(path: str | Path, arch: str | None = None, *, model: nn.Module | None = None) -> nn.Module:
-    """Load the module of a slim.pt, in eval mode on the CPU. `arch` and `model` as for `load_slim`.
+def load(
+    path: str | Path, arch: str | None = None, *, model: nn.Module | None = None, trust: bool = False
+) -> nn.Module:
+    """Load the module of a slim.pt, in eval mode on the CPU. `arch`, `model` and `trust` as for `load_slim`.
 
     model = dpm_cli.load("out/slim.pt")
     logits = model(images)  # (B, classes)
     """
-    return load_slim(Path(path), arch, model=model).module
+    return load_slim(Path(path), arch, model=model, trust=trust).module
 
 
 def _build(arch: str, classes: int, shape: Shape) -> nn.Module:
@@ -164,7 +174,11 @@ def _build(arch: str, classes: int, shape: Shape) -> nn.Module:
         return build(arch, classes=classes, shape=shape)
 
 
-def _build_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
+def _sketch_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
+    """Build the dense module without its large tensors, which the file will replace, if its constructor allows that.
+
+    Raises ModelFileError if the file names code, or another architecture than `arch`.
+    """
     saved = content.arch
     if saved is None and arch is None:
         was = f"{path} was pruned from a Python object"
@@ -181,15 +195,38 @@ def _build_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
     if saved is not None and arch is not None and saved != arch and not (is_own_code(saved) and is_own_code(arch)):
         raise ModelFileError(f"{path} holds a {saved}, model.arch is {arch}")
     try:
-        return _build(arch or saved or "", content.classes, content.shape)
+        sketched = sketch(arch or saved or "", classes=content.classes, shape=content.shape)
+    except RecipeError as error:
+        raise ModelFileError(f"{path} cannot be rebuilt: {error}") from None
+    return sketched if sketched is not None else _build_dense(content, arch, path)
+
+
+def _build_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
+    try:
+        return _build(arch or content.arch or "", content.classes, content.shape)
     except RecipeError as error:
         raise ModelFileError(f"{path} cannot be rebuilt: {error}") from None
 
 
 def _fill_(dense: nn.Module, content: Content) -> None:
     apply_edits_(dense, content.edits, content.state_dict | content.buffers)
+    _unpack_(dense, content.packed)
     for name, parameter in dense.named_parameters():
         parameter.requires_grad_(parameter.is_floating_point() and name not in content.frozen)
+
+
+def _unpack_(module: nn.Module, packed: Mapping[str, Packed]) -> None:
+    """Put the weights in place of which only the shapes are there. Raises ModelFileError if their bits do not agree."""
+    for name, parts in packed.items():
+        old = module.get_parameter(name)
+        try:
+            new = nn.Parameter(unpack(parts))
+        except (ValueError, RuntimeError):
+            raise ModelFileError(f"the packed {name} is damaged") from None
+        for other, tensor in list(module.named_parameters(remove_duplicate=False)):
+            if tensor is old:  # shared parameters stay shared
+                owner, _, leaf = other.rpartition(".")
+                setattr(module.get_submodule(owner), leaf, new)
 
 
 def _collect_tensors(module: nn.Module, dense: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from dpm_cli.errors import ModelFileError
 from dpm_cli.layers.images import Framing, Shape
 from dpm_cli.models.metadata import Metadata, parse_metadata
-from dpm_cli.models.packed import unpack
+from dpm_cli.models.packed import Packed, shape_of
 from dpm_cli.models.structure import Edits
 from dpm_cli.models.weights import require_tensors
 from dpm_cli.recipe.code import is_own_code
@@ -34,7 +35,8 @@ class Content:
     classes: int
     shape: Shape
     edits: Edits
-    state_dict: dict[str, Tensor]
+    state_dict: dict[str, Tensor]  # packed weights are there by their shapes alone, on the meta device
+    packed: dict[str, Packed]
     buffers: dict[str, Tensor]
     frozen: frozenset[str]
     recipe: str
@@ -66,7 +68,9 @@ def parse_content(content: Any, path: Path) -> Content:
     if not isinstance(recipe, str) or len(recipe) > MAX_TEXT:
         raise _damaged(path, "recipe")
     shape = _parse_shape(content.get("shape"), path)
-    state_dict = _parse_tensors(content, "state_dict", path) | _parse_packed(content.get("packed", {}), path)
+    packed = _parse_packed(content.get("packed", {}), path)
+    shapes = {name: _describe_packed(parts, path) for name, parts in packed.items()}
+    state_dict = _parse_tensors(content, "state_dict", path) | shapes
     if arch is not None and not is_own_code(arch):
         _require_as_many_classes(state_dict, classes, path)
     return Content(
@@ -75,6 +79,7 @@ def parse_content(content: Any, path: Path) -> Content:
         shape=shape,
         edits=_parse_edits(content.get("edits"), path),
         state_dict=state_dict,
+        packed=packed,
         buffers=_parse_tensors(content, "buffers", path),
         frozen=_parse_frozen(content.get("frozen"), path),
         recipe=recipe,
@@ -116,16 +121,20 @@ def _parse_tensors(content: dict[str, Any], key: str, path: Path) -> dict[str, T
     return require_tensors(content[key], path)
 
 
-def _parse_packed(value: object, path: Path) -> dict[str, Tensor]:
-    if not isinstance(value, dict) or not all(isinstance(packed, dict) for packed in value.values()):
+def _parse_packed(value: object, path: Path) -> dict[str, Packed]:
+    if not isinstance(value, dict) or not all(
+        isinstance(name, str) and isinstance(packed, dict) for name, packed in value.items()
+    ):
         raise _damaged(path, "packed")
-    tensors = {}
-    for name, packed in value.items():
-        try:
-            tensors[name] = unpack(require_tensors(packed, path))
-        except (ValueError, RuntimeError, TypeError):  # whatever torch and numpy say about wrong sizes and types
-            raise _damaged(path, "packed") from None
-    return require_tensors(tensors, path)
+    return {name: require_tensors(packed, path) for name, packed in value.items()}
+
+
+def _describe_packed(packed: Packed, path: Path) -> Tensor:
+    """Compare the sizes of all parts; nothing is unpacked before the shape is compared with the architecture."""
+    try:
+        return torch.empty(shape_of(packed), dtype=packed["values"].dtype, device="meta")
+    except (ValueError, RuntimeError, TypeError):  # whatever torch says about wrong sizes and types
+        raise _damaged(path, "packed") from None
 
 
 def _require_as_many_classes(state_dict: dict[str, Tensor], classes: int, path: Path) -> None:

@@ -43,16 +43,23 @@ def require_tensors(content: Any, path: Path) -> dict[str, Tensor]:
 
 
 def load_weights_(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, arch: str) -> None:
-    """Load a dense state dict, whose names may carry the prefixes of wrappers. Changes `module` also when it fails.
+    """Load a dense state dict, whose names may carry the prefixes of wrappers.
+
+    Raises ModelFileError as `require_fit` does.
+    """
+    module.load_state_dict(require_fit(module, tensors, path, arch=arch))
+
+
+def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, arch: str) -> dict[str, Tensor]:
+    """Return a dense state dict under the names of `module`, which may be on the meta device.
 
     Raises ModelFileError that lists the missing, unexpected and misshapen keys.
     """
     expected = module.state_dict()
     tensors = strip_wrappers(tensors, expected.keys())
     misshapen = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
-    fitting = {name: tensor for name, tensor in tensors.items() if name not in misshapen}
-    missing, unexpected = module.load_state_dict(fitting, strict=False)
-    missing = [name for name in missing if name not in misshapen]
+    missing = [name for name in expected if name not in tensors]
+    unexpected = [name for name in tensors if name not in expected]
     problems = [
         f"{len(keys)} {kind} ({shown})"
         for kind, keys, shown in (
@@ -64,6 +71,7 @@ def load_weights_(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, 
     ]
     if problems:
         raise ModelFileError(f"{path} does not fit {arch}: {', '.join(problems)}; check model.arch and model.classes")
+    return tensors
 
 
 def require_finite(module: nn.Module, path: Path) -> None:

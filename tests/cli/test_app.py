@@ -45,7 +45,7 @@ OPTIONS = {
     | SHORTCUTS,
     "inspect": SHARED | {"--sensitivity", "--share", "--images", "--csv", "--device", "--trust"} | SHORTCUTS | TARGETS,
     "evaluate": SHARED | {"--batch", "--runtime", "--device", "--trust"},
-    "export": SHARED | {"--format", "--opset", "--output", "--arch", "--overwrite"},
+    "export": SHARED | {"--format", "--opset", "--output", "--arch", "--overwrite", "--trust"},
     "predict": {"--top", "--arch", "--trust", "--json"},
     "benchmark": {"--runtime", "--batch", "--threads", "--seconds", "--recipe", "--trust", "--csv", "--json"},
     "compare": {"--csv", "--json"},
