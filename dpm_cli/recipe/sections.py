@@ -20,6 +20,7 @@ from dpm_cli.recipe.values import (
     LearningRate,
     NonNegative,
     Positive,
+    RoundCount,
     Section,
     Side,
     Size,
@@ -159,7 +160,9 @@ class Prune(Section):
     gates: Gates = Field(default=Gates(), description="settings of the base gate-decorator")
     on_the_fly: OnTheFly = Field(default=OnTheFly(), description="settings of the base on-the-fly")
     target: Target = Field(description="how small the model must become; all that are given must hold")
-    rounds: Count = Field(default="auto", description="in how many rounds units are chosen; auto: 5, or as many as fit")
+    rounds: RoundCount = Field(
+        default="auto", description="rounds in which units are chosen; auto: 5, or as many as fit"
+    )
     start: Fraction = Field(default=0.0, description="fraction of the train stage at which the first round starts")
     end: Fraction = Field(
         default=0.5, description="fraction of the train stage at which the last planned round is finished"

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
 
 DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "csv")
+MOST_ROUNDS = 10_000
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
@@ -49,6 +50,12 @@ def parse_count(value: object) -> object:
     raise ValueError("must be a whole number of 1 or more, or auto")
 
 
+def parse_rounds(value: object) -> object:
+    if value == "auto" or (type(value) is int and 1 <= value <= MOST_ROUNDS):
+        return value
+    raise ValueError(f"must be a whole number from 1 to {MOST_ROUNDS}, or auto")
+
+
 def parse_sparsities(value: object) -> object:
     return value if isinstance(value, list | tuple) else [value]
 
@@ -72,6 +79,9 @@ COST_KINDS: tuple[CostKind, ...] = ("macs", "params", "channels", "size")
 Size = Annotated[float, BeforeValidator(parse_size, json_schema_input_type=float | str)]
 Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step, json_schema_input_type=int | Literal["auto"])]
 Count = Annotated[int | Literal["auto"], BeforeValidator(parse_count, json_schema_input_type=int | Literal["auto"])]
+RoundCount = Annotated[
+    int | Literal["auto"], BeforeValidator(parse_rounds, json_schema_input_type=int | Literal["auto"])
+]
 DataName = Annotated[
     str,
     BeforeValidator(parse_data_name),

@@ -158,7 +158,7 @@ def test_whole_runs_end_at_their_target(
 def test_shipped_recipes_begin_on_few_images(
     name: str, change: str, folder: Path, dense: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On a small net and its images; test_schedule.py plans for as many images as the recipes name."""
+    """On a small net and its images; test_fitted_schedule.py plans for as many images as the recipes name."""
     monkeypatch.setenv("DPM_CACHE", str(tmp_path / "cache"))
     small = [f"data={{name: folder, root: {folder}, batch: 16}}", "model={arch: digits, classes: 3, input: [3, 8, 8]}"]
     recipe = load_recipe(name, [*small, change])

@@ -31,6 +31,7 @@ from dpm_cli.method.rounds import MOST_ROUNDS, Rounds, count_taken, longest_deca
 from dpm_cli.recipe.sections import Decay, Prune, Training
 from dpm_cli.recipe.stages import Stage
 
+MOST_TICKS = 10_000  # that it plans
 FEW = 0.1  # fraction of the gates that `prune.rounds: auto` leaves unmasked if gates.fraction is set
 
 
@@ -104,7 +105,7 @@ class GateDecorator(BasePruner):
         rounds, fraction = self.settings.rounds, self.settings.gates.fraction
         if rounds != "auto":
             return rounds
-        return MOST_ROUNDS if fraction is None else math.ceil(math.log(FEW) / math.log1p(-fraction))
+        return MOST_ROUNDS if fraction is None else min(MOST_TICKS, math.ceil(math.log(FEW) / math.log1p(-fraction)))
 
     def stages(self) -> Sequence[Stage]:
         """Alternate ticks, one per round, with tocks: first, last and every `ticks_per_tock` (Gate Decorator, §3.3)."""

@@ -48,6 +48,15 @@ def test_what_is_given_as_a_number_stays_and_the_rest_is_fitted_to_it() -> None:
     assert plan(recipe_of("prune.rounds=10"), 10_000) == (10, 46, 780)
 
 
+def test_ticks_are_as_many_as_leave_few_gates_but_not_endless() -> None:
+    gates = ["prune.base=gate-decorator", "train.epochs=2"]
+    assert plan(recipe_of(*gates), 1_000)[0] == 5
+    assert plan(recipe_of(*gates, "prune.gates.fraction=0.1"), 1_000)[0] == 22  # 0.9^22 < 0.1
+    assert plan(recipe_of(*gates, "prune.gates.fraction=1e-9"), 1_000)[0] == 10_000
+    with pytest.raises(RecipeError, match=r"prune\.rounds is 10001; must be a whole number from 1 to 10000, or auto"):
+        recipe_of("prune.rounds=10001")
+
+
 def test_a_longer_training_has_longer_decays() -> None:
     assert plan(recipe_of("train.epochs=200"), 45_000)[:2] == (5, 529)  # 2 √70 200
 
