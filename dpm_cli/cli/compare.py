@@ -22,11 +22,11 @@ def compare(
 
     For example: dpm compare out/*/report.json
     """
-    from dpm_cli.cli.compared import ComparedRun, summarise
+    from dpm_cli.cli.compared import ComparedRun, summarise_all
 
     if as_csv and as_json:
         raise UsageError("--csv and --json contradict each other: give one of them")
-    rows = [summarise(path) for path in reports]
+    rows = summarise_all(reports)
     if as_json:
         print_json([asdict(row) for row in rows])
     elif as_csv:

@@ -1,5 +1,6 @@
 """One finished run as a row of `dpm compare`."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from dpm_cli.report import Report
 class ComparedRun:
     """One finished run as a row; its fields are the columns of --csv and the keys of --json, in this order."""
 
-    run: str  # the name of its folder
+    run: str  # what tells its folder from those of the others
     report: str
     arch: str | None
     base: str
@@ -34,20 +35,36 @@ class ComparedRun:
     recipe_hash: str
 
 
-def summarise(path: Path) -> ComparedRun:
-    """Read the report of one run. Raises UsageError for a file that is not a report."""
-    path = path / "report.json" if path.is_dir() else path
+def summarise_all(paths: Sequence[Path]) -> list[ComparedRun]:
+    """Read the reports of runs and name them. Raises UsageError for a file that is not a report."""
+    files = [path / "report.json" if path.is_dir() else path for path in paths]
+    return [_summarise(file, name) for file, name in zip(files, name_runs(files))]
+
+
+def name_runs(files: Sequence[Path]) -> list[str]:
+    """Name runs by the parts of their folders that differ: a/out and b/out are a and b."""
+    folders = [file.resolve().parent.parts for file in files]
+    if len(set(folders)) < 2:
+        return [folder[-1] for folder in folders]
+    shortest = min(map(len, folders))
+    before = next((place for place in range(shortest) if len({folder[place] for folder in folders}) > 1), shortest - 1)
+    ends = [folder[::-1] for folder in folders]
+    after = next((place for place in range(shortest - before) if len({end[place] for end in ends}) > 1), 0)
+    return ["/".join(folder[before : len(folder) - after]) for folder in folders]
+
+
+def _summarise(path: Path, name: str) -> ComparedRun:
     try:
-        return _flatten(path, Report.from_json(path.read_text(encoding="utf-8")))
+        return _flatten(path, name, Report.from_json(path.read_text(encoding="utf-8")))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{path} is not the report of a run ({reason}): give report.json files of dpm prune") from None
 
 
-def _flatten(path: Path, report: Report) -> ComparedRun:
+def _flatten(path: Path, name: str, report: Report) -> ComparedRun:
     dense, slim, target = report.dense, report.slim, report.target
     return ComparedRun(
-        run=path.resolve().parent.name,
+        run=name,
         report=str(path),
         arch=report.arch,
         base=report.base,

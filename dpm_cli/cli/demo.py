@@ -32,7 +32,10 @@ def demo(
         report = dpm_cli.prune(dense, settings, output=output, overwrite=True, on_event=tell)
     show(report, as_json=as_json)
     if not as_json and not quiet:
-        print(f"\nNext: dpm evaluate {output / 'model.onnx'} --recipe {RECIPE}, or prune your own model: dpm recipes")
+        from dpm_cli.display.facts import praise
+
+        print(f"\n{praise(report)} Look at {output / 'report.html'}.")
+        print("Next, with images of your own in a folder per class: dpm init --data FOLDER")
 
 
 def claim(folder: Path) -> None:

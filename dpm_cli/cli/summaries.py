@@ -205,8 +205,10 @@ def sensitivities_as_csv(measured: Sensitivity) -> str:
 def print_compared(rows: Sequence[ComparedRun]) -> None:
     """Print one line per run: what is left, what that cost in accuracy, and what it gained in speed."""
     table = make_table("run", "model", "MACs", "left", "params", "accuracy", "change", "faster", title=None)
+    runtimes = {_runtime_of(row) for row in rows} - {None}
     for row in rows:
         faster = row.faster_onnxruntime or row.faster_torch
+        named = f" {RUNTIMES[runtime]}" if len(runtimes) > 1 and (runtime := _runtime_of(row)) else ""
         table.add_row(
             row.run,
             row.arch or numbers.NOTHING,
@@ -215,14 +217,22 @@ def print_compared(rows: Sequence[ComparedRun]) -> None:
             numbers.count(row.params),
             numbers.percent(row.accuracy),
             numbers.points_change(row.accuracy_dense, row.accuracy).removesuffix(" points"),
-            (f"{faster:.2f}×" if faster else numbers.NOTHING) + ("" if row.met else " *"),
+            (f"{faster:.2f}×{named}" if faster else numbers.NOTHING) + ("" if row.met else " *"),
         )
     console = make_console()
     if not console.is_terminal:  # nothing forces the lines of a pipe to be short, and names of runs are long
         console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
     console.print(table)
+    if runtimes:
+        names = " or ".join(sorted(RUNTIMES[runtime] for runtime in runtimes if runtime))
+        console.print(f"faster: latency of single images in {names}, dense / slim")
     if not all(row.met for row in rows):
         console.print("* the target was not met")
+
+
+def _runtime_of(row: ComparedRun) -> str | None:
+    """Return the runtime that the gain in speed belongs to."""
+    return "onnxruntime" if row.faster_onnxruntime else "torch" if row.faster_torch else None
 
 
 def _print_sensitivity(console: Console, measured: Sensitivity) -> None:

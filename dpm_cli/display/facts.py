@@ -136,6 +136,25 @@ def describe_doubt(what: str, why: str) -> str:
     return f"the latency {what} may be wrong: {why}; measure again while nothing else runs, with dpm evaluate"
 
 
+def praise(report: Report) -> str:
+    """Say in one sentence what was gained, and at what price."""
+    dense, slim = report.dense, report.slim
+    gains = [
+        f"{dense.macs / slim.macs:.1f}× fewer multiply-accumulates" if slim.macs else "",
+        f"{dense.bytes / slim.bytes:.1f}× smaller" if slim.bytes else "",
+    ]
+    for runtime in ("onnxruntime", "torch"):
+        before, after = dense.latency.get(runtime), slim.latency.get(runtime)
+        if before and after and before.median > after.median:
+            gains.append(f"{before.median / after.median:.1f}× faster in {RUNTIMES[runtime]}")
+            break
+    price = ""
+    if dense.accuracy is not None and slim.accuracy is not None:
+        lost = dense.accuracy - slim.accuracy
+        price = f", for {lost:.2f} points of accuracy" if lost >= 0.005 else ", at no loss of accuracy"
+    return f"Gained: {', '.join(filter(None, gains))}{price}."
+
+
 def disappointments(report: Report) -> list[str]:
     """Return a sentence if the model did not become as fast as its MACs promise."""
     if not report.slim.macs or report.slim.macs == report.dense.macs:

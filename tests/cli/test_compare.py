@@ -18,6 +18,7 @@ import yaml
 from made_up_report import make_report
 
 import dpm_cli
+from dpm_cli.cli.compared import name_runs
 from dpm_cli.errors import Interrupted
 from dpm_cli.models import build
 from dpm_cli.recipe import dump_recipe, load_recipe
@@ -46,6 +47,7 @@ def test_runs_stand_in_one_table(dpm: Any, runs: list[Path]) -> None:
     assert re.search(r"half +resnet56 +59\.0 M +46\.9 % +431\.0 K +93\.10 % +−0\.43 +2\.00×", ended.out)
     assert re.search(r"third +– +59\.0 M +46\.9 % +431\.0 K +93\.10 % +– +– \*", ended.out)
     assert "* the target was not met" in ended.out
+    assert "faster: latency of single images in ONNX Runtime, dense / slim" in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
 
 
@@ -104,6 +106,21 @@ def test_wrong_arguments_are_one_line(dpm: Any, runs: list[Path]) -> None:
 def test_a_report_that_was_read_is_the_one_that_was_written() -> None:
     report = make_report()
     assert Report.from_json(report.to_json()) == report
+
+
+@pytest.mark.parametrize(
+    ("folders", "names"),
+    [
+        (["out/half"], ["half"]),
+        (["out/a", "out/b"], ["a", "b"]),
+        (["x/out", "y/out"], ["x", "y"]),
+        (["r18/half/run", "r18/third/run", "r50/half/run"], ["r18/half", "r18/third", "r50/half"]),
+        (["a", "a/b"], ["a", "a/b"]),
+        (["out", "out"], ["out", "out"]),
+    ],
+)
+def test_runs_are_named_by_what_differs(folders: list[str], names: list[str]) -> None:
+    assert name_runs([Path(folder) / "report.json" for folder in folders]) == names
 
 
 # ------------------------------------------------------------------------------------------------ the README's loop

@@ -7,7 +7,7 @@ import pytest
 from made_up_report import make_report
 
 from dpm_cli.cli.tables import print_report
-from dpm_cli.display.facts import describe_kept, describe_widths, disappointments, rows, title, wrap
+from dpm_cli.display.facts import describe_kept, describe_widths, disappointments, praise, rows, title, wrap
 from dpm_cli.report import KeptLayer, Measured, Milliseconds, Report, TargetReport, Width
 
 
@@ -126,3 +126,12 @@ def test_a_slow_model_is_told_which_of_its_widths_are_to_blame() -> None:
     assert "Not a multiple of 8 wide: a (33). Runtimes are slow" in sentence
     (sentence,) = disappointments(make_report(slim=slow, widths=[Width("b", 64, 32)]))
     assert "overhead and memory" in sentence
+
+
+def test_praise_says_what_was_gained_and_its_price() -> None:
+    assert praise(make_report()) == (
+        "Gained: 2.1× fewer multiply-accumulates, 1.9× smaller, 2.0× faster in ONNX Runtime, for 0.43 points of accuracy."
+    )
+    report = make_report()
+    better = replace(report.slim, accuracy=94.0, latency={})
+    assert praise(make_report(slim=better)).endswith("1.9× smaller, at no loss of accuracy.")
