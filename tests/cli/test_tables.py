@@ -129,9 +129,8 @@ def test_a_slow_model_is_told_which_of_its_widths_are_to_blame() -> None:
 
 
 def test_praise_says_what_was_gained_and_its_price() -> None:
-    assert praise(make_report()) == (
-        "Gained: 2.1× fewer multiply-accumulates, 1.9× smaller, 2.0× faster in ONNX Runtime, for 0.43 points of accuracy."
-    )
+    gained = "2.1× fewer multiply-accumulates, 1.9× smaller, 2.0× faster in ONNX Runtime"
+    assert praise(make_report()) == f"Gained: {gained}, for 0.43 points of accuracy."
     report = make_report()
     better = replace(report.slim, accuracy=94.0, latency={})
     assert praise(make_report(slim=better)).endswith("1.9× smaller, at no loss of accuracy.")
