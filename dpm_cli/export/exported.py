@@ -10,6 +10,8 @@ from torch import Tensor
 from dpm_cli.errors import RunError, UsageError
 from dpm_cli.layers.images import Shape
 
+EXTRA = "dpm.json"  # in archives of TorchScript and torch.export: the metadata and the shape of one image
+
 
 @dataclass(frozen=True)
 class ExportedModel:

@@ -10,14 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.errors import ModelFileError, RunError, one_line
-from dpm_cli.export.exported import ExportedModel, parse_extra
+from dpm_cli.export.exported import EXTRA, ExportedModel, parse_extra
 from dpm_cli.export.noise import quiet
 from dpm_cli.layers.images import Shape
 from dpm_cli.layers.modes import plain_attention
 from dpm_cli.layers.outputs import output_tensors
 from dpm_cli.measure import count_macs_of_call, count_parameters
-
-EXTRA = "dpm.json"  # in the archive: the metadata and the shape of one image, as in TorchScript
 
 
 def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> bytes:

@@ -3,12 +3,16 @@
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from dpm_cli.errors import ModelFileError
 from dpm_cli.export import executorch, onnx, openvino, pt2, torchscript
 from dpm_cli.export.exported import ExportedModel
+from dpm_cli.export.ours import find_excess, find_foreign
 from dpm_cli.export.runtimes import choose_runtime
+from dpm_cli.files import open_regular
 
+T = TypeVar("T")
 START = 64  # bytes that tell the kinds of file apart
 
 
@@ -21,16 +25,15 @@ def open_exported(
     keep their own; by default as many as torch has. Raises ModelFileError for any other file, UsageError for a runtime
     that cannot run it or is not installed.
 
-    TorchScript and ONNX neither run Python nor unpickle, but both are programs: they call the operators that they name,
-    and TorchScript has some that read and write files. Open what you would run. An archive of torch.export may hold
-    pickles, so it is refused without `trust`.
+    Without `trust`, nothing opens that can do more than compute: an archive of torch.export may hold pickles, and
+    TorchScript may read and write files and loop, so it must be as this package writes it (`ours`).
 
         model = open_exported("out/model.onnx")
         logits = model(torch.zeros(1, *model.shape))  # (1, classes)
     """
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             start = file.read(START)
     except FileNotFoundError:
         raise ModelFileError(f"{path} does not exist; give a .ts, .onnx or .pt2 file") from None
@@ -47,9 +50,16 @@ def open_exported(
     if not start.startswith(b"PK"):
         return _read_onnx(path, runtime, threads)
     choose_runtime("torchscript", runtime, path)
-    if _is(torchscript.is_torchscript, path):
+    if not trust and (excess := _ask(find_excess, path)):
+        raise ModelFileError(f"{path} is no archive that a model needs: {excess}")
+    if _ask(torchscript.is_torchscript, path):
+        if not trust and (foreign := _ask(find_foreign, path)):
+            raise ModelFileError(
+                f"{path} is TorchScript that dpm did not write ({foreign}), and could read and write files: give the "
+                ".onnx file, or --trust if you trust whoever made it"
+            )
         return torchscript.read(path)
-    if not _is(pt2.is_torch_export, path):
+    if not _ask(pt2.is_torch_export, path):
         raise ModelFileError(f"{path} is an archive, but neither TorchScript nor torch.export; give a .ts or .pt2 file")
     if not trust:
         raise ModelFileError(
@@ -81,7 +91,7 @@ def is_program(path: str | Path) -> bool:
     """Tell whether a file is a program, damaged or not, rather than weights: ONNX alone cannot be told from these."""
     path = Path(path)
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             if is_openvino(start := file.read(START)) or is_executorch(start):
                 return True
         return torchscript.is_torchscript(path) or pt2.is_torch_export(path)
@@ -89,9 +99,9 @@ def is_program(path: str | Path) -> bool:
         return False
 
 
-def _is(kind: Callable[[Path], bool], path: Path) -> bool:
+def _ask(question: Callable[[Path], T], path: Path) -> T:
     """Ask a question about an archive. Raises ModelFileError if it is damaged."""
     try:
-        return kind(path)
+        return question(path)
     except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
         raise ModelFileError(f"{path} is a damaged or truncated archive ({error}); export it again") from None

@@ -12,13 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.errors import ModelFileError, RunError, one_line
-from dpm_cli.export.exported import ExportedModel, parse_extra
+from dpm_cli.export.exported import EXTRA, ExportedModel, parse_extra
 from dpm_cli.layers.images import Shape
 from dpm_cli.layers.modes import plain_attention
 from dpm_cli.layers.outputs import output_tensors
 from dpm_cli.measure import count_macs, count_parameters
-
-EXTRA = "dpm.json"  # beside the code in the archive: the metadata and the shape of one image
 
 
 def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> bytes:

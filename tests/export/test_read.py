@@ -95,10 +95,10 @@ def test_damaged_metadata_is_refused(content: str, torchscript_file: Path, tmp_p
         open_exported(path)
 
 
-def test_foreign_torchscript_runs_without_metadata(net: nn.Module, tmp_path: Path) -> None:
+def test_foreign_torchscript_runs_without_metadata_if_it_is_trusted(net: nn.Module, tmp_path: Path) -> None:
     path = tmp_path / "foreign.ts"
     torch.jit.save(torch.jit.script(net.train()), path)
-    model = open_exported(path)
+    model = open_exported(path, trust=True)
     assert (model.shape, model.metadata) == (None, {})
     images = torch.randn(4, 3, 8, 8)
     torch.testing.assert_close(model(images), net.eval()(images).detach())
