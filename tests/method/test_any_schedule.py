@@ -160,6 +160,6 @@ def test_shipped_recipes_begin_on_few_images(
 ) -> None:
     """On a small net and its images; test_fitted_schedule.py plans for as many images as the recipes name."""
     monkeypatch.setenv("DPM_CACHE", str(tmp_path / "cache"))
-    small = [f"data={{name: folder, root: {folder}, batch: 16}}", "model={arch: digits, classes: 3, input: [3, 8, 8]}"]
+    small = [f"data={{name: folder, root: {folder}, batch: 1}}", "model={arch: digits, classes: 3, input: [3, 8, 8]}"]
     recipe = load_recipe(name, [*small, change])
     assert dpm_cli.inspect(dense, recipe).problems == ()
