@@ -99,16 +99,39 @@ def collect_overrides(overrides: list[str] | None, seed: int | None = None) -> l
     return [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
 
 
+def _resume_settings(
+    recipe: str | None, overrides: list[str], shortcuts: tuple[object, ...], folder: Path
+) -> "dpm_cli.Recipe | None":
+    """Read the settings that a run in this folder began with, if none are given again.
+
+    A recipe alone is changed as it was then. Returns None if the folder holds no run, or if settings are given. What
+    was typed then is no consent now: the folder may come from anyone.
+    """
+    from dpm_cli.recipe.reader import read_recipe
+    from dpm_cli.run.resolved import NAME, read_changes
+
+    if overrides or any(each is not None for each in shortcuts) or not (folder / NAME).is_file():
+        return None
+    if recipe is None:
+        return read_recipe((folder / NAME).read_text(encoding="utf-8"), name=str(folder / NAME))
+    changed = dpm_cli.load_recipe(recipe, read_changes(folder))
+    changed._typed = frozenset()
+    return changed
+
+
 def read_settings(
     recipe: str | None,
     overrides: list[str],
     shortcuts: tuple[str | None, str | None, str | None, str | None, str | None, int | None, int | None],
     model: Path | None,
+    resumed: Path | None = None,
 ) -> "dpm_cli.Recipe":
-    """Read a recipe, or make one from options. shortcuts: as `Shortcuts` takes them.
+    """Read a recipe, or make one from options. shortcuts: as `Shortcuts` takes them. resumed: the folder of a run.
 
     A recipe alone is checked without importing torch.
     """
+    if resumed is not None and (earlier := _resume_settings(recipe, overrides, shortcuts, resumed)):
+        return earlier
     if recipe is not None and all(each is None for each in shortcuts) and ":" not in str(model):
         return dpm_cli.load_recipe(recipe, overrides)
     from dpm_cli.jobs.shortcuts import Shortcuts, settle

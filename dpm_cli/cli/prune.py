@@ -2,7 +2,7 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
@@ -69,7 +69,8 @@ def prune(
     broken: AccuracyError | None = None
     with speaking(device) as is_speaker:
         shortcuts = (arch, data, weights, macs, params, epochs, batch)
-        settings = read_settings(recipe, collect_overrides(overrides, seed), shortcuts, model)
+        resumed = output if resume else None
+        settings = read_settings(recipe, collect_overrides(overrides, seed), shortcuts, model, resumed)
         with (
             follow(quiet=quiet or not is_speaker, as_json=as_json) as tell,
             stop_between_steps() as stop,
@@ -93,10 +94,14 @@ def prune(
         if is_speaker:
             show(report, as_json=as_json)
         if broken:  # the run has written everything, and its report is shown as usual
-            flush()
-            if is_speaker:
-                print(f"error: {broken}", file=sys.stderr)
-            raise typer.Exit(broken.exit_code)
+            _end(broken, is_speaker)
+
+
+def _end(broken: AccuracyError, is_speaker: bool) -> NoReturn:
+    flush()
+    if is_speaker:
+        print(f"error: {broken}", file=sys.stderr)
+    raise typer.Exit(broken.exit_code)
 
 
 def show(report: "dpm_cli.Report", *, as_json: bool) -> None:

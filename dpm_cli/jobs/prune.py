@@ -40,6 +40,7 @@ from dpm_cli.jobs.tracking import tracking
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.recipe import Recipe, hash_recipe
 from dpm_cli.report import Report
+from dpm_cli.run.resolved import write_resolved
 from dpm_cli.run.sparse_story import SparseRun
 from dpm_cli.run.story import Run
 
@@ -134,6 +135,7 @@ def _recording(recipe: Recipe, folder: Path, world: World, on_event: OnEvent) ->
         return
     try:
         with tracking(recipe, folder, telling(on_event)) as tell:
+            write_resolved(folder, recipe)  # so that --resume needs no repeated --set
             yield tell
     except AccuracyError:
         write_page(folder)

@@ -69,6 +69,7 @@ def parse_recipe(values: object, overrides: Sequence[str] = (), *, name: str = "
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
         raise RecipeError([f"{name}: {problem}" for problem in explain(error, Recipe)]) from None
+    recipe._changes = tuple(overrides)
     recipe._typed = frozenset(override.partition("=")[0].strip() for override in overrides)
     return recipe
 

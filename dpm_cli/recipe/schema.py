@@ -52,6 +52,7 @@ class Recipe(Section):
     )
     checkpoint: Checkpoint = Field(default=Checkpoint(), description="how much work an interruption may lose")
     _source: Path | None = PrivateAttr(None)
+    _changes: tuple[str, ...] = PrivateAttr(())
     _typed: frozenset[str] = PrivateAttr(frozenset())  # settings that the user gave beside the file
 
     @model_validator(mode="after")
@@ -131,6 +132,11 @@ class Recipe(Section):
     def source(self) -> Path | None:
         """Return the file that this recipe was read from, if any."""
         return self._source
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """Return what was changed beside the file, as `key=value`."""
+        return self._changes
 
     @property
     def code(self) -> dict[str, str]:

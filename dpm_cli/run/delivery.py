@@ -15,18 +15,18 @@ from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, RunError
 from dpm_cli.events import Event, Exported, PhaseBegan
 from dpm_cli.export import Format, export_model, open_exported
-from dpm_cli.files import MARKS, METADATA, write_text_atomic
+from dpm_cli.files import METADATA, write_text_atomic
 from dpm_cli.layers.images import Framing
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import Metadata, save_slim
 from dpm_cli.models.metadata import printable_names
-from dpm_cli.recipe import Recipe, annotate_recipe, dump_recipe, hash_recipe
+from dpm_cli.recipe import Recipe, dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
 from dpm_cli.run.exporting import EXPORT_NAMES, OWN_RUNTIMES, export_one, make_calibration
 from dpm_cli.run.mistakes import find_mistakes
 from dpm_cli.run.outcome import Outcome, remark_on_cost, remark_on_data
+from dpm_cli.run.resolved import write_resolved
 
-RESOLVED = f"\n{MARKS['recipe.yaml'].decode()}\n"
 FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "metrics": "metrics.jsonl"}
 
 
@@ -214,7 +214,7 @@ class Delivery:
         for cut in outcome.cuts:
             self._save_slim(Path(cut.report.file), cut.module, report, cut.masks)
         write_text_atomic(self.output / METADATA, self._metadata().to_json())
-        write_text_atomic(self.output / "recipe.yaml", annotate_recipe(self.recipe) + RESOLVED)
+        write_resolved(self.output, self.recipe)
         write_text_atomic(self.output / "report.json", report.to_json() + "\n")
 
     def _save_slim(self, path: Path, module: nn.Module, report: Report, masks: Mapping[str, Tensor]) -> None:

@@ -1,0 +1,60 @@
+"""`--resume` goes on with the settings that the run began with, without typing them again."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+import dpm_cli
+from dpm_cli.errors import Interrupted
+from dpm_cli.models import build
+
+RECIPE = {
+    "model": {"arch": "digits", "classes": 10, "input": [1, 8, 8]},
+    "data": {"name": "digits", "batch": 32, "limit": 128, "augment": {"crop": 1, "flip": False}},
+    "prune": {"target": {"macs": 0.5}, "rounds": 1, "round_to": 4},
+    "decay": {"steps": 2, "rectify": False},
+    "train": {"epochs": 2},
+    "finetune": {"epochs": 0},
+    "export": [],
+}
+
+
+@pytest.fixture
+def stopped(tmp_path: Path, dpm: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was begun with `--set` and stopped at its fourth step."""
+    monkeypatch.setattr("dpm_cli.jobs.prune.write_page", lambda folder: None)
+    torch.manual_seed(0)
+    torch.save(build("digits", classes=10, shape=(1, 8, 8)).state_dict(), "model.pt")
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE))
+    steps = iter(range(100))
+    settings = dpm_cli.load_recipe("mine.yaml", ["prune.target.macs=0.7", "seed=3"])
+    with pytest.raises(Interrupted):
+        dpm_cli.prune("model.pt", settings, output="out", should_stop=lambda: next(steps) == 3)
+    assert not (tmp_path / "out" / "report.json").exists()
+    return tmp_path / "out"
+
+
+@pytest.mark.parametrize("arguments", [["--recipe", "mine.yaml"], []], ids=["recipe", "nothing"])
+def test_settings_need_not_be_given_again(stopped: Path, dpm: Any, arguments: list[str]) -> None:
+    ended = dpm("prune", "model.pt", *arguments, "-o", "out", "--resume", "--json")
+    assert ended.code == 0, ended.err
+    report = dpm_cli.Report.from_json((stopped / "report.json").read_text())
+    assert (report.target.asked, report.seed) == (0.7, 3)
+    again = dpm("prune", "model.pt", *arguments, "-o", "out", "--resume", "--json")
+    assert again == ended._replace(err=again.err)
+
+
+def test_a_recipe_that_was_changed_meanwhile_is_still_refused(stopped: Path, dpm: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE | {"train": {"epochs": 3}}))
+    ended = dpm("prune", "model.pt", "-r", "mine.yaml", "-o", "out", "--resume")
+    assert ended.code == 2
+    assert "another recipe" in ended.err
+
+
+def test_other_settings_are_still_refused(stopped: Path, dpm: Any) -> None:
+    ended = dpm("prune", "model.pt", "-r", "mine.yaml", "--set", "seed=4", "-o", "out", "--resume")
+    assert ended.code == 2
+    assert "another recipe" in ended.err
