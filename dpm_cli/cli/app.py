@@ -23,8 +23,10 @@ from dpm_cli.cli import (
     schema,
     train,
 )
-from dpm_cli.cli.outcome import fail, flush, silence_closed_pipe
+from dpm_cli.cli.interrupts import catching_interrupts, was_interrupted
+from dpm_cli.cli.outcome import fail, flush, open_closed_streams, silence_closed_pipe
 from dpm_cli.cli.signs import make_output_safe
+from dpm_cli.errors import DpmError
 
 # Plain help: rich would triple the time it takes, and would draw boxes into pipes.
 app = typer.Typer(
@@ -81,29 +83,38 @@ def describe(
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run `dpm` and return its exit code. An error becomes one line on stderr, and with --json also a document."""
     given = list(sys.argv[1:] if arguments is None else arguments)
+    open_closed_streams()
     make_output_safe()
     if not os.environ.get("DPM_DEBUG"):
         warnings.simplefilter("ignore")  # libraries warn about their own internals
     if COMPLETE in os.environ:  # the shell asks what may follow
         app(prog_name="dpm")
-    try:
+    with catching_interrupts():
         try:
-            command = typer.main.get_command(app)
-            with command.make_context("dpm", given) as context:
-                command.invoke(context)
-            code = 0
-        except typer.Exit as stop:
-            code = stop.exit_code
-        flush()
-        return code
-    except BrokenPipeError:
-        return silence_closed_pipe()
-    except SystemExit as ended:  # rich exits by itself when a pipe is closed
-        if isinstance(ended.__context__, BrokenPipeError):
-            return silence_closed_pipe()
-        raise
-    except (Exception, KeyboardInterrupt) as error:
-        try:
-            return fail(error, as_json="--json" in given)
+            return _run(given)
         except BrokenPipeError:
             return silence_closed_pipe()
+        except SystemExit as ended:  # rich exits by itself when a pipe is closed
+            if isinstance(ended.__context__, BrokenPipeError):
+                return silence_closed_pipe()
+            raise
+        except (Exception, KeyboardInterrupt) as error:
+            if was_interrupted() and not isinstance(error, DpmError):
+                error = KeyboardInterrupt()  # half-imported modules raise errors of all kinds
+            try:
+                return fail(error, as_json="--json" in given)
+            except BrokenPipeError:
+                return silence_closed_pipe()
+
+
+def _run(given: list[str]) -> int:
+    """Run the command; return its exit code if it ends well."""
+    try:
+        command = typer.main.get_command(app)
+        with command.make_context("dpm", given) as context:
+            command.invoke(context)
+        code = 0
+    except typer.Exit as stop:
+        code = stop.exit_code
+    flush()
+    return code

@@ -1,7 +1,9 @@
 """Handle Ctrl-C and SIGTERM: the first makes a training run save a checkpoint and stop, the second stops it at once."""
 
 import contextlib
+import os
 import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
@@ -21,6 +23,7 @@ class Stop:
         self._is_training = False
         self._is_last_step = False  # of its stage
         self._is_announced = False
+        _interrupted.clear()
 
     def is_wanted(self) -> bool:
         return self._signal is not None
@@ -58,7 +61,37 @@ class Stop:
         """Handle a signal. Raises KeyboardInterrupt if there is nothing to save first, or if it is the second one."""
         is_second, self._signal = self.is_wanted(), number
         if is_second or not self._is_training:
-            raise KeyboardInterrupt
+            interrupt_once(number, frame)
+
+
+_interrupted: list[int] = []  # the signals that have raised KeyboardInterrupt in this command
+
+
+def interrupt_once(number: int, frame: FrameType | None) -> None:
+    """Handle a signal: raise KeyboardInterrupt. A further one, while that tidies up, ends the process at once."""
+    if _interrupted:
+        os._exit(EXIT_CODES.get(signal.Signals(number), 130))
+    _interrupted.append(number)
+    raise KeyboardInterrupt
+
+
+def was_interrupted() -> bool:
+    """Tell whether a signal has stopped this command; libraries may turn that into errors of their own."""
+    return bool(_interrupted)
+
+
+@contextlib.contextmanager
+def catching_interrupts() -> Iterator[None]:
+    """Let Ctrl-C raise KeyboardInterrupt once inside this context; restore the earlier handler at its end."""
+    _interrupted.clear()
+    if threading.current_thread() is not threading.main_thread():  # only there can signals be handled
+        yield
+        return
+    earlier = signal.signal(signal.SIGINT, interrupt_once)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, earlier)
 
 
 @contextlib.contextmanager

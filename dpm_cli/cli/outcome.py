@@ -40,13 +40,42 @@ def fail(error: BaseException, *, as_json: bool) -> int:
     if isinstance(error, ToldElsewhere):
         return error.exit_code
     problems, code = explain(error)
-    sys.stdout.flush()
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    if as_json:
-        print_json({"error": "; ".join(problem.removeprefix("error: ") for problem in problems), "exit_code": code})
-    flush()
+    with _giving_up_on_full_streams():
+        sys.stdout.flush()
+    with _giving_up_on_full_streams():
+        for problem in problems:
+            print(problem, file=sys.stderr)
+        sys.stderr.flush()
+    with _giving_up_on_full_streams():
+        if as_json:
+            print_json({"error": "; ".join(problem.removeprefix("error: ") for problem in problems), "exit_code": code})
+        flush()
     return code
+
+
+@contextlib.contextmanager
+def _giving_up_on_full_streams() -> Iterator[None]:
+    """Turn to the null device when a stream cannot be written: Python would complain at exit."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError:
+        _redirect_to_null()
+
+
+def open_closed_streams() -> None:
+    """Open the null device in place of streams that were closed before the start.
+
+    Otherwise print fails, or the next file that is opened takes the stream's number and gets its text.
+    """
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115
 
 
 def print_error(text: object) -> None:
@@ -112,15 +141,24 @@ def _one_line(text: object) -> str:
 
 def flush() -> None:
     """Flush both streams, so that BrokenPipeError is raised here and not at exit, where Python would complain."""
-    sys.stdout.flush()
+    try:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, "standard output") from None
     sys.stderr.flush()
 
 
 def silence_closed_pipe() -> int:
     """Print nothing more, because the reader (`head`, a pager) has gone; return the exit code."""
+    _redirect_to_null()
+    return CLOSED_PIPE
+
+
+def _redirect_to_null() -> None:
     with contextlib.suppress(OSError, ValueError):  # not every stream has a descriptor
         nothing = os.open(os.devnull, os.O_WRONLY)
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(nothing, stream.fileno())
-    return CLOSED_PIPE

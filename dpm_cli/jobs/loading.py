@@ -12,6 +12,7 @@ from dpm_cli.engine.precision import choose_precision
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import (
     ModelFileError,
+    UsageError,
 )
 from dpm_cli.events import Event
 from dpm_cli.export import ExportedModel, is_program, open_exported
@@ -72,8 +73,10 @@ def resolve_recipe(recipe: AnyRecipe, *, trust: bool) -> Recipe:
     """Read and check a recipe. Raises RecipeError, also if it names code that would run without `trust`."""
     if isinstance(recipe, Mapping):
         recipe = parse_recipe(dict(recipe))
-    elif not isinstance(recipe, Recipe):
+    elif isinstance(recipe, str | Path):
         recipe = load_recipe(recipe)
+    elif not isinstance(recipe, Recipe):
+        raise UsageError(f"the recipe is a {type(recipe).__name__}; give a path, a shipped name or a mapping")
     require_trust(recipe, trust=trust)
     return recipe
 

@@ -25,6 +25,7 @@ from dpm_cli.files import (
     require_writable,
     written_in,
 )
+from dpm_cli.jobs.alone import alone_in_process
 from dpm_cli.jobs.loading import (
     AnyRecipe,
     OnEvent,
@@ -45,6 +46,7 @@ from dpm_cli.run.sparse_story import SparseRun
 from dpm_cli.run.story import Run
 
 
+@alone_in_process()
 @flushing_denormals()  # decaying weights pass through denormals, which CPUs compute slowly
 def prune(
     model: AnyModel | None,

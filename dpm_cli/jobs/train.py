@@ -32,6 +32,7 @@ from dpm_cli.files import (
     require_utf8,
     write_atomic,
 )
+from dpm_cli.jobs.alone import alone_in_process
 from dpm_cli.jobs.loading import (
     AnyRecipe,
     OnEvent,
@@ -52,6 +53,7 @@ from dpm_cli.run.journal import Journal
 from dpm_cli.run.resume import Origin
 
 
+@alone_in_process()
 @flushing_denormals()
 def train(
     recipe: AnyRecipe,
