@@ -16,7 +16,7 @@ RUNTIMES = {
     "executorch": "ExecuTorch",
     "tensorrt": "TensorRT",
 }
-KINDS = {"macs": "MACs", "params": "parameters", "channels": "units", "size": "float32 size"}
+KINDS = {"macs": "MACs", "params": "parameters", "channels": "units", "size": "float32 size", "latency": "latency"}
 MOST_LAYERS = 60  # longer lists of layers are cut
 DISAPPOINTING = 0.5  # gains in speed below this share of the gain in MACs get a note
 

@@ -11,6 +11,8 @@ def count(number: float | None) -> str:
 
 def cost(kind: str, number: float) -> str:
     """Round MACs and parameters; write units in full, because there are few of them: 1120; and bytes as a size."""
+    if kind == "latency":  # in nanoseconds
+        return milliseconds(number / 1e6)
     return size(number) if kind == "size" else f"{number:.0f}" if kind == "channels" else count(number)
 
 

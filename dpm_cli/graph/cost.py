@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,7 @@ class Cost:
     mac_terms: Terms
     parameter_terms: Terms
     batch: int
+    parameter_names: tuple[str, ...] = ()  # of the first parameter terms, in order
 
     def macs(self, alive: Flags) -> int:
         """Count the MACs of one input. alive: (units,)"""
@@ -48,13 +49,22 @@ class Cost:
 
     def survivors(self, alive: Flags) -> "Cost":
         """Return the cost of the compacted network, as a function of its own units. alive: (units,)"""
-        return Cost(
-            self.fixed, self.incidence[:, np.flatnonzero(alive)], self.mac_terms, self.parameter_terms, self.batch
-        )
+        return replace(self, incidence=self.incidence[:, np.flatnonzero(alive)])
+
+    def entries(self, alive: Flags) -> Ids:
+        """Count the entries of each parameter that `parameter_names` names. alive: (units,)"""
+        terms, sizes = self.parameter_terms, self._sizes(alive)
+        counts: Ids = (terms.coefficients * sizes[terms.factors].prod(1))[: len(self.parameter_names)]
+        return counts
 
 
 def build_cost(
-    mac_terms: Sequence[CostTerm], parameter_terms: Sequence[CostTerm], unit_of_label: Ids, units: int, batch: int
+    mac_terms: Sequence[CostTerm],
+    parameter_terms: Sequence[CostTerm],
+    unit_of_label: Ids,
+    units: int,
+    batch: int,
+    parameter_names: Sequence[str] = (),
 ) -> Cost:
     """Collect cost terms into tables that are cheap to evaluate.
 
@@ -86,6 +96,7 @@ def build_cost(
         _terms((term.coefficient for term in mac_terms), mac_rows, one),
         _terms((term.coefficient for term in parameter_terms), parameter_rows, one),
         batch,
+        tuple(parameter_names),
     )
 
 

@@ -47,7 +47,14 @@ def number_groups(
         slices=tuple(slices),
         units=units,
         kept=_explain_kept(ties, reason_of_component[components], reasons, made, parameters, unused),
-        cost=build_cost(ties.costs, _parameter_terms(model, ties, parameters), unit_of_label, units, ties.batch),
+        cost=build_cost(
+            ties.costs,
+            _parameter_terms(model, ties, parameters),
+            unit_of_label,
+            units,
+            ties.batch,
+            [name for name, _ in model.named_parameters() if name in parameters],
+        ),
         aliases=aliases,
         numbers=tuple(
             HeldNumber(

@@ -4,8 +4,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpm_cli.engine.distributed import ALONE
 from dpm_cli.graph.labels import Flags
 from dpm_cli.method.budget import (
+    Kind,
+    Measure,
     Scores,
     Several,
     choose_victims,
@@ -16,9 +19,10 @@ from dpm_cli.method.budget import (
 from dpm_cli.method.pruners import make_base
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe import Recipe
-from dpm_cli.recipe.values import COST_KINDS, CostKind
+from dpm_cli.recipe.values import COST_KINDS
 from dpm_cli.report import KeptLayer, Width
 from dpm_cli.results import Inspected, PlannedGroup, PlannedTarget
+from dpm_cli.run.latency import Meter
 from dpm_cli.sparse.on_the_fly import find_sparse_layers, find_whole_groups
 from dpm_cli.sparse.polarise import count_kept
 
@@ -33,13 +37,16 @@ class Plan:
         self.prune = prune = recipe.prune
         example = torch.zeros(2, *recipe.model.input)
         self.scores: Scores  # (units,) of the current weights
+        latency: Measure | None = None
         if prune.target.sparsity:  # all units stay
             self.module, self.groups, self.round_to = module, find_whole_groups(module, example, prune), 1
             self.widths = find_width_limits(self.groups, round_to=1, min_keep=prune.min_keep)
             self.scores = np.zeros(0)
         else:
             base = make_base(prune, recipe.train, seed=recipe.seed)
-            found = survey(module, example, prune, base, folds_means=recipe.folds_means)
+            meter = Meter(prune.latency, recipe.model.input, ALONE)
+            found = survey(module, example, prune, base, folds_means=recipe.folds_means, time_widths=meter.time_widths)
+            latency = found.latency
             self.module, self.groups = found.module, found.groups
             self.round_to, self.widths = found.round_to, found.widths
             base.bind(self.groups, self.module)
@@ -47,14 +54,20 @@ class Plan:
         everything, lowest = np.ones(self.groups.units, bool), self.widths.lowest(self.groups)
         self.dense: dict[str, int] = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
         self.lowest: dict[str, int] = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
-        self.limits = {kind: find_limit(self.dense[kind], amount) for kind, amount in prune.target.limits.items()}
+        self.amounts: dict[Kind, float] = {}
+        self.amounts.update(prune.target.limits.items())
+        if latency is not None and prune.target.latency is not None:
+            self.amounts[latency] = prune.target.latency
+            self.dense["latency"] = cost_of(self.groups.cost, latency, everything)
+            self.lowest["latency"] = cost_of(self.groups.cost, latency, lowest)
+        self.limits = {kind: find_limit(self.dense[str(kind)], amount) for kind, amount in self.amounts.items()}
 
     @property
     def is_achievable(self) -> bool:
         return all(self._can_meet(kind) for kind in self.limits)
 
-    def _can_meet(self, kind: CostKind) -> bool:
-        return self.lowest[kind] <= self.limits[kind] < self.dense[kind]
+    def _can_meet(self, kind: Kind) -> bool:
+        return self.lowest[str(kind)] <= self.limits[kind] < self.dense[str(kind)]
 
     def survivors(self) -> Flags:
         """Return (units,) the survivors if all victims were chosen at once, by the current weights."""
@@ -83,9 +96,13 @@ class Plan:
                 for group, lowest in zip(self.groups, self.widths.least.tolist())
             ),
             kept=tuple(KeptLayer(kept.layer, kept.reason) for kept in self.groups.kept),
-            planned=None if alive is None else {kind: cost_of(self.groups.cost, kind, alive) for kind in KINDS},
+            planned=None if alive is None else self._costs(alive),
             widths=None if alive is None else tuple(Width(*each) for each in self.groups.widths(alive)),
         )
+
+    def _costs(self, alive: Flags) -> dict[str, int]:
+        kinds: list[Kind] = [*KINDS, *(kind for kind in self.limits if str(kind) not in KINDS)]
+        return {str(kind): cost_of(self.groups.cost, kind, alive) for kind in kinds}
 
     def _target(self) -> PlannedTarget:
         target, sparse = self.prune.target, self.prune.on_the_fly
@@ -93,7 +110,7 @@ class Plan:
             return PlannedTarget("drop", target.drop, self.dense["macs"], True)
         if not target.sparsity:
             each = [
-                PlannedTarget(kind, target.limits[kind], limit, self._can_meet(kind))
+                PlannedTarget(str(kind), self.amounts[kind], limit, self._can_meet(kind))
                 for kind, limit in self.limits.items()
             ]
             return min(each, key=lambda planned: planned.is_achievable)  # one that cannot be met comes first

@@ -93,6 +93,11 @@ def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
             return kind.count(cost, alive)
 
 
+def show_cost(kind: Kind, cost: int) -> str:
+    """Write a cost with its unit: milliseconds for latency, numbers in full for all others."""
+    return f"{cost / 1e6:.3g} ms" if str(kind) == "latency" else f"{cost:,}"
+
+
 @dataclass(frozen=True)
 class Several:
     """Several limits at once, as one cost: the largest share of a limit that is used, in billionths."""
@@ -120,14 +125,14 @@ def resolve_limit(groups: Groups, widths: WidthLimits, *, kind: Kind, amount: fl
     dense = cost_of(groups.cost, kind, np.ones(groups.units, bool))
     lowest = cost_of(groups.cost, kind, widths.lowest(groups))
     limit = find_limit(dense, amount)
+    asked = f"{amount:g}" if amount < 1 or str(kind) != "latency" else show_cost(kind, limit)
+    least, most, wanted = (show_cost(kind, each) for each in (lowest, dense, limit))
     if limit >= dense:
-        raise TargetError(
-            f"target {kind} {amount:g} keeps everything: the dense model has {dense:,}; ask for less than that"
-        )
+        raise TargetError(f"target {kind} {asked} keeps everything: the dense model has {most}; ask for less than that")
     if limit < lowest:
         raise TargetError(
-            f"target {kind} {amount:g} ({limit:,}) cannot be met: between {lowest:,} ({lowest / dense:.3f}) "
-            f"and {dense:,} can be reached with this round_to, min_keep and keep; raise the target or lower them"
+            f"target {kind} {asked} ({wanted}) cannot be met: between {least} ({lowest / dense:.3f}) "
+            f"and {most} can be reached with this round_to, min_keep and keep; raise the target or lower them"
             + _explain_kept(groups)
         )
     return limit

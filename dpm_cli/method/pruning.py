@@ -21,7 +21,7 @@ from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.program import Example, run_example
 from dpm_cli.layers.modes import in_mode
 from dpm_cli.layers.outputs import output_tensors, relative_difference
-from dpm_cli.method.budget import Kind, Scores, Several, WidthLimits, choose_victims, cost_of
+from dpm_cli.method.budget import Kind, Scores, Several, WidthLimits, choose_victims, cost_of, show_cost
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners.base import BasePruner
 from dpm_cli.method.rectify import Rectifier
@@ -46,11 +46,13 @@ class Goal:
     def __str__(self) -> str:
         if not self.asked:
             return f"{self.kind} <= {self.limit:,}"
-        return " and ".join(f"{kind} <= {limit:,}" for kind, (_, limit) in self.asked.items())
+        return " and ".join(f"{kind} <= {show_cost(kind, limit)}" for kind, (_, limit) in self.asked.items())
 
     def describe(self, cost: int) -> str:
         """Write a cost of this kind; of several limits, the share that is used of the tightest."""
-        return f"{cost / Several.WHOLE:.3f} of the tightest" if isinstance(self.kind, Several) else f"{cost:,}"
+        if isinstance(self.kind, Several):
+            return f"{cost / Several.WHOLE:.3f} of the tightest"
+        return show_cost(self.kind, cost)
 
 
 @dataclass(frozen=True)

@@ -1,20 +1,32 @@
 """Find what can be removed from a model before anything is trained."""
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 from torch import nn
 
-from dpm_cli.errors import TargetError
+from dpm_cli.errors import TargetError, UsageError
 from dpm_cli.graph import Groups, find_groups
 from dpm_cli.graph.folding import Shifts, find_shifts, give_biases_
 from dpm_cli.graph.program import Example
-from dpm_cli.method.budget import Kind, Several, WidthLimits, choose_round_to, cost_of, find_width_limits, resolve_limit
+from dpm_cli.method.budget import (
+    Kind,
+    Measure,
+    Several,
+    WidthLimits,
+    choose_round_to,
+    cost_of,
+    find_width_limits,
+    resolve_limit,
+)
 from dpm_cli.method.pruners import BasePruner
 from dpm_cli.method.pruning import Goal
 from dpm_cli.recipe.sections import Prune, Target
+
+TimeWidths = Callable[[nn.Module, Groups, WidthLimits], Measure]
 
 
 @dataclass(frozen=True)
@@ -26,6 +38,7 @@ class Survey:
     shifts: Shifts  # where these means can go, if they are folded
     round_to: int
     widths: WidthLimits
+    latency: Measure | None = None  # predicts milliseconds, if the target limits them
 
     def goal(self, target: Target) -> Goal:
         """Turn the target into a cost limit. Raises TargetError with the achievable range.
@@ -36,6 +49,13 @@ class Survey:
             kind: (amount, resolve_limit(self.groups, self.widths, kind=kind, amount=amount))
             for kind, amount in target.limits.items()
         }
+        if target.latency is not None:
+            if self.latency is None:
+                raise UsageError("target latency is measured on exports, which only dpm prune writes: give macs")
+            asked[self.latency] = (
+                target.latency,
+                resolve_limit(self.groups, self.widths, kind=self.latency, amount=target.latency),
+            )
         if not asked:
             lowest = cost_of(self.groups.cost, "macs", self.widths.lowest(self.groups))
             if lowest == cost_of(self.groups.cost, "macs", np.ones(self.groups.units, bool)):
@@ -48,10 +68,19 @@ class Survey:
         return Goal(Several(limits), Several.WHOLE, self.widths, asked)
 
 
-def survey(module: nn.Module, example: Example, prune: Prune, base: BasePruner, *, folds_means: bool = False) -> Survey:
+def survey(
+    module: nn.Module,
+    example: Example,
+    prune: Prune,
+    base: BasePruner,
+    *,
+    folds_means: bool = False,
+    time_widths: TimeWidths | None = None,
+) -> Survey:
     """Find the groups of a dense module in eval mode on the CPU. Raises what `find_groups` raises.
 
     example: inputs with a batch of 2 or more. folds_means: layers will need a place for the means of removed units.
+    time_widths: fills a table of latencies, for a target that limits them.
     """
     find = partial(find_groups, keep=prune.keep, prune_embedding=prune.embedding == "prune")
     groups, shifts = find(module, example), Shifts()
@@ -62,4 +91,6 @@ def survey(module: nn.Module, example: Example, prune: Prune, base: BasePruner, 
     groups = base.choosable(groups, module)
     target, min_keep = prune.target, prune.min_keep
     round_to = choose_round_to(groups, prune.round_to, min_keep=min_keep, amounts=target.limits)
-    return Survey(module, groups, shifts, round_to, find_width_limits(groups, round_to=round_to, min_keep=min_keep))
+    widths = find_width_limits(groups, round_to=round_to, min_keep=min_keep)
+    latency = time_widths(module, groups, widths) if time_widths and target.latency is not None else None
+    return Survey(module, groups, shifts, round_to, widths, latency)

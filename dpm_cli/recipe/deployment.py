@@ -1,4 +1,4 @@
-"""Define the settings of what is handed over: quantization."""
+"""Define the settings of what is handed over: quantization, and where latency is measured."""
 
 from typing import Annotated, Literal
 
@@ -43,3 +43,11 @@ class Quantize(Section):
     reduce_range: bool = Field(
         default=False, description="7-bit weights, for x86 CPUs without VNNI, whose 8-bit sums can overflow"
     )
+
+
+class Latency(Section):
+    """Says what `target.latency` is measured in: single images in ONNX Runtime on one thread, unless set."""
+
+    runtime: Literal["onnxruntime", "openvino"] = Field(default="onnxruntime", description="where exports are run")
+    batch: Annotated[Positive, Field(le=10**4)] = Field(default=1, description="images per call")
+    threads: Annotated[Positive, Field(le=1024)] = Field(default=1, description="threads of the runtime")

@@ -89,9 +89,7 @@ def plain_values(recipe: Recipe) -> dict[str, Any]:
     values: dict[str, Any] = json.loads(recipe.model_dump_json())
     if recipe.decay.rectify is None:
         values["decay"]["rectify"] = False
-    target = recipe.prune.target
-    given = target.limits | ({"drop": target.drop} if target.drop is not None else {})
-    values["prune"]["target"] = {"sparsity": list(target.sparsity)} if target.sparsity else given
+    values["prune"]["target"] = json.loads(recipe.prune.target.model_dump_json(exclude_none=True))
     return values
 
 

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from dpm_cli.recipe.bases import Gates, OnTheFly, Otov2
+from dpm_cli.recipe.deployment import Latency
 from dpm_cli.recipe.values import (
     COST_KINDS,
     Amount,
@@ -26,6 +27,7 @@ from dpm_cli.recipe.values import (
     Size,
     Sparsities,
     Step,
+    Time,
 )
 
 MAX_NUMBERS = 1 << 22  # limit per image: a typo must not fill the memory
@@ -102,9 +104,9 @@ class Data(Section):
 class Target(Section):
     """Sets how small the model must become.
 
-    Give one or several of macs, params, channels and size, as a kept fraction or an absolute number: all must hold. Or
-    give `drop`: the model then becomes as small as it gets. For the base `on-the-fly` give `sparsity`: the share of
-    weights to cut, or several shares of which training aims at the first.
+    Give one or several of macs, params, channels, size and latency, as a kept fraction or an absolute number: all must
+    hold. Or give `drop`: the model then becomes as small as it gets. For the base `on-the-fly` give `sparsity`: the
+    share of weights to cut, or several shares of which training aims at the first.
     """
 
     macs: Amount | None = Field(
@@ -114,6 +116,9 @@ class Target(Section):
     channels: Amount | None = Field(default=None, description="units to keep: a fraction, or an absolute number")
     size: Size | None = Field(
         default=None, description="weights as exported in float32: a fraction, or an absolute like 5MB"
+    )
+    latency: Time | None = Field(
+        default=None, description="time of one call as exported, measured here: a fraction, or an absolute like 12ms"
     )
     drop: float | None = Field(
         default=None,
@@ -128,15 +133,15 @@ class Target(Section):
 
     @model_validator(mode="after")
     def _is_clear(self) -> "Target":
-        if not self.limits and self.drop is None and self.sparsity is None:
-            raise ValueError("name macs, params, channels, size or drop, or sparsity for the base on-the-fly")
-        if self.sparsity is not None and (self.limits or self.drop is not None):
+        if not self.limits and self.latency is None and self.drop is None and self.sparsity is None:
+            raise ValueError("name macs, params, channels, size, latency or drop, or sparsity for the base on-the-fly")
+        if self.sparsity is not None and (self.limits or self.latency is not None or self.drop is not None):
             raise ValueError("sparsity, for the base on-the-fly, excludes all other targets: leave one of them out")
         return self
 
     @property
     def limits(self) -> dict[CostKind, float]:
-        """Return the costs that are limited, each to a kept fraction if below 1, else to an absolute number."""
+        """Return the limited costs but latency: a fraction to keep if below 1, else an absolute number."""
         amounts = {"macs": self.macs, "params": self.params, "channels": self.channels, "size": self.size}
         return {kind: amount for kind in COST_KINDS if (amount := amounts[kind]) is not None}
 
@@ -160,6 +165,7 @@ class Prune(Section):
     gates: Gates = Field(default=Gates(), description="settings of the base gate-decorator")
     on_the_fly: OnTheFly = Field(default=OnTheFly(), description="settings of the base on-the-fly")
     target: Target = Field(description="how small the model must become; all that are given must hold")
+    latency: Latency = Field(default=Latency(), description="what target.latency is measured in")
     rounds: RoundCount = Field(
         default="auto", description="rounds in which units are chosen; auto: 5, or as many as fit"
     )

@@ -4,7 +4,7 @@ import math
 import re
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSerializer, WithJsonSchema
 
 DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "csv")
 MOST_ROUNDS = 10_000
@@ -36,6 +36,22 @@ def parse_size(value: object) -> float:
             raise ValueError("must be a fraction to keep such as 0.47, or a size in B, KB, MB or GB such as 5MB")
         value = float(match[1]) * SUFFIXES.get(match[2].upper(), 1)
     return parse_amount(value)
+
+
+def parse_latency(value: object) -> float:
+    """Read a kept fraction in (0, 1), or a time such as "12ms", "0.5 ms" or "800us"; return nanoseconds."""
+    if isinstance(value, str):
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|µs|ms|s)\s*", value)
+        if match and float(match[1]) > 0:
+            return float(match[1]) * {"s": 1e9, "ms": 1e6}.get(match[2], 1e3)
+    elif type(value) is float and 0 < value < 1:
+        return value
+    raise ValueError("must be a fraction to keep such as 0.6, or a time in us, ms or s such as 12ms")
+
+
+def show_latency(value: float | None) -> float | str | None:
+    """Write what `parse_latency` reads."""
+    return value if value is None or value < 1 else f"{value / 1e6:.6f}ms"
 
 
 def parse_step(value: object) -> object:
@@ -77,6 +93,9 @@ Amount = Annotated[float, BeforeValidator(parse_amount, json_schema_input_type=f
 CostKind = Literal["macs", "params", "channels", "size"]
 COST_KINDS: tuple[CostKind, ...] = ("macs", "params", "channels", "size")
 Size = Annotated[float, BeforeValidator(parse_size, json_schema_input_type=float | str)]
+Time = Annotated[
+    float, BeforeValidator(parse_latency, json_schema_input_type=float | str), PlainSerializer(show_latency)
+]
 Step = Annotated[int | Literal["auto"], BeforeValidator(parse_step, json_schema_input_type=int | Literal["auto"])]
 Count = Annotated[int | Literal["auto"], BeforeValidator(parse_count, json_schema_input_type=int | Literal["auto"])]
 RoundCount = Annotated[

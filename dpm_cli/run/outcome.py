@@ -53,7 +53,7 @@ def describe_outcome(
         difference=subject.difference,
         validation_accuracy=validation_accuracy,
         notes=notes,
-        remarks=[*_remark_on_pruning(recipe, pruning)],
+        remarks=[*_remark_on_pruning(recipe, pruning), *([subject.meter.note] if subject.meter else [])],
         predicted=(cost.macs(alive), cost.parameters(alive)),
         floor=floor.report(),
     )

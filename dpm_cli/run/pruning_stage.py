@@ -82,9 +82,12 @@ class PruningStage(CourseHooks):
 
     def end(self, loop: StageLoop) -> Iterator[Event]:
         pruning = self._pruning
-        if not loop.learner.steps and pruning.is_due(0):  # without training, all units are cut at once
+        while not loop.learner.steps and pruning.is_due(0):  # without training, all units are cut at once
+            units = pruning.groups.units
             yield self._start_round(loop)
             yield self._remove(loop, pruning.finish_round)
+            if pruning.groups.units == units:  # nothing is left to remove
+                break
         if pruning.is_done and self.floor.holds():
             self.floor.remember()
 
@@ -102,4 +105,5 @@ class PruningStage(CourseHooks):
         loop.learner.shrink_(removal.before, removal.kept)
         self.require_agreement(f"what round {pruning.round} removed")
         subject.difference = max(subject.difference, removal.difference)
+        subject.check_latency()
         return tell_removal(pruning, removal, stage=loop.stage.name, step=loop.step)

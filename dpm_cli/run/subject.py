@@ -4,6 +4,7 @@ import copy
 from collections.abc import Iterator
 from itertools import islice
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -14,12 +15,14 @@ from dpm_cli.errors import listing
 from dpm_cli.graph import Groups
 from dpm_cli.graph.folding import fold_means_
 from dpm_cli.graph.labels import Flags
+from dpm_cli.method.budget import choose_victims
 from dpm_cli.method.pruners import BasePruner, make_base
 from dpm_cli.method.pruning import Pruning
 from dpm_cli.method.schedule import plan_schedule
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage, number_epochs
+from dpm_cli.run.latency import Meter
 
 
 class Subject:
@@ -31,17 +34,44 @@ class Subject:
         self.notes: list[str] = []
         self.difference = 0.0  # largest difference between outputs before and after any removal
         base = self._make_base()
-        found = survey(module, torch.zeros(2, *recipe.model.input), recipe.prune, base, folds_means=recipe.folds_means)
+        self.meter = (
+            Meter(recipe.prune.latency, recipe.model.input, setup.world) if recipe.prune.target.latency else None
+        )
+        found = survey(
+            module,
+            torch.zeros(2, *recipe.model.input),
+            recipe.prune,
+            base,
+            folds_means=recipe.folds_means,
+            time_widths=self.meter.time_widths if self.meter else None,
+        )
         self._start, self._shifts = found.module, found.shifts
         self.dense_groups, self.round_to = found.groups, found.round_to
         self.layout = choose_layout(self._start, torch.zeros(2, *recipe.model.input))
         self.stages = number_epochs([*base.stages(), Stage("finetune", recipe.finetune, "finetune.")])
         self.rounds = plan_schedule(recipe.prune, recipe.train, recipe.decay, steps_per_epoch=setup.steps_per_epoch)
-        self._goal = found.goal(recipe.prune.target)
+        self._goal = goal = found.goal(recipe.prune.target)
+        if self.meter:  # the widths depend on the scores that training will give; the prediction is corrected for any
+            scores = np.random.default_rng(recipe.seed).random(found.groups.units)
+            self.meter.settle(
+                lambda: ~choose_victims(found.groups, found.widths, scores, kind=goal.kind, limit=goal.limit),
+                self._latency_limit,
+            )
         self.model, self.pruning = self._begin()
         self.teacher: nn.Module | None = None
         if any(stage.training.distill for stage in self.stages):
             self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+
+    @property
+    def _latency_limit(self) -> int:
+        """Return the nanoseconds that the target allows."""
+        return next(limit for kind, (_, limit) in self._goal.asked.items() if str(kind) == "latency")
+
+    def check_latency(self) -> None:
+        """Measure a real export once pruning is done, if the target limits latency; if too slow, it is not done."""
+        if self.meter and self.pruning.is_done:
+            pruning = self.pruning
+            self.meter.check(self.model, pruning.groups.cost, pruning.all_alive, self._latency_limit)
 
     def _make_base(self) -> BasePruner:
         return make_base(self.recipe.prune, self.recipe.train, seed=self.setup.seed)
@@ -79,7 +109,12 @@ class Subject:
 
     def state_dict(self) -> State:
         """Return the state; its tensors are not copied."""
-        return {"pruning": self.pruning.state_dict(), "model": self.model.state_dict(), "difference": self.difference}
+        latency = {"latency": self.meter.state_dict()} if self.meter else {}
+        return {
+            "pruning": self.pruning.state_dict(),
+            "model": self.model.state_dict(),
+            "difference": self.difference,
+        } | latency
 
     def load_state_dict(self, state: State) -> None:
         """Load an earlier state into the dense model."""
@@ -87,6 +122,8 @@ class Subject:
         self.model.to(memory_format=self.layout)
         self.model.load_state_dict(state["model"])
         self.difference = float(state["difference"])
+        if self.meter:
+            self.meter.load_state_dict(state["latency"])
 
     def _fold_means(self, groups: Groups, alive: Flags) -> None:
         """Fold the mean outputs of units into the layers that read them, before the units are cut at once."""

@@ -92,7 +92,7 @@ def test_drop_aims_at_the_smallest_model() -> None:
 @pytest.mark.parametrize(
     ("prune", "message"),
     [
-        ({"target": {}}, "name macs, params, channels, size or drop"),
+        ({"target": {}}, "name macs, params, channels, size, latency or drop"),
         ({"target": {"size": "5 apples"}}, "'5 apples'; must be a fraction to keep such as 0.47, or a size in B, KB"),
         ({"target": {"drop": 0}}, "drop"),
         ({"target": {"macs": 0.5, "sparsity": 0.5}, "base": "on-the-fly"}, "excludes all other targets"),

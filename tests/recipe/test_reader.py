@@ -153,7 +153,7 @@ def test_all_mistakes_are_reported_at_once() -> None:
         (SMALLEST | {"prune": {"target": {"macs": 1.0}}}, "keeps everything"),
         (SMALLEST | {"prune": {"target": {"macs": "60X"}}}, "such as 60M"),
         (SMALLEST | {"prune": {"target": {"macs": True}}}, "such as 60M"),
-        (SMALLEST | {"prune": {"target": {}}}, "name macs, params, channels, size or drop"),
+        (SMALLEST | {"prune": {"target": {}}}, "name macs, params, channels, size, latency or drop"),
         (SMALLEST | {"prune": {"target": {"macs": 0.5}, "start": 0.5, "end": 0.5}}, "must lie before end"),
         (SMALLEST | {"train": {"epochs": 2, "warmup_epochs": 2}}, "fewer than epochs"),
         (SMALLEST | {"seed": -1}, "seed is -1"),
