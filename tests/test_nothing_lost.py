@@ -160,8 +160,10 @@ def test_link_that_appears_during_a_run_is_not_followed(model: Path) -> None:
 def test_output_folder_may_be_a_link() -> None:
     Path("elsewhere").mkdir()
     Path("out").symlink_to("elsewhere")
-    prune()
+    report = prune()
     assert Path("elsewhere/report.json").exists()
+    assert report.versions["processes"] == 1
+    assert {"threads", "cpu", "torch", "python", "dpm"} <= report.versions.keys()
 
 
 def test_training_does_not_follow_a_link(model: Path) -> None:

@@ -2,8 +2,8 @@
 
 Every process holds the whole model and takes its slice of each batch. Gradients are averaged by DistributedDataParallel
 and weighted by images, BatchNorm normalises by the whole batch (`whole_batch.py`), and augmentation is drawn for the
-whole batch. Every process therefore takes the step that a single process would take, and decides the same. Only the
-main process reads and writes files and talks to the user.
+whole batch. Every process therefore takes the step that a single process would take, but for rounding, and all decide
+the same. Only the main process reads and writes files and talks to the user.
 
 A process that fails records this in the launcher's key-value store, which outlives it. The others find it there and
 exit silently with the same exit code.

@@ -200,7 +200,7 @@ class Delivery:
             device=str(setup.device),
             precision=setup.precision.name,
             recipe_hash=hash_recipe(recipe),
-            versions=dict(hardware()),
+            versions={**hardware(), "processes": setup.world.size},
             validation_accuracy=outcome.validation_accuracy,
             notes=[*outcome.notes, *cost, *outcome.remarks, *remark_on_data(setup.splits), *floor],
             floor=outcome.floor,
