@@ -2,9 +2,11 @@
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
+
+from dpm_cli.events import EpochEnded, Event, Mistaken, RoundStarted, UnitsRemoved, UnitsWatched
 
 Entry = dict[str, Any]
 
@@ -26,15 +28,16 @@ class History:
 
 
 def read_history(path: Path) -> History:
-    """Read as much as there is: without the file, or with damaged lines, less is shown."""
+    """Read as much as there is: of a missing file, of damaged lines and of those of other versions nothing is shown."""
     history = History()
-    kinds = {
-        "epoch": history.epochs,
-        "round": history.rounds,
-        "units": history.units,
-        "compact": history.removals,
-        "mistake": history.mistakes,
+    kinds: dict[type[Event], list[Entry]] = {
+        EpochEnded: history.epochs,
+        RoundStarted: history.rounds,
+        UnitsWatched: history.units,
+        UnitsRemoved: history.removals,
+        Mistaken: history.mistakes,
     }
+    whole = {kind.kind: ({each.name for each in fields(kind)}, entries) for kind, entries in kinds.items()}
     offset = last = 0
     stage = ""
     for entry in _read_entries(path):
@@ -45,8 +48,9 @@ def read_history(path: Path) -> History:
                 history.stages.append((name, offset))
             last = max(last, step)
             entry["at"] = offset + step
-        if entry.get("event") in kinds:
-            kinds[entry["event"]].append(entry)
+        needed, entries = whole.get(str(entry.get("event")), (set(), []))
+        if needed <= entry.keys():
+            entries.append(entry)
     return history
 
 

@@ -96,7 +96,8 @@ def test_a_chart_is_the_same_every_time(folder: Path) -> None:
 
 
 def test_without_a_history_the_page_shows_what_there_is(folder: Path) -> None:
-    (folder / "metrics.jsonl").write_text('not json\n[]\n{"event": "epoch"\n')
+    older = '{"event": "units", "stage": "train", "step": 3, "norms": {}}'
+    (folder / "metrics.jsonl").write_text(f'not json\n[]\n{{"event": "epoch"\n{older}\n')
     (folder / "recipe.yaml").unlink()
     page = write_page(folder).read_text(encoding="utf-8")
     assert "Widths of the layers" in page
