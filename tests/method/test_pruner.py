@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,26 @@ def test_a_step_that_the_scaler_skips_is_skipped_by_the_decay():
             assert torch.equal(norms, pruner._pruning.units.norm())
     pruner.finish()
     assert (pruner.step, pruner.skipped) == (STEPS, 1)
+
+
+def test_a_skipped_step_leaves_no_trace_in_what_units_are_judged_by():
+    model = make_net()
+    pruner = make_pruner(model, prune={"importance": "taylor", "observe_steps": 3, "rounds": 1})
+    optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu", init_scale=4.0)
+    for step in range(3):
+        images, labels = batch(step)
+        scaler.scale(F.cross_entropy(model.train()(images), labels)).backward()
+        if step == 1:
+            model.stem.weight.grad[0] = float("inf")
+        scaler.unscale_(optimizer)
+        pruner.before_step()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        pruner.after_step(optimizer)
+    assert pruner.skipped == 1
+    assert pruner.base.seen == 2
+    assert np.isfinite(pruner.base.scores()).all()
 
 
 def test_schedulers_parameter_groups_and_two_optimizers_go_on():

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from plain_choice import choose_plainly
 from torch import nn
 
 from dpm_cli.data import load_data
@@ -383,7 +384,7 @@ def plain_pruning(model, recipe, splits, starts):
         return 64 * (9 * rows + 9 * rows * inner + inner * rows) + 10 * rows
 
     dense = macs(8, 12)
-    limit = math.floor(dense * recipe.prune.target.amount)
+    limit = math.floor(dense * recipe.prune.target.macs)
 
     def new_optimizer(momenta):
         optimizer = torch.optim.SGD(
@@ -409,16 +410,19 @@ def plain_pruning(model, recipe, splits, starts):
                 first = (first + square(model.inner.weight, 1) + square(model.head.weight, 1)) / 5
                 second = square(model.inner.weight, 0) + square(model.inner_norm.weight, 0)
                 second = (second + square(model.back.weight, 1)) / 3
-                ranking = [(score / first.mean(), 0, unit) for unit, score in enumerate(first)]
-                ranking += [(score / second.mean(), 1, unit) for unit, score in enumerate(second)]
+                scores = {(0, unit): score / first.mean() for unit, score in enumerate(first)}
+                scores |= {(1, unit): score / second.mean() for unit, score in enumerate(second)}
                 share = dense - (dense - limit) * (starts.index(step) + 1) // len(starts)
-                left = [set(range(len(first))), set(range(len(second)))]
-                for _, group, unit in sorted(ranking):
-                    if macs(*map(len, left)) <= share:
-                        break
-                    if len(left[group]) > math.ceil(0.1 * (8, 12)[group]):
-                        left[group].remove(unit)
-                rows, inner = (torch.tensor(sorted(units)) for units in left)
+
+                def left(taken, scores=scores):
+                    return [sorted(unit for group, unit in scores.keys() - taken if group == side) for side in (0, 1)]
+
+                gone = choose_plainly(
+                    scores,
+                    lambda taken, left=left, share=share: macs(*map(len, left(taken))) <= share,
+                    lambda unit, taken, left=left: len(left(taken)[unit[0]]) > math.ceil(0.1 * (8, 12)[unit[0]]),
+                )
+                rows, inner = map(torch.tensor, left(gone))
                 cut = {
                     "stem.weight": (rows,), "stem.bias": (rows,), "norm.weight": (rows,), "norm.bias": (rows,),
                     "norm.running_mean": (rows,), "norm.running_var": (rows,), "inner.weight": (inner, rows),

@@ -71,7 +71,10 @@ class BasePruner:
         """Called after each epoch of a stage that prunes or prepares for pruning."""
 
     def before_step_(self) -> None:
-        """Read the gradients of the loss, then add penalties. Called between backward and the optimizer's step."""
+        """Read the gradients of the loss, then add penalties. Called between backward and the optimizer's step.
+
+        What was read counts only from `after_step_` on, because a gradient scaler may skip the step.
+        """
 
     def after_step_(self, lr: float, going: Tensor) -> None:
         """Called after every step of a stage that prunes. lr: of that step. going: (units,) decaying or dead."""

@@ -177,9 +177,13 @@ class DepGraph(BasePruner):
         if self._is_sparse:
             self._penalise_()
         elif self.observes:
-            values = self.units.dot(self.units.weights(), self.units.gradients()).abs()  # (units,)
+            self._change = self.units.dot(self.units.weights(), self.units.gradients()).abs()  # (units,) |<x, g>|
+
+    def after_step_(self, lr: float, going: Tensor) -> None:
+        """Count what the step saw; a step that a gradient scaler skips may hold gradients that are not finite."""
+        if self.observes and not self._is_sparse:
             self.seen += 1
-            self.taylor = self.taylor + (values - self.taylor) / min(self.seen, self._window)
+            self.taylor = self.taylor + (self._change - self.taylor) / min(self.seen, self._window)
 
     def _penalise_(self) -> None:
         match self.penalty:

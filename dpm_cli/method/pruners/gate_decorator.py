@@ -186,13 +186,18 @@ class GateDecorator(BasePruner):
     def before_step_(self) -> None:
         weights, gradients = self.gates.weights(), self.gates.gradients()
         if self._is_tick:
-            if self._is_new:  # the round of the previous tick may have come in between
-                self.sums, self._is_new = torch.zeros_like(self.sums), False
-            self.sums = self.sums + self.gates.total([(w * g).abs() for w, g in zip(weights, gradients)])
+            self._change = self.gates.total([(w * g).abs() for w, g in zip(weights, gradients)])  # (units,)
         else:
             for gate, weight in zip(self.gates.parameters, weights):
                 if gate.grad is not None:
                     gate.grad.add_(weight.sign(), alpha=self.settings.gates.strength)
+
+    def after_step_(self, lr: float, going: Tensor) -> None:
+        """Count what the step saw; a step that a gradient scaler skips may hold gradients that are not finite."""
+        if self._is_tick:
+            if self._is_new:  # the round of the previous tick may have come in between
+                self.sums, self._is_new = torch.zeros_like(self.sums), False
+            self.sums = self.sums + self._change
 
     def marked(self) -> Tensor:
         fraction = self.settings.gates.fraction or 0.0

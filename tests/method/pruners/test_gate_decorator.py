@@ -85,10 +85,12 @@ def test_scores_are_summed_over_the_batches_of_a_tick_and_over_the_gates_of_a_un
         first, shared, second = ((norm.weight * norm.weight.grad).abs().detach() for norm in norms)
         expected += torch.cat([first + shared, second])
         base.before_step_()
+        base.after_step_(0.1, base.marks)
     np.testing.assert_allclose(base.scores(), expected.numpy(), rtol=1e-5)
     enter(base, "tick", model)
     np.testing.assert_allclose(base.scores(), expected.numpy(), rtol=1e-5)  # until the next tick's first step
     base.before_step_()
+    base.after_step_(0.1, base.marks)
     assert (base.scores() < expected.numpy()).all()
 
 

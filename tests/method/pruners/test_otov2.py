@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from plain_choice import choose_plainly
 from small_runs import AXES, PER_EPOCH, ROWS, SIZES, assert_same_model, batches, go, macs, make_net, make_optimizer
 from small_runs import make_recipe as make_any_recipe
 
@@ -321,36 +322,14 @@ def plain_dhspg(recipe, splits):
     def order():
         return sorted(scores := salience(), key=scores.get)
 
-    def fits(taken):
-        return macs(*left(dead | set(taken))) <= limit
-
     def take(candidates):
-        """The first of them that bring the cost to the limit, or what does so without the last; a tenth always stays.
-
-        Those that then fit below the limit come back, best first. What loses less salience is taken.
-        """
-        best, scores = None, salience()
-        worst = min((scores[unit] for unit in candidates), default=0)
-        while True:
-            taken = []
-            for unit in candidates:
-                if fits(taken):
-                    break
-                if left(dead | set(taken))[unit[0]] > math.ceil(0.1 * SIZES[unit[0]]):
-                    taken.append(unit)
-            last = taken[-1] if taken else None
-            if fits(taken):
-                for unit in reversed(taken):
-                    if fits(set(taken) - {unit}):
-                        taken.remove(unit)
-            loss = sum(scores[unit] - worst for unit in taken)
-            if best is not None and (not fits(taken) or loss >= best[0]):
-                return best[1]
-            best = loss, set(taken)
-            if not fits(taken) or last is None:
-                return best[1]
-            place = candidates.index(last)
-            candidates = [*candidates[:place], *(unit for unit in candidates[place:] if unit[0] != last[0])]
+        """Those that bring the cost to the limit; of every group a tenth stays."""
+        scores = salience()
+        return choose_plainly(
+            {unit: scores[unit] for unit in candidates},
+            lambda taken: macs(*left(dead | taken)) <= limit,
+            lambda unit, taken: left(dead | taken)[unit[0]] > math.ceil(0.1 * SIZES[unit[0]]),
+        )
 
     torch.manual_seed(recipe.seed)
     step = 0
