@@ -152,7 +152,8 @@ def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch
     with contextlib.ExitStack() as stack:
 
         def fill_disk_before(path, write):
-            if path.name == name:
+            is_early = name == "recipe.yaml" and not path.exists()  # it is there from the first step on
+            if path.name == name and not is_early:
                 stack.enter_context(no_more_than(100))
             write_atomic(path, write)
 
