@@ -62,6 +62,7 @@ dpm_cli.save(network, "slim.pt", arch="digits", mean=[0.5], std=(0.5,), names=li
 
 about = dpm_cli.read_metadata("slim.pt")
 logits: torch.Tensor = slim(dpm_cli.prepare("photo.jpg", about)[None])
+fastest: float = min(row.median for row in dpm_cli.benchmark(["model.onnx"], batches=[1, 8]))
 best: str = dpm_cli.predict("model.onnx", ["photo.jpg", Path("other.jpg")], top=2)[0].classes[0].name
 """
 

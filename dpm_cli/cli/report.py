@@ -11,9 +11,9 @@ from dpm_cli.cli.progress import working
 def report(
     folder: Annotated[Path, typer.Argument(metavar="OUT", help="The folder of a finished run.")] = Path("out"),
 ) -> None:
-    """Write OUT/report.html again: tables, charts and pictures of a run, in one file.
+    """Write the report.html of a run again.
 
-    Every run writes it once; this is for earlier runs, or after an update.
+    It shows tables, charts and pictures in one file. Every run writes it once; this is for earlier runs.
     """
     from dpm_cli.display.page import write_page
 
