@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
-from dpm_cli.errors import ModelFileError
+from dpm_cli.errors import ModelFileError, one_line
 from dpm_cli.export import executorch, onnx, openvino, pt2, torchscript
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.ours import find_excess, find_foreign
@@ -88,8 +88,10 @@ def _read_onnx(path: Path, runtime: str | None, threads: int | None) -> Exported
 
 
 def is_program(path: str | Path) -> bool:
-    """Tell whether a file is a program, damaged or not, rather than weights: ONNX alone cannot be told from these."""
+    """Tell whether a file is a program, damaged or not, rather than weights: ONNX is only known by its name."""
     path = Path(path)
+    if path.suffix == ".onnx":
+        return True
     try:
         with open_regular(path) as file:
             if is_openvino(start := file.read(START)) or is_executorch(start):
@@ -103,5 +105,5 @@ def _ask(question: Callable[[Path], T], path: Path) -> T:
     """Ask a question about an archive. Raises ModelFileError if it is damaged."""
     try:
         return question(path)
-    except (zipfile.BadZipFile, NotImplementedError, OSError, ValueError) as error:
-        raise ModelFileError(f"{path} is a damaged or truncated archive ({error}); export it again") from None
+    except Exception as error:  # zipfile and zlib raise half a dozen kinds for damaged archives
+        raise ModelFileError(f"{path} is a damaged or truncated archive ({one_line(error)}); export it again") from None

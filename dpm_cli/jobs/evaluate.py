@@ -12,7 +12,7 @@ from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
-from dpm_cli.errors import UsageError
+from dpm_cli.errors import ModelFileError, UsageError
 from dpm_cli.export import ExportedModel, require_runtime
 from dpm_cli.jobs.loading import AnyRecipe, load_splits, open_deployed, resolve_recipe
 from dpm_cli.measure import Run, count_bytes, count_macs, count_parameters, measure_latency
@@ -61,7 +61,14 @@ def evaluate(
 
 
 def _score_exported(path: Path, exported: ExportedModel, recipe: Recipe, splits: Splits) -> Evaluated:
-    score = score_runner(exported, splits.test, batch=recipe.data.batch) if splits.labelled else None
+    def logits(images: Tensor) -> Tensor:
+        outputs, classes = exported(images), recipe.model.classes
+        if outputs.shape != (len(images), classes):
+            wanted = [len(images), classes]
+            raise ModelFileError(f"{path} gives {list(outputs.shape)} for {len(images)} images, not {wanted}")
+        return outputs
+
+    score = score_runner(logits, splits.test, batch=recipe.data.batch) if splits.labelled else None
     macs, params = exported.cost(exported.shape or recipe.model.input)
     return replace(_combine(path, exported.format, path.stat().st_size, score, splits), macs=macs, params=params)
 

@@ -87,3 +87,8 @@ def test_mutants_are_read_or_refused(originals: Path, tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_many_mutants_are_read_or_refused(originals: Path, tmp_path: Path) -> None:
     assert attack(originals, tmp_path, range(FEW, MANY)) > MANY // 3
+
+
+def test_mutant_whose_code_does_not_unpack(originals: Path, tmp_path: Path) -> None:
+    """Met by the long run: zlib raises an error of its own."""
+    attack(originals, tmp_path, range(1934, 1935))
