@@ -110,6 +110,7 @@ def fill_disk_at(stack, name, size, *, number=1):
 # --------------------------------------------------------------------------------------- full and unwritable folders
 
 
+@pytest.mark.thorough
 def test_disk_full_while_a_checkpoint_is_written(model, whole, tmp_path):
     with contextlib.ExitStack() as stack, pytest.raises(RunError, match=r"checkpoint\.pt cannot be written") as error:
         dpm_cli.prune(model, recipe(), output=tmp_path, on_event=fill_disk_at(stack, "checkpoint", 50_000))
@@ -121,6 +122,7 @@ def test_disk_full_while_a_checkpoint_is_written(model, whole, tmp_path):
 
 
 @pytest.mark.parametrize("size", [1, 700])
+@pytest.mark.thorough
 def test_disk_full_while_metrics_are_written(model, whole, tmp_path, size):
     with contextlib.ExitStack() as stack, pytest.raises(RunError, match=r"(metrics.jsonl|checkpoint.pt) cannot be"):
         dpm_cli.prune(model, recipe(), output=tmp_path, on_event=fill_disk_at(stack, "step", size, number=3))
@@ -146,6 +148,7 @@ def test_disk_full_while_an_export_is_written(model, whole, tmp_path, format):
 
 
 @pytest.mark.parametrize("name", ["slim.pt", "recipe.yaml", "report.json"])
+@pytest.mark.thorough
 def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch, name):
     from dpm_cli import files
 
@@ -173,6 +176,7 @@ def test_disk_full_while_results_are_written(model, whole, tmp_path, monkeypatch
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
 
 
+@pytest.mark.thorough
 def test_overwriting_run_that_fails_leaves_the_earlier_report(model, tmp_path):
     dpm_cli.prune(model, recipe(), output=tmp_path)
     before = (tmp_path / "report.json").read_bytes(), (tmp_path / "slim.pt").read_bytes()
@@ -192,6 +196,7 @@ def test_overwriting_run_that_fails_leaves_the_earlier_report(model, tmp_path):
         ({"prune": {"rounds": 500}}, RecipeError),
     ],
 )
+@pytest.mark.thorough
 def test_overwriting_run_that_cannot_begin_costs_no_checkpoint(model, whole, tmp_path, change, error):
     with pytest.raises(Interrupted):
         dpm_cli.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
@@ -233,6 +238,7 @@ def as_nobody():
 
 
 @pytest.mark.parametrize("name", ["start", "step", "measure"])
+@pytest.mark.thorough
 def test_folder_that_becomes_unwritable(model, whole, tmp_path, name):
     out = tmp_path / "out"
     with contextlib.ExitStack() as stack:
@@ -374,6 +380,7 @@ KILL_WORKERS = """
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.thorough
 def test_killed_worker_is_one_line_and_the_run_goes_on_later(model, photos, tmp_path):
     settings = folder_recipe(photos, memory_limit=1, workers=1, batch=8)  # more batches to come than are read ahead
     whole, out = tmp_path / "whole", tmp_path / "out"
@@ -467,6 +474,7 @@ class Greedy(nn.Module):
         return self.inner(x)
 
 
+@pytest.mark.thorough
 def test_out_of_memory_says_which_batch_was_tried_and_which_to_try(model, tmp_path):
     greedy = Greedy(copy.deepcopy(model))
     for batch in (32, 16):

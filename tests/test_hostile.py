@@ -440,6 +440,7 @@ def test_hostile_checkpoint(originals: Path, tmp_path: Path, capsys: pytest.Capt
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
+@pytest.mark.thorough
 def test_damaged_slim_bytes_are_the_same_model_or_one_line(
     originals: Path, tmp_path: Path, data: st.DataObject
 ) -> None:

@@ -94,6 +94,7 @@ def test_everything_that_a_run_writes_carries_its_mark() -> None:
     prepare_output(Path("out"), overwrite=True, resume=False)
 
 
+@pytest.mark.thorough
 def test_export_replaces_only_files_of_ours(model: Path) -> None:
     prune()
     Path("model.ts").write_text(PRECIOUS)
@@ -144,6 +145,7 @@ def test_no_link_is_followed(name: str, target: str, capsys: pytest.CaptureFixtu
     assert (Path("out") / name).is_symlink()
 
 
+@pytest.mark.thorough
 def test_link_that_appears_during_a_run_is_not_followed(model: Path) -> None:
     Path("mine").write_text(PRECIOUS)
 
@@ -157,6 +159,7 @@ def test_link_that_appears_during_a_run_is_not_followed(model: Path) -> None:
     assert not Path("out/slim.pt").is_symlink()
 
 
+@pytest.mark.thorough
 def test_output_folder_may_be_a_link() -> None:
     Path("elsewhere").mkdir()
     Path("out").symlink_to("elsewhere")
@@ -195,6 +198,7 @@ def test_only_regular_files_are_opened(name: str, kind: str, capsys: pytest.Capt
     assert_refused_and_kept(f"out/{name}", capsys)
 
 
+@pytest.mark.thorough
 def test_leftover_that_is_a_folder_is_left_alone() -> None:
     Path("out/.slim-01234567.pt").mkdir(parents=True)
     Path("out/.slim-0.5-01234567.pt").touch()
@@ -221,6 +225,7 @@ def test_name_that_is_not_utf8_is_refused_before_training(capsys: pytest.Capture
     assert not list(Path().glob("out-*"))
 
 
+@pytest.mark.thorough
 def test_file_system_without_locks_has_a_way_out(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(lock: Any) -> None:
         raise OSError(95, "Operation not supported")
@@ -246,6 +251,7 @@ def test_hard_stop_finds_either_checkpoint(name: str, monkeypatch: pytest.Monkey
     assert "continue from its last checkpoint with --resume" in capsys.readouterr().err
 
 
+@pytest.mark.thorough
 def test_previous_checkpoint_alone_is_resumed(model: Path) -> None:
     stop = iter([False] * 5 + [True] * 99)
     with pytest.raises(Interrupted):

@@ -86,6 +86,7 @@ def test_importing_the_package_does_not_import_torch() -> None:
     assert run_python(code).stdout == "False\n"
 
 
+@pytest.mark.thorough
 def test_python_m_is_the_same_command() -> None:
     ended = subprocess.run([sys.executable, "-m", "dpm_cli", "prune"], capture_output=True, text=True, timeout=60)
     assert ended.returncode == 2

@@ -76,6 +76,7 @@ def test_bar_percentage_and_time_stand_at_every_width(columns: int, shown: int) 
     assert len(line) <= columns
 
 
+@pytest.mark.thorough
 def test_without_colours_none_is_written() -> None:
     plain, _ = run_on_terminal(scene(), 80, NO_COLOR="1")
     colours = re.compile(r"\x1b\[[0-9;]*3[0-9][0-9;]*m")

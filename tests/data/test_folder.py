@@ -119,6 +119,7 @@ def test_resize_is_that_of_torchvision(tmp_path: Path, size: tuple[int, int], sh
     assert np.array_equal(decoded, np.asarray(usual).transpose(2, 0, 1))
 
 
+@pytest.mark.thorough
 def test_resize_of_a_line_of_pixels_is_bounded(tmp_path: Path) -> None:
     path = save_noise(tmp_path / "line.png", (1, 60_000))
     assert decode(str(path), Framing((3, 32, 32), resize=4096)).shape == (3, 32, 32)
@@ -351,6 +352,7 @@ def test_test_images_that_are_the_training_images_are_refused(load: Load, folder
         load("folder", root=folder)
 
 
+@pytest.mark.thorough
 def test_thousands_of_nested_folders_are_listed_or_refused_in_one_line(load: Load, folder: Path) -> None:
     place = os.open(folder / "train" / "a", os.O_RDONLY)
     for _ in range(1200):

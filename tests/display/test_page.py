@@ -90,6 +90,7 @@ def test_the_page_holds_everything_and_asks_nobody(folder: Path) -> None:
     assert len(page) < 1_000_000
 
 
+@pytest.mark.thorough
 def test_a_chart_is_the_same_every_time(folder: Path) -> None:
     first = charts(folder)[0]
     assert first == charts(folder)[0]

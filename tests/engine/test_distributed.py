@@ -85,6 +85,7 @@ with join("cpu") as world:
 
 
 @pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.thorough
 def test_slices_of_a_batch_take_the_step_of_the_whole_batch(together, tmp_path, size):
     ended = together(SCRIPT, tmp_path, size=size)
     assert [code for code, _, _ in ended] == [0] * size, ended

@@ -43,6 +43,7 @@ def test_opened_file_knows_its_metadata_and_shape(onnx_file: Path) -> None:
     assert model.metadata == {"recipe": "0123", "classes": "4"}
 
 
+@pytest.mark.thorough
 def test_opset_is_the_one_asked_for_or_refused(net: nn.Module, image: Tensor, tmp_path: Path) -> None:
     path = tmp_path / "model.onnx"
     export_model(net, image, format="onnx", path=path, metadata={}, opset=20)
@@ -88,6 +89,7 @@ def test_foreign_file_with_free_sizes_runs(tmp_path: Path) -> None:
         model(images[:, :1])
 
 
+@pytest.mark.thorough
 def test_half_precision_halves_the_weights_and_keeps_the_interface(
     onnx_file: Path, net: nn.Module, image: Tensor, tmp_path: Path
 ) -> None:

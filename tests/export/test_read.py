@@ -121,6 +121,7 @@ def test_onnx_file_costs_what_the_module_costs_but_for_folded_norms(net: nn.Modu
     assert params == 3 * 8 * 9 + 8 + 8 * 4 + 4  # weight and bias of the convolution, with the norm in it, and the head
 
 
+@pytest.mark.thorough
 def test_grouped_and_transposed_convolutions_and_matrix_products_are_counted(tmp_path: Path) -> None:
     class Mixed(nn.Module):
         def __init__(self) -> None:

@@ -44,6 +44,7 @@ class ByName(nn.Module):
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.thorough
 def test_file_agrees_with_the_module_at_any_batch(
     format: Format, net: nn.Module, image: Tensor, tmp_path: Path
 ) -> None:
@@ -60,6 +61,7 @@ def test_file_agrees_with_the_module_at_any_batch(
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.thorough
 def test_module_is_left_as_it_was(format: Format, net: nn.Module, image: Tensor, tmp_path: Path) -> None:
     net[0].to(memory_format=torch.channels_last)
     net[1].eval()  # a frozen norm in a net that trains
@@ -76,6 +78,7 @@ def test_module_is_left_as_it_was(format: Format, net: nn.Module, image: Tensor,
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.thorough
 def test_nothing_is_printed(
     format: Format, net: nn.Module, image: Tensor, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -167,6 +170,7 @@ def test_portable_copy_shares_what_was_shared(net: nn.Module) -> None:
     assert portable_copy(net)[1].num_batches_tracked.dtype == torch.int64
 
 
+@pytest.mark.thorough
 def test_importing_the_package_does_not_import_onnx() -> None:
     code = "import sys, dpm_cli.export; print(sorted({'onnx', 'onnxruntime', 'onnxscript'} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

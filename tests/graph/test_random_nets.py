@@ -3,6 +3,7 @@
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from exactness import assert_removable, assert_same_structure, randomise_
@@ -149,6 +150,7 @@ def test_any_survivors_of_any_net_are_exact_in_outputs_and_cost(net, data):
 
 @few
 @given(net=nets)
+@pytest.mark.thorough
 def test_groups_come_in_the_same_order_twice(net):
     first, second = find_groups(net.double(), EXAMPLE), find_groups(net, EXAMPLE)
     assert_same_structure(first, second)
@@ -161,6 +163,7 @@ def test_groups_come_in_the_same_order_twice(net):
 
 @few
 @given(net=nets, data=st.data())
+@pytest.mark.thorough
 def test_removing_in_two_steps_is_removing_at_once(net, data):
     groups = find_groups(net.double(), EXAMPLE)
     first = draw_survivors(data, groups)

@@ -22,6 +22,7 @@ def attack_slim(attacker: Attacker, originals: Path, folder: Path, **changes: An
 
 
 @pytest.mark.parametrize("arch", HUGE)
+@pytest.mark.thorough
 def test_slim_file_that_names_a_huge_architecture(
     attacker: Attacker, originals: Path, tmp_path: Path, arch: str
 ) -> None:
@@ -79,6 +80,7 @@ def test_packed_weights_are_compared_before_they_are_unpacked(
     assert answer.code == 2
 
 
+@pytest.mark.thorough
 def test_unpacking_needs_at_most_twice_the_unpacked_size() -> None:
     weight = torch.zeros(256, 1 << 16)  # 64 MB
     weight[:, ::3] = torch.arange(256.0)[:, None]

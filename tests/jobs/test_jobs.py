@@ -119,6 +119,7 @@ def test_events_are_told_in_order(dense_file, tmp_path):
     assert told.count("epoch") == 2
 
 
+@pytest.mark.thorough
 def test_slim_file_gives_the_same_bits_in_a_fresh_process(finished, tmp_path):
     folder, _ = finished
     code = """
@@ -150,6 +151,7 @@ def test_onnx_export_of_a_run_is_measured_beside_the_dense_model(dense_file, tmp
     torch.testing.assert_close(open_exported(tmp_path / "model.onnx")(IMAGES), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_slim_model_can_be_pruned_again(finished, tmp_path):
     folder, first = finished
     again = dpm_cli.prune(folder / "slim.pt", recipe(prune={"target": {"macs": 0.6}}), output=tmp_path / "file")
@@ -282,6 +284,7 @@ def interrupt(dense_file, folder, after, **settings):
         dpm_cli.prune(dense_file, recipe(), output=folder, should_stop=lambda: next(steps) == after, **settings)
 
 
+@pytest.mark.thorough
 def test_unfinished_run_is_resumed_or_replaced_but_never_by_accident(dense_file, tmp_path):
     whole, folder = tmp_path / "whole", tmp_path / "out"
     dpm_cli.prune(dense_file, recipe(), output=whole)
@@ -306,6 +309,7 @@ def test_run_killed_between_the_two_renames_of_a_checkpoint_is_unfinished(dense_
     assert not list(tmp_path.glob("checkpoint*"))
 
 
+@pytest.mark.thorough
 def test_overwriting_removes_both_checkpoints_and_what_a_kill_left_behind(dense_file, tmp_path):
     interrupt(dense_file, tmp_path, 2)
     interrupt(dense_file, tmp_path, 1, resume=True)
@@ -547,6 +551,7 @@ def test_a_model_is_pruned_without_labels_and_without_training(tmp_path, dense, 
         assert result.latency
 
 
+@pytest.mark.thorough
 def test_without_labels_the_dense_model_alone_teaches(tmp_path, dense, photos, monkeypatch):
     monkeypatch.setenv("DPM_CACHE", str(tmp_path / "cache"))
     settings = without_labels(photos) | {"train": {"epochs": 2, "distill": 1}}

@@ -393,6 +393,7 @@ def kill_and_resume(folder, moments, *, epochs, seed):
     assert names_in(killed.parent) == ["model.pt"]  # no checkpoint, no lock, nothing half-written
 
 
+@pytest.mark.thorough
 def test_training_killed_at_three_random_moments_ends_with_the_same_bits(tmp_path):
     kill_and_resume(tmp_path, ["event", "half", "rename"], epochs=10, seed=0)
 
@@ -470,6 +471,7 @@ def assert_nearly_same(path, other):
     assert np.ptp(weights[0]["conv1.weight"].detach().numpy()) > 0.4  # far more than the tolerance
 
 
+@pytest.mark.thorough
 def test_two_processes_train_nearly_the_weights_of_one(together, alone, tmp_path):
     path = tmp_path / "model.pt"
     codes, printed = train_together(together, path)

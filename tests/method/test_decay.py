@@ -110,6 +110,7 @@ def test_the_net_has_the_groups_that_these_tests_assume():
     lr=st.sampled_from([1e-3, 0.1, 3.0]),
     later=st.integers(1, 5),
 )
+@pytest.mark.thorough
 def test_norm_falls_linearly_for_every_unit_at_its_own_age(seed, steps, momentum, weight_decay, lr, later):
     model, optimizer, decay = make(steps, seed=seed, momentum=momentum, weight_decay=weight_decay, lr=lr)
     started = dict.fromkeys((0, 3, 9), 0) | dict.fromkeys((1, 13), later)

@@ -79,6 +79,7 @@ def test_a_family_is_pruned_to_half_trains_and_reloads(name: str, tmp_path: Path
         assert torch.equal(load(path)(images), after)
 
 
+@pytest.mark.thorough
 def test_the_embedding_is_pruned_on_request() -> None:
     model = make("deit_tiny_patch16_224")
     for parameter in model.parameters():

@@ -288,6 +288,7 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @given(SETTINGS)
+@pytest.mark.thorough
 def test_a_dumped_recipe_loads_as_the_same_recipe(values: dict[str, Any]) -> None:
     recipe = parse_recipe(values)
     again = parse_recipe(yaml.safe_load(dump_recipe(recipe)))

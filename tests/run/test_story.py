@@ -507,6 +507,11 @@ VARIANTS = {
 }  # fmt: skip
 
 
+def often(names, *chosen):
+    """All names as parameters; those that are not chosen are thorough."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.thorough) for name in names]
+
+
 @pytest.fixture(scope="module")
 def whole(splits, tmp_path_factory):
     """Variant -> the folder of its uninterrupted run."""
@@ -535,7 +540,7 @@ def resume_to_the_end(folder, recipe, splits, should_stop):
     raise AssertionError("never finished")
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", often(VARIANTS, "plain", "rectify", "gate-decorator"))
 def test_stopped_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path, splits, whole, variant):
     recipe = make_recipe(*VARIANTS[variant])
     stops = np.random.default_rng(len(variant)).integers(1, 7, 100).tolist()  # steps between interruptions
@@ -546,7 +551,7 @@ def test_stopped_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path, splits
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", often(VARIANTS, "plain", "rectify", "gate-decorator"))
 def test_stopping_after_every_single_step_changes_nothing(tmp_path, splits, whole, variant):
     recipe = make_recipe(*VARIANTS[variant])
     resume_to_the_end(tmp_path, recipe, splits, lambda attempt: lambda: True)
@@ -569,6 +574,7 @@ def test_the_variants_above_visit_what_is_hard_to_resume(whole):
     assert sum(event["released"] for event in metrics(whole("gate-decorator")) if event["event"] == "compact") > 0
 
 
+@pytest.mark.thorough
 def test_dropped_runs_go_on_from_their_last_checkpoint(tmp_path, splits, whole):
     """As if killed: between any two events, in stages and between them, while exporting and measuring."""
     recipe = make_recipe(*VARIANTS["rectify"])
@@ -675,6 +681,7 @@ def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatc
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
 
 
+@pytest.mark.thorough
 def test_gradient_scaler_is_restored(tmp_path, splits):
     def scaled():
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, growth_interval=3)
@@ -815,7 +822,7 @@ def test_going_back_prunes_no_more_and_leaves_a_plain_model(tmp_path, splits, ac
     assert tensors_of(tmp_path).keys() == make_net().state_dict().keys()
 
 
-@pytest.mark.parametrize("variant", ["plain", "rectify", "otov2", "gate-decorator"])
+@pytest.mark.parametrize("variant", often(["plain", "rectify", "otov2", "gate-decorator"], "plain"))
 def test_stopped_run_breaks_its_floor_with_the_same_bits(tmp_path, splits, whole, accuracy, variant):
     recipe = make_recipe(*VARIANTS[variant], *FLOOR)
     first, *_ = units_after_rounds(whole(variant))

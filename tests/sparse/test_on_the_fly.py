@@ -136,6 +136,7 @@ def test_the_penalty_waits_for_its_ramp(dense):
 # -------------------------------------------------------------------------------------------------------------- a run
 
 
+@pytest.mark.thorough
 def test_one_training_serves_every_sparsity(tmp_path, dense):
     report = dpm_cli.prune(dense, recipe("export=[onnx, torchscript]"), output=tmp_path)
     rows = report.sparsities
@@ -162,6 +163,7 @@ def test_one_training_serves_every_sparsity(tmp_path, dense):
         assert torch.allclose(open_exported(tmp_path / name)(images), expected, atol=1e-5)
 
 
+@pytest.mark.thorough
 def test_what_recovery_wins_is_told_apart_from_batchnorm(tmp_path, dense):
     report = dpm_cli.prune(dense, recipe("recalibrate_batches=0", "prune.on_the_fly.recover=none"), output=tmp_path)
     for row in report.sparsities:
@@ -169,6 +171,7 @@ def test_what_recovery_wins_is_told_apart_from_batchnorm(tmp_path, dense):
         assert row.recovered == row.cut
 
 
+@pytest.mark.thorough
 def test_a_stopped_training_goes_on_to_the_same_bits(tmp_path, dense):
     dpm_cli.prune(dense, recipe(), output=tmp_path / "whole")
     steps = iter(range(100))
@@ -189,11 +192,13 @@ def test_weights_can_be_cut_without_training_and_without_labels(tmp_path, dense)
     assert torch.allclose(load(tmp_path / "slim.pt").linear.weight, expected.linear.weight, atol=1e-6)
 
 
+@pytest.mark.thorough
 def test_another_counter_is_named_in_the_report(tmp_path, dense):
     report = dpm_cli.prune(dense, recipe("train.epochs=0", "counter=thop"), output=tmp_path)
     assert any(note.startswith("MACs are counted by thop") for note in report.notes)
 
 
+@pytest.mark.thorough
 def test_events_tell_every_cut(tmp_path, dense):
     dpm_cli.prune(dense, recipe(), output=tmp_path)
     events = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
