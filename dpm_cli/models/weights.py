@@ -55,10 +55,10 @@ def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, ar
 
     Raises ModelFileError that lists the missing, unexpected and misshapen keys.
     """
-    expected = module.state_dict()
+    expected, counts = module.state_dict(), _counts(module)
     tensors = strip_wrappers(tensors, expected.keys())
     misshapen = [name for name in expected if name in tensors and expected[name].shape != tensors[name].shape]
-    missing = [name for name in expected if name not in tensors]
+    missing = [name for name in expected if name not in tensors and name not in counts]
     unexpected = [name for name in tensors if name not in expected]
     problems = [
         f"{len(keys)} {kind} ({shown})"
@@ -71,7 +71,15 @@ def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, ar
     ]
     if problems:
         raise ModelFileError(f"{path} does not fit {arch}: {', '.join(problems)}; check model.arch and model.classes")
-    return tensors
+    return dict(tensors)  # without the version that a state dict carries, PyTorch fills in missing counts
+
+
+def _counts(module: nn.Module) -> set[str]:
+    """Name the batch counts of BatchNorm layers, which PyTorch before 0.4.1 did not save."""
+    layers = module.named_modules()
+    return {
+        f"{name}.num_batches_tracked" for name, layer in layers if isinstance(layer, nn.modules.batchnorm._BatchNorm)
+    }
 
 
 def require_finite(module: nn.Module, path: Path) -> None:
