@@ -1,14 +1,16 @@
 """Analyse a model: export it, label its graph, keep what cannot go, and solve the ties."""
 
 import fnmatch
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from dpm_cli.errors import RecipeError
+from dpm_cli.errors import RecipeError, UsageError
+from dpm_cli.graph.compact import holders
 from dpm_cli.graph.groups import Groups
-from dpm_cli.graph.labels import Owner, Role, Ties, Value
+from dpm_cli.graph.labels import Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.numbering import UNUSED, number_groups
 from dpm_cli.graph.program import Example, export, output_shapes, split_example
 from dpm_cli.graph.trace import label
@@ -27,9 +29,8 @@ def trace_groups(
     """
     aliases = _aliases(model)
     first = {name: names[0] for names in aliases.values() for name in names}
-    tensor = next(value for value in _tensors_in(example))
     norms = {name for name, module in model.named_modules() if prune_embedding and can_lose_channels(module)}
-    ties, parameters = Ties(int(tensor.shape[0]), _held_lists(model), norms), dict[str, Value]()
+    ties, parameters = Ties(_batch_of(example), _held_numbers(model), norms), dict[str, Value]()
     program = export(model, example)
     used = label(program, ties, parameters, first)
     unused = [name for name, _ in model.named_parameters() if first.get(name, name) not in used]
@@ -44,6 +45,7 @@ def trace_groups(
     _keep_named(model, ties, keep)
     _keep_buffers(model, ties)
     _keep_shared_axes(ties)
+    _tie_numbers(model, ties)
     return replace(number_groups(model, ties, parameters, aliases, unused), outputs=output_shapes(program))
 
 
@@ -56,19 +58,39 @@ def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
     return {same[0]: tuple(same) for same in names.values() if len(same) > 1}
 
 
-def _held_lists(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
-    """Collect (layer, integers) for every attribute that is a list or tuple of several integers."""
+def _held_numbers(model: nn.Module) -> set[tuple[str, tuple[int, ...]]]:
+    """Collect (layer, integers) for every attribute that is an integer, or a list or tuple of several."""
     return {
-        (name, tuple(value))
+        (name, numbers)
         for name, module in model.named_modules()
         for value in vars(module).values()
-        if type(value) in (list, tuple) and len(value) > 1 and all(type(item) is int for item in value)
+        if (numbers := (value,) if type(value) is int else tuple(value) if type(value) in (list, tuple) else ())
+        and all(type(number) is int for number in numbers)
     }
 
 
-def _tensors_in(example: Example) -> Iterator[Tensor]:
+def _batch_of(example: Example) -> int:
+    """Return the number of inputs in the example: the length of a list, or of the first tensor's first axis.
+
+    Raises UsageError if there is no tensor in it.
+    """
     args, kwargs = split_example(example)
-    yield from (value for value in [*args, *kwargs.values()] if isinstance(value, Tensor))
+    for argument in [*args, *kwargs.values()]:
+        tensors = [leaf for leaf in tree_leaves(argument) if isinstance(leaf, Tensor)]
+        if tensors:
+            return len(argument) if isinstance(argument, list) else int(tensors[0].shape[0]) if tensors[0].dim() else 1
+    raise UsageError("the example holds no tensor: pass inputs as the model takes them")
+
+
+def _tie_numbers(model: nn.Module, ties: Ties) -> None:
+    """Tie what one attribute of a layer counts in several places: it cannot hold two numbers."""
+    counted: dict[tuple[str, str], tuple[Ids, ...]] = {}
+    for number in ties.numbers:
+        sizes = tuple(len(labels) for labels in number.parts)
+        for name in holders(model.get_submodule(number.layer), sizes, number.counts):
+            first = counted.setdefault((number.layer, name), number.parts)
+            for left, right in zip(first, number.parts) if first is not number.parts else ():
+                ties.tie(left, right)
 
 
 def _keep_named(model: nn.Module, ties: Ties, patterns: Sequence[str]) -> None:

@@ -54,14 +54,23 @@ def _resize_numbers_(layer: nn.Module, changes: Sequence[NumberChange]) -> None:
 
     A forward pass verifies the guess.
     """
-    for name, value in vars(layer).items():
-        for change in changes:
-            if type(value) is int and (value,) == change.old and _may_count(name.lower(), change.counts):
-                setattr(layer, name, change.new[0])
-                break
-            if type(value) in (list, tuple) and len(value) > 1 and tuple(value) == change.old:
-                setattr(layer, name, type(value)(change.new))
-                break
+    fresh: dict[str, object] = {}
+    for change in changes:
+        for name in holders(layer, change.old, change.counts):
+            new = change.new[0] if type(vars(layer)[name]) is int else type(vars(layer)[name])(change.new)
+            fresh.setdefault(name, new)
+    for name, value in fresh.items():
+        setattr(layer, name, value)
+
+
+def holders(layer: nn.Module, numbers: tuple[int, ...], counts: Counts) -> list[str]:
+    """Return the attributes of a layer that may hold these numbers."""
+    return [
+        name
+        for name, value in vars(layer).items()
+        if (type(value) is int and (value,) == numbers and _may_count(name.lower(), counts))
+        or (type(value) in (list, tuple) and len(value) > 1 and tuple(value) == numbers)
+    ]
 
 
 def _may_count(name: str, counts: Counts) -> bool:

@@ -4,6 +4,7 @@ Two indices carry tied labels when one cannot be removed without the other. The 
 units. A label can be *kept*: its whole component then stays, with the reason.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -135,6 +136,12 @@ class CostTerm:
 
     coefficient: int
     factors: tuple[Ids, ...]
+    layer: str = ""  # whose operator it is
+
+    @property
+    def total(self) -> int:
+        """Return the cost at the sizes that the axes have."""
+        return self.coefficient * math.prod(len(ids) for ids in self.factors)
 
 
 Counts = Literal["heads", "width", "parts"]
@@ -167,19 +174,19 @@ class Ties:
     """Collects labels, ties, kept labels and costs while the graph is walked; solved once at the end."""
 
     def __init__(
-        self, batch: int, lists: Set[tuple[str, tuple[int, ...]]] = frozenset(), norms: Set[str] = frozenset()
+        self, batch: int, held: Set[tuple[str, tuple[int, ...]]] = frozenset(), norms: Set[str] = frozenset()
     ) -> None:
         """Start without labels.
 
-        batch: number of inputs in the example. lists: (layer, integers) for every list of integers that a layer holds.
-        norms: layer norms that can lose channels and go on counting them as zeros.
+        batch: number of inputs in the example. held: (layer, integers) for every integer and list of integers that a
+        layer holds. norms: layer norms that can lose channels and go on counting them as zeros.
         """
         self.batch = batch
         self.size = 0
         self.owners: list[Owner] = []
         self.costs: list[CostTerm] = []
         self.numbers: list[Number] = []
-        self.lists, self.norms = lists, norms
+        self.held, self.norms = held, norms
         self.layer = ""  # the module whose operators are being read, for reasons
         self._left: list[Ids] = []
         self._right: list[Ids] = []
@@ -248,7 +255,7 @@ class Ties:
                 coefficient *= factor
             else:
                 arrays.append(_ids(factor).ravel())
-        self.costs.append(CostTerm(coefficient, tuple(arrays)))
+        self.costs.append(CostTerm(coefficient, tuple(arrays), self.layer))
 
     def cost_without_batch(self, first: int) -> None:
         """Count the costs from number `first` on once per batch, not once per input."""

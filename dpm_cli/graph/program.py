@@ -5,7 +5,7 @@ Only this file, `nodes`, `trace` and `rules` know torch.export and ATen names.
 
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -38,17 +38,74 @@ def run_example(model: nn.Module, example: Example) -> Any:
 def export(model: nn.Module, example: Example, *, training: bool = False) -> ExportedProgram:
     """Export a model to its flat operator graph. This copies no weights and computes nothing.
 
-    Raises UnsupportedModelError with the reason when the model's code cannot be exported.
+    Raises UnsupportedModelError with the layer and the reason when the model's code cannot be exported.
     """
-    args, kwargs = split_example(example)
     try:
-        with in_mode(model, training=training), plain_attention(), _set_momentum(model), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            return torch.export.export(model, args, kwargs, strict=False)
-    except Exception as error:  # torch.export raises dozens of types for what a model's code may do
+        return _export(model, example, training=training)
+    except Exception:  # torch.export raises dozens of types for what a model's code may do
+        _run_once(model, example)
+    try:
+        return _export(model, example, training=training)
+    except Exception as error:
+        place = _place_of(error, model)
         raise UnsupportedModelError(
-            f"the model cannot be exported to a graph, so it cannot be analysed: {one_line(error, root_cause=True)}"
+            f"the model cannot be exported to a graph, so it cannot be analysed: {place}"
+            f"{one_line(error, root_cause=True)}"
         ) from None
+
+
+def _export(model: nn.Module, example: Example, *, training: bool) -> ExportedProgram:
+    args, kwargs = split_example(example)
+    with ExitStack() as stack:
+        for context in (in_mode(model, training=training), plain_attention(), _set_momentum(model), _restored(model)):
+            stack.enter_context(context)
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore")
+        return torch.export.export(model, args, kwargs, strict=False)
+
+
+def _run_once(model: nn.Module, example: Example) -> None:
+    """Let a model make what it only makes in its first forward: lazy layers, tables that depend on the input's size."""
+    with in_mode(model, training=False), torch.no_grad(), suppress(Exception):
+        run_example(model, example)
+
+
+@contextmanager
+def _restored(model: nn.Module) -> Iterator[None]:
+    """Undo what the model's forward sets on its modules: during an export these would be tensors without data."""
+    tables: list[Any] = []
+    for module in model.modules():
+        caches = [value for value in vars(module).values() if type(value) in (dict, list)]
+        tables += [vars(module), module._parameters, module._buffers, module._modules, *caches]
+    saved = [table.copy() for table in tables]
+    try:
+        yield
+    finally:
+        for table, before in zip(tables, saved):
+            if _differs(table, before):
+                table.clear()
+                table.extend(before) if isinstance(table, list) else table.update(before)
+
+
+def _differs(table: Any, before: Any) -> bool:
+    """Tell whether a list or dict holds other objects than its earlier copy."""
+    if len(table) != len(before):
+        return True
+    if isinstance(table, list):
+        return any(now is not then for now, then in zip(table, before))
+    return any(table.get(name) is not value for name, value in before.items())
+
+
+def _place_of(error: BaseException, model: nn.Module) -> str:
+    """Name the innermost layer whose forward was running when an error was raised: "blocks.1.attn: "."""
+    names = {id(module): name for name, module in model.named_modules()}
+    while error.__cause__ is not None:
+        error = error.__cause__
+    place, trace = "", error.__traceback__
+    while trace is not None:
+        place = names.get(id(trace.tb_frame.f_locals.get("self"))) or place
+        trace = trace.tb_next
+    return f"{place}: " if place else ""
 
 
 def output_shapes(program: ExportedProgram) -> tuple[tuple[int, ...], ...]:

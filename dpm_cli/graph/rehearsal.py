@@ -1,30 +1,26 @@
-"""Try removal on a copy without data, before anything is promised.
+"""Try removal on copies before anything is promised.
 
-Labels see the operators, not the Python around them: a `view(b, 12, 64)` with numbers in the code, or a `squeeze()`
-that takes one channel too many, only shows when it is run.
+Labels see the operators, not the Python around them: a `view(b, 12, 64)` with numbers in the code, a `squeeze()` that
+takes one channel too many, or a `sqrt(q.shape[-1])` only shows when it is run. Shapes are tried first, without data;
+then one removal is carried out for real, and the outputs are compared.
 """
 
-import copy
-from collections import OrderedDict
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch import nn
 
+from dpm_cli.errors import DpmError, UnsupportedModelError, one_line
 from dpm_cli.graph.analysis import trace_groups
-from dpm_cli.graph.compact import compact_
+from dpm_cli.graph.copies import Rehearsal
 from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags
-from dpm_cli.graph.program import Example, run_example
-from dpm_cli.graph.shapes import ShapesAlone
+from dpm_cli.graph.lively import make_lively
+from dpm_cli.graph.program import Example
+from dpm_cli.graph.search import Survives, find_broken
+from dpm_cli.graph.trial import BREAKS
 
-BREAKS = "the model's code holds a size that removing its channels would break"
-Survives = Callable[[Sequence[int]], bool]  # tells whether these groups can lose units together
+SHARES = 0.618  # groups lose shares that lie this far apart, modulo 1
 
 
 def find_groups(
@@ -32,8 +28,9 @@ def find_groups(
 ) -> Groups:
     """Find all groups of units that can be removed exactly, in the order of the model's layers.
 
-    On a copy, every group loses half of its units, then all but one. Groups that break the code are kept whole; those
-    that only break it with their last but one get a lower bound.
+    On copies, every group loses a share of its units, each another one, then all but one unit. Groups that break the
+    code, or whose removal changes the outputs, are kept whole; those that only break it with their last but one get a
+    lower bound.
 
     example: inputs with a batch of 2 or more. keep: layer names or patterns whose outputs stay whole.
     prune_embedding: let channels go that layer norms average over; the norms go on counting them as zeros.
@@ -43,107 +40,70 @@ def find_groups(
         for group in groups:
             print(group.name, group.size)
     """
-    groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
+    try:
+        groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
+        return _rehearse_values(model, example, _rehearse_shapes(model, example, groups))
+    except DpmError:
+        raise
+    except Exception as error:
+        raise UnsupportedModelError(f"the model cannot be analysed: {one_line(error)}") from error
+
+
+def rehearse_survivors(model: nn.Module, example: Example, groups: Groups, alive: Flags) -> Groups:
+    """Try one planned removal without data, with a step of training, and keep the groups that break it.
+
+    alive: (units,) survivors. Shapes alone: `find_groups` has compared outputs.
+    """
     rehearsal = Rehearsal(model, example, groups.outputs)
-    halves = [group.size - group.size // 2 for group in groups]
+    left = [int(alive[group.range].sum()) for group in groups]
 
-    def survives_halved(chosen: Sequence[int]) -> bool:
-        return rehearsal.survives(groups, {i: halves[i] for i in chosen})
+    def survives(chosen: Sequence[int]) -> bool:
+        return rehearsal.survives(groups, {i: left[i] for i in chosen}, trains=True)
 
-    broken = _find_broken(survives_halved, [i for i, group in enumerate(groups) if group.size > 1])
+    losing = [i for i, group in enumerate(groups) if left[i] < group.size]
+    return groups.without(dict.fromkeys(find_broken(survives, losing), BREAKS))
+
+
+def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Groups:
+    """Keep the groups that break the model's code when they lose units, and find how many others need."""
+    rehearsal = Rehearsal(model, example, groups.outputs)
+    lefts = _unequal_shares(groups)
+
+    def survives(chosen: Sequence[int]) -> bool:
+        return rehearsal.survives(groups, {i: lefts[i] for i in chosen})
+
+    broken = find_broken(survives, [i for i, group in enumerate(groups) if group.size > 1])
     if broken:
+        lefts = [left for i, left in enumerate(lefts) if i not in broken]
         groups = groups.without(dict.fromkeys(broken, BREAKS))
-        halves = [group.size - group.size // 2 for group in groups]
 
     def survives_with(units: int) -> Survives:
-        return lambda chosen: rehearsal.survives(groups, {i: min(units, halves[i]) for i in chosen})
+        return lambda chosen: rehearsal.survives(groups, {i: min(units, lefts[i]) for i in chosen})
 
-    fragile = _find_broken(survives_with(1), [i for i, half in enumerate(halves) if half > 1])
-    need_half = set(_find_broken(survives_with(2), fragile))
-    return groups.bounded({i: halves[i] if i in need_half else 2 for i in fragile})
-
-
-def _find_broken(survives: Survives, candidates: Sequence[int]) -> list[int]:
-    """Find the candidates that do not survive alone; if the others do not survive together, add more until they do."""
-    if not candidates or survives(candidates):
-        return []
-    broken = list(_find_broken_alone(survives, candidates))
-    rest = [i for i in candidates if i not in broken]
-    if not survives(rest):
-        together: list[int] = []
-        for i in rest:
-            (together if survives([*together, i]) else broken).append(i)
-    return sorted(broken)
+    fragile = find_broken(survives_with(1), [i for i, left in enumerate(lefts) if left > 1])
+    need_more = set(find_broken(survives_with(2), fragile))
+    return groups.bounded({i: lefts[i] if i in need_more else 2 for i in fragile})
 
 
-def _find_broken_alone(survives: Survives, candidates: Sequence[int]) -> Iterable[int]:
-    """Find those that do not survive alone by halving `candidates`, which do not survive together."""
-    if len(candidates) == 1:
-        yield from candidates
-        return
-    middle = len(candidates) // 2
-    for part in (candidates[:middle], candidates[middle:]):
-        if not survives(part):
-            yield from _find_broken_alone(survives, part)
+def _rehearse_values(model: nn.Module, example: Example, groups: Groups) -> Groups:
+    """Keep the groups whose removal changes the outputs of the model with lively weights."""
+    lefts, random = _unequal_shares(groups), np.random.default_rng(0)
+    alive: Flags = np.ones(groups.units, bool)
+    for group, left in zip(groups, lefts):
+        alive[group.start + random.permutation(group.size)[max(left, group.least) :]] = False
+    if alive.all():
+        return groups
+    lively = make_lively(model, example, groups, alive)
+    if lively is None:
+        return groups
+    culprits = lively.find_culprits()
+    return groups.without(culprits) if culprits and lively.is_repeatable() else groups
 
 
-class Rehearsal:
-    """Runs copies of a model that have shapes, but no data.
-
-    It uses the meta device, which is fast, or fake tensors if a model mixes in tensors of its own or asks for a device.
-    """
-
-    def __init__(self, model: nn.Module, example: Example, outputs: Sequence[tuple[int, ...]]) -> None:
-        """outputs: the shapes that the dense model gives."""
-        self._model, self._example, self._wanted = model, example, list(outputs)
-        self._mode: FakeTensorMode | None = None
-        self._is_meta_enough: bool | None = None  # not known yet
-
-    def survives(self, groups: Groups, units_left: dict[int, int]) -> bool:
-        """Tell whether a forward pass still gives outputs of the same shapes.
-
-        units_left: group number -> how many of its units survive.
-        """
-        if not units_left:
-            return True
-        alive: Flags = np.ones(groups.units, bool)
-        for i, left in units_left.items():
-            group = groups.groups[i]
-            alive[group.start : group.start + group.size - left] = False
-        if self._runs(groups, alive):
-            return True
-        if self._is_meta_enough is None:
-            self._is_meta_enough = self._runs(groups, np.ones(groups.units, bool))
-            if not self._is_meta_enough:
-                self._mode = FakeTensorMode(allow_non_fake_inputs=True)
-                return self._runs(groups, alive)
-        return False
-
-    def _runs(self, groups: Groups, alive: Flags) -> bool:
-        slim = self._copy()
-        context: AbstractContextManager[Any] = self._mode or nullcontext()
-        with context, torch.no_grad():
-            compact_(slim, groups, alive)
-            try:
-                with ShapesAlone():
-                    outputs = run_example(slim, tree_map_only(Tensor, self._without_data, self._example))
-            except Exception:  # whatever the model's own code raises about a size it does not expect
-                return False
-        return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] == self._wanted
-
-    def _copy(self) -> nn.Module:
-        """Copy the model without its data, in eval mode."""
-        memo: dict[int, Any] = {}
-        for parameter in self._model.parameters():
-            empty = self._without_data(parameter.detach())
-            memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
-        for buffer in self._model.buffers():
-            memo[id(buffer)] = self._without_data(buffer)
-        for module in self._model.modules():  # a dozen empty ones each: most of what there is to copy
-            memo.update(
-                (id(hooks), hooks) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks
-            )
-        return copy.deepcopy(self._model, memo).eval()
-
-    def _without_data(self, tensor: Tensor) -> Tensor:
-        return self._mode.from_tensor(tensor) if self._mode else torch.empty_like(tensor, device="meta")
+def _unequal_shares(groups: Groups) -> list[int]:
+    """Return how many units of each group survive: as different as possible among groups of one size."""
+    lefts = []
+    for i, group in enumerate(groups):
+        most = max(1, group.size - 1)
+        lefts.append(1 + int((0.5 + i * SHARES) % 1 * most) if group.size > 2 else most)
+    return lefts

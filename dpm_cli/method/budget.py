@@ -3,7 +3,7 @@
 import heapq
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal, Protocol
 
@@ -41,6 +41,10 @@ class WidthLimits:
         for group, units in zip(groups, self.least.tolist()):
             alive[group.start : group.start + min(units, group.size)] = True
         return alive
+
+    def without(self, groups: Collection[int]) -> "WidthLimits":
+        """Return the limits of the other groups."""
+        return WidthLimits(*(np.delete(each, list(groups)) for each in (self.least, self.step, self.sizes)))
 
     def are_widths_allowed(self, present: Ids) -> Flags:
         """Tell (groups,) whether each group is whole or a multiple of its step. present: (groups,) number of units"""

@@ -11,27 +11,24 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from dpm_cli.errors import RunError
 from dpm_cli.events import UnitsRemoved
-from dpm_cli.graph import Groups, Units, compact_
+from dpm_cli.graph import Groups, Kept, Units, compact_
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.labels import Flags
-from dpm_cli.graph.program import Example, run_example
-from dpm_cli.layers.modes import in_mode
-from dpm_cli.layers.outputs import output_tensors, relative_difference
+from dpm_cli.graph.program import Example
 from dpm_cli.method.budget import Kind, Scores, Several, WidthLimits, choose_victims, cost_of, show_cost
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners.base import BasePruner
 from dpm_cli.method.rectify import Rectifier
+from dpm_cli.method.removal import Ancestry, Removal, check_removal
 from dpm_cli.method.rounds import Rounds
 from dpm_cli.recipe import sections
 
 FoldMeans = Callable[
     [Groups, Flags], None
 ]  # (groups, alive): fold the means of removed units into the layers that read them
-COMPACT_TOLERANCE = 1e-5  # relative to the largest output
 
 
 @dataclass(frozen=True)
@@ -68,17 +65,6 @@ class Choice:
     predicted_params: int
 
 
-@dataclass(frozen=True)
-class Removal:
-    """Describes what the end of a round removed."""
-
-    removed: int
-    released: int
-    difference: float  # largest relative difference between outputs before and after
-    kept: KeptPositions  # for every tensor that lost positions
-    before: Mapping[str, nn.Parameter]  # the old parameters, to find the optimizer's state
-
-
 class Pruning:
     """Changes the structure of one model in place during a run.
 
@@ -99,10 +85,11 @@ class Pruning:
     ) -> None:
         """fold_means: called before units are cut at once. Decayed units output zero, so they have no means to fold."""
         self.model, self.base, self.goal, self.rounds, self.fold_means = model, base, goal, rounds, fold_means
+        self.wanted = goal.limit  # that of the goal is higher if layers turn out to have to stay whole
         self.groups = groups = base.prepare_(model, groups)
         self.is_prepared = True
         self.dense_cost = self.cost()
-        self.survivors = np.ones(groups.units, bool)  # of the dense model's units
+        self.ancestry = Ancestry(groups)
         self.round = 0  # rounds started
         self.in_round = False  # some victims are neither dead nor released yet
         self.is_choosing = False  # the round still chooses units, at most until `rounds.end`
@@ -232,17 +219,13 @@ class Pruning:
     @property
     def _present(self) -> Flags:
         """Return (units,) which units are neither decaying nor dead. Waits for the device."""
-        present: Flags = (~(self.decay.decaying | self.decay.dead)).cpu().numpy()
-        return present
+        return np.asarray((~(self.decay.decaying | self.decay.dead)).cpu())
 
     def _meets_target(self) -> bool:
         return self.cost(self._present) <= self.goal.limit
 
     def finish_round(self, example: Example) -> Removal:
-        """Remove the dead units physically and check that nothing else changed.
-
-        example: real inputs for the check. Raises RunError if outputs differ by more than 1e-5.
-        """
+        """Remove the dead units physically, but not those whose removal would change the outputs for this example."""
         released = int(self.decay.released.sum())
         self.in_round = False
         self.released += released
@@ -254,20 +237,31 @@ class Pruning:
         return self.is_choosing and bool(self.decay.dead.any())
 
     def remove_dead(self, example: Example) -> Removal:
-        """Remove the dead units while others go on decaying. Checks and raises as `finish_round` does."""
+        """Remove the dead units while others go on decaying. Raises what `check_removal` raises."""
         dead = self.decay.dead.cpu().numpy()
         if not dead.any():
             return Removal(0, 0, 0.0, {}, {})
-        before, parameters = _outputs(self.model, example), dict(self.model.named_parameters(remove_duplicate=False))
-        kept = compact_(self.model, self.groups, ~dead)
-        difference = relative_difference(before, _outputs(self.model, example))
-        if not difference <= COMPACT_TOLERANCE:
-            raise RunError(
-                f"removing {int(dead.sum())} dead units changed the outputs by {difference:.1e} (allowed "
-                f"{COMPACT_TOLERANCE:.0e}), so the run stops; please report this model"
-            )
-        self._rebind(~dead)
-        return Removal(int(dead.sum()), 0, difference, kept, parameters)
+        difference, culprits = check_removal(self.model, example, self.groups, dead)
+        held, before = self._hold(culprits), dict(self.model.named_parameters(remove_duplicate=False))
+        dead = self.decay.dead.cpu().numpy()
+        return Removal(int(dead.sum()), 0, difference, self._compact_(~dead), before, held)
+
+    def _compact_(self, alive: Flags) -> KeptPositions:
+        kept = compact_(self.model, self.groups, alive)
+        self.ancestry.lose(~alive)
+        self._rebind(self.groups.survivors(alive), alive)
+        return kept
+
+    def _hold(self, culprits: Mapping[int, str]) -> tuple[Kept, ...]:
+        """Keep groups whole from now on, by their numbers, each for its reason. Their dead units may live again."""
+        if not culprits:
+            return ()
+        groups, widths = self.groups.without(culprits), self.goal.widths.without(culprits)
+        lowest = cost_of(groups.cost, self.goal.kind, widths.lowest(groups))
+        self.goal = replace(self.goal, limit=max(self.goal.limit, lowest), widths=widths)
+        known = len(self.groups.kept)
+        self._rebind(groups, self.ancestry.hold(culprits, self.groups.group_of_unit))
+        return groups.kept[known:]
 
     def unwrap_(self) -> None:
         """Remove what the base pruner put into the model. Call when pruning is over."""
@@ -280,20 +274,21 @@ class Pruning:
         whole = Units(self.groups, self.model)
         return self.base.decays(self.groups, self.model) or whole, whole
 
-    def _rebind(self, alive: Flags) -> None:
-        self.survivors[np.flatnonzero(self.survivors)[~alive]] = False
-        self.groups = self.groups.survivors(alive)
+    def _rebind(self, groups: Groups, stays: Flags) -> None:
+        """Go on with these groups. stays: (units before,) those that are units of them."""
+        self.groups = groups
         self.units, whole = self._find_units()
-        self.decay.rebind(self.units, alive, whole)
+        self.decay.rebind(self.units, stays, whole)
         if self.decay.rectifier:
             group_of_unit = torch.from_numpy(self.groups.group_of_unit).to(self.units.device)
             self.decay.rectifier.bind(group_of_unit, len(self.groups))
-        self.base.bind(self.groups, self.model, np.flatnonzero(alive))
+        self.base.bind(self.groups, self.model, np.flatnonzero(stays))
 
     def state_dict(self) -> dict[str, Any]:
         """Return all state but the weights."""
         return {
-            "survivors": torch.from_numpy(self.survivors),
+            "survivors": torch.from_numpy(self.ancestry.survivors),
+            "held": dict(self.ancestry.held),
             "round": self.round,
             "in_round": self.in_round,
             "is_choosing": self.is_choosing,
@@ -310,8 +305,8 @@ class Pruning:
         alive = state["survivors"].numpy()
         if alive.shape != (self.groups.units,) or alive.dtype != bool:
             raise ValueError(f"survivors {alive.shape} of {self.groups.units} units")
-        compact_(self.model, self.groups, alive)
-        self._rebind(alive)
+        self._compact_(alive)
+        self._hold({int(i): str(reason) for i, reason in state["held"].items()})
         self.round, self.in_round = int(state["round"]), bool(state["in_round"])
         self.is_choosing = bool(state["is_choosing"])
         self.chosen, self.released = int(state["chosen"]), int(state["released"])
@@ -336,11 +331,3 @@ def tell_removal(pruning: Pruning, removal: Removal, *, stage: str, step: int) -
         units=pruning.groups.units,
         difference=removal.difference,
     )
-
-
-def _outputs(model: nn.Module, example: Example) -> list[Tensor]:
-    """Compute outputs in eval mode and full precision."""
-    cudnn = torch.backends.cudnn
-    exact = cudnn.flags(enabled=cudnn.enabled, allow_tf32=False)  # TF32 alone would cause differences of 1e-3
-    with in_mode(model, training=False), torch.no_grad(), exact:
-        return output_tensors(run_example(model, example))

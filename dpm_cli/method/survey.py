@@ -11,13 +11,16 @@ from torch import nn
 from dpm_cli.errors import TargetError, UsageError
 from dpm_cli.graph import Groups, find_groups
 from dpm_cli.graph.folding import Shifts, find_shifts, give_biases_
+from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.program import Example
+from dpm_cli.graph.rehearsal import rehearse_survivors
 from dpm_cli.method.budget import (
     Kind,
     Measure,
     Several,
     WidthLimits,
     choose_round_to,
+    choose_victims,
     cost_of,
     find_width_limits,
     resolve_limit,
@@ -88,9 +91,34 @@ def survey(
         shifts, module = find_shifts(module, example), copy.deepcopy(module)
         if give_biases_(module, groups, shifts):
             groups = find(module, example)
-    groups = base.choosable(groups, module)
+    found = _limit_widths(module, base.choosable(groups, module), shifts, prune)
+    for plan in (_plan_some, _plan_fewest):
+        groups = rehearse_survivors(module, example, found.groups, plan(found, prune.target))
+        if len(groups) < len(found.groups):
+            found = _limit_widths(module, groups, shifts, prune)
+    return _limit_widths(module, found.groups, shifts, prune, time_widths) if time_widths else found
+
+
+def _limit_widths(
+    module: nn.Module, groups: Groups, shifts: Shifts, prune: Prune, time_widths: TimeWidths | None = None
+) -> Survey:
     target, min_keep = prune.target, prune.min_keep
     round_to = choose_round_to(groups, prune.round_to, min_keep=min_keep, amounts=target.limits)
     widths = find_width_limits(groups, round_to=round_to, min_keep=min_keep)
     latency = time_widths(module, groups, widths) if time_widths and target.latency is not None else None
     return Survey(module, groups, shifts, round_to, widths, latency)
+
+
+def _plan_fewest(found: Survey, target: Target) -> Flags:
+    """Return (units,) as few survivors as allowed."""
+    return found.widths.lowest(found.groups)
+
+
+def _plan_some(found: Survey, target: Target) -> Flags:
+    """Return (units,) survivors that meet the target, chosen at random; training will choose others."""
+    try:
+        goal = found.goal(target)
+    except (TargetError, UsageError):  # whoever asks for the goal is told
+        return _plan_fewest(found, target)
+    scores = np.random.default_rng(0).random(found.groups.units)
+    return ~choose_victims(found.groups, found.widths, scores, kind=goal.kind, limit=goal.limit)

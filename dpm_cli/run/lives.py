@@ -17,7 +17,7 @@ def is_due(pruning: Pruning, step: int) -> bool:
 def watch_units(pruning: Pruning, *, stage: str, step: int) -> UnitsWatched:
     """Count the units in each phase of their lives, and read some norms. Waits for the device."""
     decay = pruning.decay
-    original = np.flatnonzero(pruning.survivors)  # numbers of the dense model's units
+    original = pruning.ancestry.units  # numbers of the dense model's units
     in_round = (decay.decaying | decay.dead | decay.released).cpu().numpy()
     order = np.argsort(original * 2_654_435_761 % 2**32, kind="stable")  # scattered, and the same at every look
     sample = order[in_round[order]][:SAMPLE]
@@ -30,7 +30,7 @@ def watch_units(pruning: Pruning, *, stage: str, step: int) -> UnitsWatched:
         decaying=int(decay.decaying.sum()),
         dead=int(decay.dead.sum()),
         released=pruning.released + int(decay.released.sum()),
-        removed=len(pruning.survivors) - len(original),
+        removed=int((~pruning.ancestry.survivors).sum()),
         freed=tuple(str(original[unit]) for unit in sample if freed[unit]),
         norms={
             str(original[unit]): round(float(norms[unit] / initial[unit]), 4) for unit in sample if initial[unit] > 0

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from dpm_cli.data import Splits
+from dpm_cli.errors import listing
 from dpm_cli.events import Wanted
 from dpm_cli.method.budget import cost_of
 from dpm_cli.method.pruners import BasePruner
@@ -47,9 +48,9 @@ def describe_outcome(
         method=name_method(pruning.base, recipe.decay, pruning.decay.steps),
         target=max(targets, key=lambda each: each.reached / each.limit if each.limit else 0.0),
         targets=targets if len(targets) > 1 else (),
-        units=UnitCounts(groups.units, pruning.chosen, pruning.released, groups.units - pruning.groups.units),
-        widths=[Width(*width) for width in groups.widths(pruning.survivors)],
-        kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
+        units=UnitCounts(groups.units, pruning.chosen, pruning.released, int((~pruning.ancestry.survivors).sum())),
+        widths=[Width(*width) for width in groups.widths(pruning.ancestry.survivors)],
+        kept=[KeptLayer(kept.layer, kept.reason) for kept in (*groups.kept, *pruning.ancestry.kept)],
         difference=subject.difference,
         validation_accuracy=validation_accuracy,
         notes=notes,
@@ -89,6 +90,9 @@ def name_method(base: BasePruner, decay: Decay, steps: int) -> str:
 
 
 def _remark_on_pruning(recipe: Recipe, pruning: Pruning) -> Iterator[str]:
+    if pruning.ancestry.kept:
+        layers = listing(kept.layer for kept in pruning.ancestry.kept)
+        yield f"removing channels of {layers} changed outputs, so they stay whole; please report this model"
     if pruning.topped_up:
         why = "others were released" if pruning.released else f"{recipe.prune.base} marked too few in time"
         yield f"{pruning.topped_up} units were chosen by score alone, after the planned rounds: {why}"

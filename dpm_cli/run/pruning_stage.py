@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 from dpm_cli.engine.loop import EndStage, StageLoop
-from dpm_cli.events import Event, RoundStarted, UnitsRemoved
+from dpm_cli.events import Event, Note, RoundStarted
 from dpm_cli.graph.program import Example
-from dpm_cli.method.pruning import Pruning, Removal, tell_removal
+from dpm_cli.method.pruning import Pruning, tell_removal
+from dpm_cli.method.removal import Removal
 from dpm_cli.recipe.stages import steps_before
 from dpm_cli.run.accuracy_floor import AccuracyFloor
 from dpm_cli.run.course import Course, CourseHooks
@@ -59,7 +60,7 @@ class PruningStage(CourseHooks):
                 raise EndStage
             yield self._start_round(loop)
         if pruning.is_over:  # one-step pruning
-            yield self._remove(loop, pruning.finish_round)
+            yield from self._remove(loop, pruning.finish_round)
 
     def before_step_(self) -> None:
         if not self._pruning.is_done:
@@ -73,11 +74,11 @@ class PruningStage(CourseHooks):
         if is_due(self._pruning, self._first_step + loop.step):
             yield watch_units(self._pruning, stage=loop.stage.name, step=loop.step)
         if self._pruning.is_over:
-            yield self._remove(loop, self._pruning.finish_round)
+            yield from self._remove(loop, self._pruning.finish_round)
 
     def end_epoch(self, loop: StageLoop) -> Iterator[Event]:
         if self._pruning.has_dead:
-            yield self._remove(loop, self._pruning.remove_dead)
+            yield from self._remove(loop, self._pruning.remove_dead)
         self._pruning.base.end_epoch()
 
     def end(self, loop: StageLoop) -> Iterator[Event]:
@@ -85,7 +86,7 @@ class PruningStage(CourseHooks):
         while not loop.learner.steps and pruning.is_due(0):  # without training, all units are cut at once
             units = pruning.groups.units
             yield self._start_round(loop)
-            yield self._remove(loop, pruning.finish_round)
+            yield from self._remove(loop, pruning.finish_round)
             if pruning.groups.units == units:  # nothing is left to remove
                 break
         if pruning.is_done and self.floor.holds():
@@ -96,8 +97,8 @@ class PruningStage(CourseHooks):
         self.require_agreement(f"the victims of round {choice.round}")
         return RoundStarted(stage=loop.stage.name, step=loop.step, **asdict(choice))
 
-    def _remove(self, loop: StageLoop, remove: Callable[[Example], Removal]) -> UnitsRemoved:
-        """Remove dead units, at the end of a round or in the middle of a long one."""
+    def _remove(self, loop: StageLoop, remove: Callable[[Example], Removal]) -> Iterator[Event]:
+        """Remove dead units, at the end of a round or in the middle of a long one. Tell what had to stay whole."""
         loop.require_finite()  # otherwise the check of the outputs would blame the removal
         subject, pruning = self.subject, self._pruning
         removal = remove(self.course.setup.check_images())
@@ -106,4 +107,6 @@ class PruningStage(CourseHooks):
         self.require_agreement(f"what round {pruning.round} removed")
         subject.difference = max(subject.difference, removal.difference)
         subject.check_latency()
-        return tell_removal(pruning, removal, stage=loop.stage.name, step=loop.step)
+        yield tell_removal(pruning, removal, stage=loop.stage.name, step=loop.step)
+        for layer in removal.held:
+            yield Note(f"{layer.layer} is kept whole from now on: {layer.reason}")

@@ -66,6 +66,11 @@ class Run:
         yield Done()
         if report.floor and report.floor.is_broken:
             raise AccuracyError(report.floor.text or "", report=report)
+        if subject.pruning.ancestry.held and not report.target.is_met:
+            raise TargetError(
+                f"target {subject.pruning.goal} is not met, because layers had to stay whole: "
+                f"{report.target.reached:,} is left; the files hold that model"
+            )
         return report
 
     def _train_and_prune(self) -> Events:

@@ -5,8 +5,9 @@ import torch
 from exactness import assert_removable, randomise_
 from torch import nn
 
-import dpm_cli.graph.rehearsal as rehearsal
 from dpm_cli.graph import find_groups
+from dpm_cli.graph.search import find_broken
+from dpm_cli.graph.trial import BREAKS
 from dpm_cli.method.budget import find_width_limits
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
@@ -61,15 +62,15 @@ def test_a_group_keeps_as_many_units_as_the_code_needs():
 def test_widths_that_stand_in_the_code_are_kept_and_the_rest_is_pruned():
     groups = find_groups(HardCoded().eval(), EXAMPLE)
     assert [group.name for group in groups] == ["layers.1"]
-    assert {kept.layer for kept in groups.kept if kept.reason == rehearsal.BREAKS} == {"layers.0", "layers.2"}
+    assert {kept.layer for kept in groups.kept if kept.reason == BREAKS} == {"layers.0", "layers.2"}
 
 
 def test_broken_groups_are_found_alone_and_together():
     def survives(chosen):
         return 3 not in chosen and not {5, 6} <= set(chosen)
 
-    assert rehearsal._find_broken(survives, range(9)) == [3, 6]
-    assert rehearsal._find_broken(survives, [0, 1]) == []
+    assert find_broken(survives, range(9)) == [3, 6]
+    assert find_broken(survives, [0, 1]) == []
 
 
 def test_a_model_with_a_tensor_of_its_own_is_rehearsed_beside_it():

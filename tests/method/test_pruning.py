@@ -13,7 +13,8 @@ from dpm_cli.errors import RecipeError, RunError
 from dpm_cli.graph import find_groups
 from dpm_cli.method.budget import cost_of, find_width_limits, resolve_limit
 from dpm_cli.method.pruners import DepGraph
-from dpm_cli.method.pruning import Choice, Goal, Pruning, Removal
+from dpm_cli.method.pruning import Choice, Goal, Pruning
+from dpm_cli.method.removal import Removal
 from dpm_cli.method.rounds import Rounds, plan_rounds
 from dpm_cli.recipe.sections import Decay, Prune, Rectify, Training
 
@@ -152,8 +153,8 @@ def test_each_round_takes_its_share_and_the_last_meets_the_target(kind, steps):
     assert len(costs) == 3
     assert pruning.is_done
     assert pruning.cost() <= limit
-    assert pruning.chosen == GROUPS.units - pruning.groups.units == int((~pruning.survivors).sum())
-    assert cost_of(GROUPS.cost, kind, pruning.survivors) == pruning.cost()
+    assert pruning.chosen == GROUPS.units - pruning.groups.units == int((~pruning.ancestry.survivors).sum())
+    assert cost_of(GROUPS.cost, kind, pruning.ancestry.survivors) == pruning.cost()
     assert not pruning.is_due(12)
 
 
@@ -204,7 +205,7 @@ def test_topping_up_spares_released_units_while_others_suffice():
     happened = run(learner, pruning, 19, first=1)
     assert sum(one.chosen for one in happened if isinstance(one, Choice)) > 0
     assert pruning.is_done
-    assert pruning.survivors[released].all()
+    assert pruning.ancestry.survivors[released].all()
 
 
 def test_released_units_rest_for_one_round():
@@ -280,20 +281,54 @@ def test_only_dead_units_are_removed_and_outputs_stay():
     torch.testing.assert_close(model.eval()(IMAGES), dense(IMAGES))
 
 
-@pytest.mark.parametrize("corrupt", ["norm.bias", "inner.weight"])
-def test_the_run_stops_when_compacting_changes_the_outputs(corrupt):
+def corrupt_a_dead_unit(model, pruning):
+    """As if something had revived it: its removal changes the outputs."""
+    unit = int(pruning.decay.dead[GROUPS.groups[0].range].nonzero()[0])
+    with torch.no_grad():
+        model.get_parameter("norm.bias")[unit] = 0.5
+
+
+def test_a_group_whose_removal_changes_the_outputs_is_kept_and_the_others_go_on():
     model, learner, pruning = make(steps=2, starts=(0,))
     pruning.start_round()
     for step in range(2):
         learner.step_(IMAGES, LABELS, step=step, after=[pruning.decay.advance_])
-    dead = pruning.decay.dead
-    name, group = ("stem", GROUPS.groups[0]) if corrupt == "norm.bias" else ("inner", GROUPS.groups[1])
-    assert name == group.name
-    unit = int(dead[group.range].nonzero()[0])
-    with torch.no_grad():
-        model.get_parameter(corrupt)[unit] = 0.5  # as if something had revived it
-        if name == "inner":
-            model.inner_norm.weight[unit] = 1
+    corrupt_a_dead_unit(model, pruning)
+    dense = copy.deepcopy(model).eval()
+    removal = finish(learner, pruning)
+    assert [kept.layer for kept in removal.held] == list(GROUPS.groups[0].layers)
+    assert [group.name for group in pruning.groups] == ["inner"]
+    assert 0 < removal.removed == int((~pruning.ancestry.survivors).sum())
+    assert removal.difference <= 1e-5
+    torch.testing.assert_close(model.eval()(IMAGES), dense(IMAGES))
+    model.train()
+    run(learner, pruning, 12, first=2)  # what the target lacks is taken from the other group
+    assert pruning.is_done
+    assert pruning.cost() <= pruning.wanted == pruning.goal.limit
+    again, _, restored = make(steps=2, starts=(0,))
+    restored.load_state_dict(copy.deepcopy(pruning.state_dict()))
+    again.load_state_dict(model.state_dict())
+    assert restored.groups.groups == pruning.groups.groups
+    assert restored.is_done
+    assert restored.ancestry.kept == pruning.ancestry.kept
+
+
+def test_a_target_that_kept_layers_put_out_of_reach_is_replaced_by_what_can_be_reached():
+    model, learner, pruning = make(steps=2, starts=(0,), amount=0.1)
+    pruning.start_round()
+    for step in range(2):
+        learner.step_(IMAGES, LABELS, step=step, after=[pruning.decay.advance_])
+    corrupt_a_dead_unit(model, pruning)
+    finish(learner, pruning)
+    run(learner, pruning, 12, first=2)
+    assert pruning.is_done
+    assert pruning.wanted < pruning.cost() <= pruning.goal.limit
+
+
+def test_the_run_stops_when_nothing_is_left_that_could_be_removed(monkeypatch):
+    _, _, pruning = make(steps=1, starts=(0,))
+    pruning.start_round()
+    monkeypatch.setattr("dpm_cli.graph.trial.compact_", lambda model, *_: model.head.bias.data.add_(1.0))
     with pytest.raises(RunError, match=r"changed the outputs by .*stops"):
         pruning.finish_round(IMAGES)
 

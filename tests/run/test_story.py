@@ -294,7 +294,7 @@ def test_without_training_units_are_cut_at_once_and_the_target_is_met(tmp_path, 
     assert report.target.is_met
     assert report.units.removed == report.units.chosen > 0
     dense, slim = make_net(), load_slim(tmp_path / "slim.pt", model=make_net()).module
-    kept = torch.from_numpy(run.subject.pruning.survivors[8:])  # of `inner`
+    kept = torch.from_numpy(run.subject.pruning.ancestry.survivors[8:])  # of `inner`
     assert torch.equal(slim.inner_norm.running_mean, dense.inner_norm.running_mean[kept])
 
 

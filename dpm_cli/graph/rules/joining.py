@@ -52,8 +52,10 @@ def split(ties: Ties, call: Call) -> list[Value]:
     labels = x.along(axis)
     if labels is None:
         ties.keep_axis(x, axis, "a block of axes is split")
-    elif (ties.layer, tuple(sizes)) in ties.lists and call.name.startswith("split"):
+    elif len(sizes) > 1 and (ties.layer, tuple(sizes)) in ties.held and call.name.startswith("split"):
         ties.numbers.append(Number(ties.layer, tuple(np.split(labels.ids, np.cumsum(sizes)[:-1]))))
+    elif len(set(sizes)) > 1 and all((ties.layer, (size,)) in ties.held for size in sizes):
+        ties.numbers += [Number(ties.layer, (part,)) for part in np.split(labels.ids, np.cumsum(sizes)[:-1])]
     elif len(set(sizes)) > 1:
         ties.keep(labels, "split into unequal parts")
     else:

@@ -10,6 +10,8 @@ from dpm_cli.graph.rules.registry import Call, first_of, rule
 def batch_norm(ties: Ties, call: Call) -> Value | list[Value]:
     x, weight, bias, mean, variance = call.args[:5]
     uses_batch_statistics = call.name == "batch_norm" and bool(call.args[5])
+    if uses_batch_statistics:  # of a weight, say
+        _keep_but_channels(ties, x)
     out = _normalise_channels(ties, call, x, weight, bias, stays_zero=uses_batch_statistics)
     _follow_channels(ties, x, mean, variance)
     return first_of(call, out)
@@ -18,8 +20,16 @@ def batch_norm(ties: Ties, call: Call) -> Value | list[Value]:
 @rule("instance_norm")
 def instance_norm(ties: Ties, call: Call) -> Value:
     x, weight, bias, mean, variance, use_input_statistics = call.args[:6]
+    _keep_but_channels(ties, x)
     _follow_channels(ties, x, mean, variance)
     return _normalise_channels(ties, call, x, weight, bias, stays_zero=bool(use_input_statistics))
+
+
+def _keep_but_channels(ties: Ties, x: Value) -> None:
+    """Keep what is averaged over: weights that are standardised have labels along all axes."""
+    for axes, labels in x.labels.items():
+        if axes != (1,):
+            ties.keep(labels, "standardised: losing an index changes the statistics of the others")
 
 
 @rule("group_norm")

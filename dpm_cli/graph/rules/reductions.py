@@ -32,10 +32,11 @@ POOLING_AXES = {
 @rule(*POOLING_AXES)
 def pool(ties: Ties, call: Call) -> Value | list[Value]:
     x: Value = call.args[0]
-    for axis in range(x.rank - POOLING_AXES[call.name], x.rank):
+    first = x.rank - POOLING_AXES[call.name]
+    for axis in range(first, x.rank):
         ties.keep_axis(x, axis, "pooled along this axis")
     ties.keep_all(call.args[1:], "places where another tensor is sampled")
-    return first_of(call, Value(call.shape, x.labels))
+    return first_of(call, Value(call.shape, {axes: block for axes, block in x.labels.items() if max(axes) < first}))
 
 
 @rule("mean", "amax", "amin", "linalg_vector_norm", "var", "std", "prod", "norm", "any", "all")

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from dpm_cli.graph.labels import Ties, Value
+from dpm_cli.graph.labels import Ties, Value, walk_values
 
 
 @dataclass(frozen=True)
@@ -49,16 +49,38 @@ def rule(*names: str) -> Callable[[Rule], Rule]:
 def apply_rule(ties: Ties, call: Call) -> Value | list[Value]:
     """Label the outputs of an operator. Unknown operators keep every label that they touch."""
     known = RULES.get(call.name)
-    if known is not None:
-        return known(ties, call)
-    return keep_whole(ties, call, f"operator {call.name} {NO_RULE}")
+    if known is None:
+        return keep_whole(ties, call, f"operator {call.name} {NO_RULE}")
+    first_cost = len(ties.costs)
+    try:
+        out = known(ties, call)
+        assert all(_fits(value, shape) for value, shape in zip(walk_values(out), call.shapes))
+        return out
+    except Exception:  # arguments that the rule never saw; the ties that it has made can only keep more
+        del ties.costs[first_cost:]
+        return keep_whole(ties, call, f"operator {call.name} as it is used here {NO_RULE}")
 
 
 def keep_whole(ties: Ties, call: Call, reason: str) -> Value | list[Value]:
     """Keep everything that this call touches."""
     ties.keep_all(call.args, reason)
-    ties.cost(call.macs())
+    ties.cost(_macs_of(call))
     return [Value(shape) for shape in call.shapes] if len(call.shapes) > 1 else Value(call.shape)
+
+
+def _fits(value: Value, shape: tuple[int, ...]) -> bool:
+    """Tell whether a value has this shape, and labels as many as its axes are long."""
+    return value.shape == shape and all(
+        labels.ids.shape == tuple(shape[axis] for axis in axes) for axes, labels in value.labels.items()
+    )
+
+
+def _macs_of(call: Call) -> int:
+    """Count what an operator costs; 0 if it cannot be run alone."""
+    try:
+        return call.macs()
+    except Exception:  # blocks of code, operators of other libraries
+        return 0
 
 
 def first_of(call: Call, value: Value) -> Value | list[Value]:

@@ -105,7 +105,7 @@ def make_optimizer(settings, parameters):
 def assert_same_model(run, state, dead):
     """What a run left is what a loop over the whole net left, without the dead units. dead: {(group, unit)}"""
     kept = [[unit for unit in range(size) if (group, unit) not in dead] for group, size in enumerate(SIZES)]
-    stays = run.subject.pruning.survivors
+    stays = run.subject.pruning.ancestry.survivors
     assert [stays[:8].nonzero()[0].tolist(), stays[8:].nonzero()[0].tolist()] == kept
     found = run.subject.model.state_dict()
     for name, tensor in state.items():

@@ -80,7 +80,7 @@ def test_target_is_met_within_one_unit_and_the_slim_net_outlives_its_run(tmp_pat
     overrides = [f"prune.round_to={round_to}", f"export=[{export}]", *WAYS[way]]
     subject, report = go(tmp_path, arch, monkeypatch, *overrides)
     groups, target, pruning = subject.dense_groups, report.target, subject.pruning
-    alive, widths = pruning.survivors, pruning.goal.widths
+    alive, widths = pruning.ancestry.survivors, pruning.goal.widths
     assert target.reached <= target.limit < target.reached + dearest_step(groups, widths, alive)
     assert groups.cost.macs(alive) == target.reached
     if way == "otov2 by score":

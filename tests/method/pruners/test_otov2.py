@@ -419,6 +419,6 @@ def test_hesso_prunes_the_share_of_each_period_and_all_it_was_asked_for_in_the_e
     run, events, _ = go(tmp_path, recipe, splits)
     asked = UNITS - math.floor(kept * UNITS)
     removed = [event.removed for event in events if isinstance(event, UnitsRemoved)]
-    assert sum(removed) == asked == UNITS - run.subject.pruning.survivors.sum()
+    assert sum(removed) == asked == UNITS - run.subject.pruning.ancestry.survivors.sum()
     assert len(removed) == rounds
     assert all(abs(count - asked / rounds) < 1 for count in removed)

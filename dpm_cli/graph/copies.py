@@ -1,0 +1,106 @@
+"""Run copies of a model that have shapes, but no data: a removal can be tried in milliseconds."""
+
+import copy
+from collections import OrderedDict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from dpm_cli.graph.compact import compact_
+from dpm_cli.graph.groups import Groups
+from dpm_cli.graph.labels import Flags
+from dpm_cli.graph.program import Example, run_example
+from dpm_cli.graph.shapes import ShapesAlone
+
+
+class Rehearsal:
+    """Runs copies of a model that have shapes, but no data.
+
+    It uses the meta device, which is fast, or fake tensors if a model mixes in tensors of its own or asks for a device.
+    """
+
+    def __init__(self, model: nn.Module, example: Example, outputs: Sequence[tuple[int, ...]]) -> None:
+        """outputs: the shapes that the dense model gives."""
+        self._model, self._example, self._wanted = model, example, list(outputs)
+        self._mode: FakeTensorMode | None = None
+        self._is_meta_enough: bool | None = None  # not known yet
+        self._dense_trains: bool | None = None  # not known yet
+
+    def survives(self, groups: Groups, units_left: dict[int, int], *, trains: bool = False) -> bool:
+        """Tell whether a forward pass still gives outputs of the same shapes.
+
+        units_left: group number -> how many of its units survive. trains: try forward and backward in train mode, too,
+        unless the dense model fails there (detectors want targets).
+        """
+        if not units_left:
+            return True
+        alive: Flags = np.ones(groups.units, bool)
+        for i, left in units_left.items():
+            group = groups.groups[i]
+            alive[group.start : group.start + group.size - left] = False
+        if not self._gives_same_shapes(groups, alive):
+            return False
+        if not trains or self._trains(groups, alive):
+            return True
+        if self._dense_trains is None:
+            self._dense_trains = self._trains(groups, np.ones(groups.units, bool))
+        return not self._dense_trains
+
+    def _gives_same_shapes(self, groups: Groups, alive: Flags) -> bool:
+        if self._runs(groups, alive):
+            return True
+        if self._is_meta_enough is None:
+            self._is_meta_enough = self._runs(groups, np.ones(groups.units, bool))
+            if not self._is_meta_enough:
+                self._mode = FakeTensorMode(allow_non_fake_inputs=True)
+                return self._runs(groups, alive)
+        return False
+
+    def _runs(self, groups: Groups, alive: Flags) -> bool:
+        context: AbstractContextManager[Any] = self._mode or nullcontext()
+        try:
+            slim, example = self._copy(), tree_map_only(Tensor, self._without_data, self._example)
+            with context, torch.no_grad():
+                compact_(slim, groups, alive)
+                with ShapesAlone():
+                    outputs = run_example(slim, example)
+        except Exception:  # whatever the model's own code raises about a size it does not expect
+            return False
+        return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] == self._wanted
+
+    def _trains(self, groups: Groups, alive: Flags) -> bool:
+        """Tell whether forward and backward run in train mode."""
+        context: AbstractContextManager[Any] = self._mode or nullcontext()
+        try:
+            slim, example = self._copy().train(), tree_map_only(Tensor, self._without_data, self._example)
+            with context, torch.enable_grad():
+                compact_(slim, groups, alive)
+                outputs = run_example(slim, example)
+                tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
+                torch.autograd.backward(tensors, [torch.empty_like(tensor) for tensor in tensors])
+        except Exception:  # as above
+            return False
+        return True
+
+    def _copy(self) -> nn.Module:
+        """Copy the model without its data, in eval mode."""
+        memo: dict[int, Any] = {}
+        for parameter in self._model.parameters():
+            empty = self._without_data(parameter.detach())
+            memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+        for buffer in self._model.buffers():
+            memo[id(buffer)] = self._without_data(buffer)
+        for module in self._model.modules():  # a dozen empty ones each: most of what there is to copy
+            memo.update(
+                (id(hooks), hooks) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks
+            )
+        return copy.deepcopy(self._model, memo).eval()
+
+    def _without_data(self, tensor: Tensor) -> Tensor:
+        return self._mode.from_tensor(tensor) if self._mode else torch.empty_like(tensor, device="meta")
