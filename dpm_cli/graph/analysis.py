@@ -14,7 +14,7 @@ from dpm_cli.graph.labels import Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.numbering import UNUSED, number_groups
 from dpm_cli.graph.program import Example, export, output_shapes, split_example
 from dpm_cli.graph.trace import label
-from dpm_cli.layers.attention import can_lose_channels
+from dpm_cli.layers.attention import can_lose_channels, fit_transformer_layer_
 
 
 def trace_groups(
@@ -83,12 +83,19 @@ def _batch_of(example: Example) -> int:
 
 
 def _tie_numbers(model: nn.Module, ties: Ties) -> None:
-    """Tie what one attribute of a layer counts in several places: it cannot hold two numbers."""
-    counted: dict[tuple[str, str], tuple[Ids, ...]] = {}
+    """Tie what one attribute of a layer counts in several places: it cannot hold two numbers.
+
+    Attention layers that take their sizes from their weights hold no such number. A width and a number of parts are
+    different things, even if they are equal.
+    """
+    counted: dict[tuple[str, str, str], tuple[Ids, ...]] = {}
     for number in ties.numbers:
+        layer = model.get_submodule(number.layer)
+        if number.counts == "width" or fit_transformer_layer_(layer):
+            continue
         sizes = tuple(len(labels) for labels in number.parts)
-        for name in holders(model.get_submodule(number.layer), sizes, number.counts):
-            first = counted.setdefault((number.layer, name), number.parts)
+        for name in holders(layer, sizes, number.counts):
+            first = counted.setdefault((number.layer, name, number.counts), number.parts)
             for left, right in zip(first, number.parts) if first is not number.parts else ():
                 ties.tie(left, right)
 
