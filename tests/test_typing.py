@@ -45,7 +45,7 @@ reread: Report = Report.from_json(report.to_json())
 faster: float = reread.dense.latency["torch"].median / reread.slim.latency["torch"].median
 is_met: bool = reread.target.is_met
 layers: list[str] = [width.layer for width in reread.widths]
-target: float = recipe.prune.target.macs
+target: float | None = recipe.prune.target.macs
 
 told: list[Event] = []
 pruner = dpm_cli.Pruner(
