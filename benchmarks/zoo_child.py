@@ -83,7 +83,7 @@ def examine(row: dict[str, Any], model: nn.Module, example: Any, exports: list[s
     row |= {
         "macs": dense,
         "lowest": round(groups.cost.macs(least) / max(dense, 1), 3),
-        "reasons": shares(model, groups),
+        "reasons": {reason: round(macs / max(dense, 1), 3) for reason, macs in groups.macs_kept().items()},
     }
     if not groups.units:
         return
@@ -148,11 +148,6 @@ def deliver(
     for kind in [kind for kind in exports if kind != "slim"]:
         made = export_model(slim, example[:1], format=kind, path=folder / f"m.{kind}", metadata={})
         row[kind] = made.max_difference
-
-
-def shares(model: nn.Module, groups: Groups) -> dict[str, float]:
-    """The share of the MACs in layers that each reason keeps whole."""
-    return {}
 
 
 def draw_survivors(groups: Groups, seed: int) -> Flags:

@@ -1,7 +1,7 @@
 """Hold groups of units: which positions of which parameters belong together, with their roles and cost."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
@@ -81,6 +81,14 @@ class Groups:
     aliases: Mapping[str, tuple[str, ...]]  # a parameter's name -> all its names, where it is shared
     numbers: tuple[HeldNumber, ...] = ()
     outputs: tuple[tuple[int, ...], ...] = ()  # shapes of what the model returns for the example
+    layer_macs: Mapping[str, int] = field(default_factory=dict)  # of one input, in the dense model
+
+    def macs_kept(self) -> dict[str, int]:
+        """Return how many MACs of the dense model are in layers that each reason keeps whole."""
+        reasons: dict[str, int] = {}
+        for layer, reason in {kept.layer: kept.reason.rpartition(": ")[2] for kept in self.kept}.items():
+            reasons[reason] = reasons.get(reason, 0) + self.layer_macs.get(layer, 0)
+        return reasons
 
     def __iter__(self) -> Iterator[Group]:
         return iter(self.groups)

@@ -64,7 +64,16 @@ def number_groups(
             )
             for held in ties.numbers
         ),
+        layer_macs=_macs_by_layer(ties),
     )
+
+
+def _macs_by_layer(ties: Ties) -> dict[str, int]:
+    """Count the MACs of every layer's own operators for one input."""
+    macs: dict[str, int] = {}
+    for term in ties.costs:
+        macs[term.layer] = macs.get(term.layer, 0) + term.total
+    return {layer: total // ties.batch for layer, total in macs.items()}
 
 
 def _order_units(ties: Ties, components: Ids, made: Flags, chosen: Ids, count: int) -> tuple[Ids, Ids]:

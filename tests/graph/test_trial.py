@@ -141,3 +141,9 @@ def test_few_tries_find_those_that_break_alone_and_together():
 
     assert find_broken(survives, range(100)) == [3, 60, 77]
     assert len(tries) < 60
+
+
+def test_a_reason_costs_the_macs_of_the_layers_that_it_keeps():
+    groups = find_groups(Counting().eval(), EXAMPLE)
+    assert sum(groups.layer_macs.values()) == groups.cost.macs(np.ones(groups.units, bool))
+    assert groups.macs_kept() == {CHANGES.rpartition(": ")[2]: 36 * 8 * 8, "output of the model": 36 * 8 * 4}
