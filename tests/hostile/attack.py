@@ -102,11 +102,13 @@ def _attempt(request: dict[str, Any], place: Path) -> None:
 def _serve() -> None:
     import tempfile
 
-    import timm  # noqa: F401  # so that its import is not counted
     import torch
     import torchvision  # noqa: F401
 
     import dpm_cli
+
+    with contextlib.suppress(ImportError):
+        import timm  # noqa: F401  # so that its import is not counted
 
     torch.set_num_threads(1)
     for name in dpm_cli.__all__:
