@@ -326,7 +326,7 @@ def test_overwriting_removes_both_checkpoints_and_what_a_kill_left_behind(dense_
         overwrite=True,
         on_event=lambda event: event.kind == "start" and seen.append(sorted(path.name for path in tmp_path.iterdir())),
     )
-    assert seen[0] == sorted([*foreign, ".dpm-lock", "metrics.jsonl"])
+    assert seen[0] == sorted([*foreign, ".dpm-lock", "metrics.jsonl", "recipe.yaml"])
 
 
 @pytest.mark.parametrize("settings", [{}, {"resume": True}, {"overwrite": True}])
