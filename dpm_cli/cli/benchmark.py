@@ -1,8 +1,6 @@
 """`dpm benchmark`: measure the latency of many files, in turns."""
 
-import csv
-import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -10,7 +8,7 @@ import typer
 
 import dpm_cli
 from dpm_cli.cli.options import AsJson, Trust
-from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.outcome import print_csv, print_json
 from dpm_cli.cli.progress import working
 from dpm_cli.errors import UsageError
 
@@ -63,9 +61,7 @@ def benchmark(
     elif as_csv:
         from dpm_cli.results import Benchmarked
 
-        writer = csv.DictWriter(sys.stdout, [field.name for field in fields(Benchmarked)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        print_csv(Benchmarked, rows)
     else:
         from dpm_cli.cli.summaries import print_benchmarked
 

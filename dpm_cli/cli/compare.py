@@ -1,15 +1,13 @@
 """`dpm compare`: show many finished runs in one table."""
 
-import csv
-import sys
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from dpm_cli.cli.options import AsJson
-from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.outcome import print_csv, print_json
 from dpm_cli.errors import UsageError
 
 
@@ -30,9 +28,7 @@ def compare(
     if as_json:
         print_json([asdict(row) for row in rows])
     elif as_csv:
-        writer = csv.DictWriter(sys.stdout, [field.name for field in fields(ComparedRun)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+        print_csv(ComparedRun, rows)
     else:
         from dpm_cli.cli.summaries import print_compared
 

@@ -1,13 +1,15 @@
 """Turn errors into one line per problem and an exit code, never a traceback."""
 
 import contextlib
+import csv
 import errno
 import json
 import os
 import sys
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, fields
 from typing import Any
 
 import typer
@@ -26,6 +28,13 @@ ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPER
 def print_json(document: object) -> None:
     """Print the one JSON document of a command."""
     print(json.dumps(document, indent=2))
+
+
+def print_csv(kind: type, rows: Iterable[Any]) -> None:
+    """Print dataclasses of a kind as comma-separated values, with a header. There may be none."""
+    writer = csv.DictWriter(sys.stdout, [field.name for field in fields(kind)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(asdict(row) for row in rows)
 
 
 @contextlib.contextmanager
