@@ -18,7 +18,7 @@ WORKDIR /opt/dpm
 COPY constraints.txt ./
 # hadolint ignore=DL3013
 RUN if [ "$TORCH" = cpu ] && [ -n "$TORCH_CPU_INDEX" ]; then \
-        pip install --index-url "$TORCH_CPU_INDEX" torch torchvision; \
+        PIP_INDEX_URL="$TORCH_CPU_INDEX" pip install torch torchvision; \
     fi
 COPY pyproject.toml README.md LICENSE ./
 COPY dpm_cli ./dpm_cli
