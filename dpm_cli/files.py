@@ -246,6 +246,22 @@ def locked(folder: Path, name: str = LOCK, *, wanted: bool = True) -> Iterator[N
         lock.release()
 
 
+def find_holder(path: Path) -> str | None:
+    """Say who holds a lock file; None if nobody does. Changes nothing, and holds it for no longer than it asks."""
+    try:
+        import fcntl
+    except ImportError:
+        return _read_holder(path) if _is_regular(path) else None  # on Windows the file is there as long as its lock
+    if not _is_regular(path):
+        return None
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return _read_holder(path)
+    return None
+
+
 def _read_holder(path: Path) -> str:
     with contextlib.suppress(OSError, ValueError):
         return read_regular_text(path)[:100] or "another process"

@@ -63,6 +63,31 @@ class Evaluated:
 
 
 @dataclass(frozen=True)
+class Found:
+    """Describes a file that a run wrote, or that bears the name of one."""
+
+    name: str
+    bytes: int
+    state: str  # whole | damaged | foreign: without the mark of a run | leftover of a killed process
+    what: str  # in a few words
+
+
+@dataclass(frozen=True)
+class Examined:
+    """Describes the folder of a run or of trainings: what is in it, and what to do next."""
+
+    folder: str
+    state: str  # empty | finished | unfinished | begun: nothing was saved yet | busy | broken
+    files: tuple[Found, ...]
+    others: int  # files and folders that no run touches
+    advice: tuple[str, ...]  # one sentence each, with the commands
+    problem: str | None  # why a run would be refused here, or what is damaged, and the way out
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
 class Guess:
     """Names a class that a picture may show."""
 

@@ -12,6 +12,7 @@ from dpm_cli.cli import (
     benchmark,
     compare,
     demo,
+    doctor,
     evaluate,
     export,
     init,
@@ -50,6 +51,7 @@ for command in (
     benchmark.benchmark,
     compare.compare,
     report.report,
+    doctor.doctor,
     recipes.recipes,
     schema.schema,
 ):

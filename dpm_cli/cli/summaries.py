@@ -24,6 +24,7 @@ from dpm_cli.report import ExportedFile, Milliseconds
 from dpm_cli.results import (
     Benchmarked,
     Evaluated,
+    Examined,
     Inspected,
     PlannedRun,
     PlannedTarget,
@@ -47,6 +48,20 @@ def print_trained(result: Trained) -> None:
             ("weights", f"{result.path}  {numbers.size(result.bytes)}"),
         ]
     )
+
+
+def print_examined(result: Examined) -> None:
+    """List the files, one a line, and then what to do next, each on a line that can be copied."""
+    console = make_console()
+    width = max((len(each.name) for each in result.files), default=0)
+    for each in result.files:
+        name = "".join(char if char.isprintable() else "?" for char in each.name)
+        state = "" if each.state == "whole" else f"{each.state}: "
+        console.print(f"{name:<{width}}  {numbers.size(each.bytes):>9}  {state}{each.what}", soft_wrap=True)
+    if result.others:
+        console.print(f"{result.others} others, which no run touches")
+    for sentence in result.advice:
+        console.print(sentence, soft_wrap=True)
 
 
 def print_evaluated(result: Evaluated) -> None:

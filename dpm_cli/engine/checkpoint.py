@@ -46,7 +46,7 @@ def load_checkpoint(newest: Path) -> Checkpoint | None:
     damaged: list[Path] = []
     for path in (newest, previous_of(newest)):
         if path.exists():
-            state = _read_verified(path)
+            state = read_verified(path)
             if state is not None:
                 return Checkpoint(state, path, tuple(damaged))
             damaged.append(path)
@@ -118,7 +118,7 @@ def _header_matches(file: IO[bytes]) -> bool:
     return header == MAGIC + digest.digest()
 
 
-def _read_verified(path: Path) -> dict[str, Any] | None:
+def read_verified(path: Path) -> dict[str, Any] | None:
     """Read the state; None if the file is damaged, foreign or unreadable. Executes nothing in it."""
     try:
         with open_regular(path) as file:

@@ -105,7 +105,7 @@ def prune(
                 )
             if world.size > 1:
                 run.notes.append(f"trained by {world.size} processes")
-            with _recording(recipe, folder, world, on_event) as tell:
+            with _recording(recipe, folder, world, on_event, model) as tell:
                 return follow(run.events(resume=resume), tell)
 
 
@@ -130,14 +130,18 @@ def _claimed(
 
 
 @contextlib.contextmanager
-def _recording(recipe: Recipe, folder: Path, world: World, on_event: OnEvent) -> Iterator[Callable[[Event], None]]:
+def _recording(
+    recipe: Recipe, folder: Path, world: World, on_event: OnEvent, model: AnyModel | None
+) -> Iterator[Callable[[Event], None]]:
     """Log the run to other stores, and write report.html when it is over, also if the accuracy floor was broken."""
     if not world.is_main:
         yield telling(on_event)
         return
     try:
         with tracking(recipe, folder, telling(on_event)) as tell:
-            write_resolved(folder, recipe)  # so that --resume needs no repeated --set
+            write_resolved(
+                folder, recipe, str(model) if isinstance(model, str | Path) else None
+            )  # so that --resume needs no repeated --set
             yield tell
     except AccuracyError:
         write_page(folder)

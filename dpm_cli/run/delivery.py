@@ -25,7 +25,7 @@ from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
 from dpm_cli.run.exporting import EXPORT_NAMES, OWN_RUNTIMES, export_one, make_calibration
 from dpm_cli.run.mistakes import find_mistakes
 from dpm_cli.run.outcome import Outcome, remark_on_cost, remark_on_data
-from dpm_cli.run.resolved import write_resolved
+from dpm_cli.run.resolved import read_model, write_resolved
 
 FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "metrics": "metrics.jsonl"}
 
@@ -214,7 +214,7 @@ class Delivery:
         for cut in outcome.cuts:
             self._save_slim(Path(cut.report.file), cut.module, report, cut.masks)
         write_text_atomic(self.output / METADATA, self._metadata().to_json())
-        write_resolved(self.output, self.recipe)
+        write_resolved(self.output, self.recipe, read_model(self.output))
         write_text_atomic(self.output / "report.json", report.to_json() + "\n")
 
     def _save_slim(self, path: Path, module: nn.Module, report: Report, masks: Mapping[str, Tensor]) -> None:

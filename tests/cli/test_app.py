@@ -28,6 +28,7 @@ COMMANDS = (
     "benchmark",
     "compare",
     "report",
+    "doctor",
     "recipes",
     "schema",
 )
@@ -51,6 +52,7 @@ OPTIONS = {
     "compare": {"--csv", "--json"},
     "demo": {"--output", "--json", "--quiet"},
     "report": set(),
+    "doctor": {"--json"},
     "recipes": set(),
     "schema": set(),
 }
