@@ -3,10 +3,12 @@
     python benchmarks/kills.py --kills 100 --work /tmp/kills
 
 Each job is killed by SIGKILL after a random time, again and again, until the wanted number of kills is reached; jobs
-that finish begin anew. Prints kills and comparisons per job; ends with 1 if any bit differs.
+that finish begin anew. Prints kills and comparisons per job; ends with 1 if any bit differs. The counts are kept in
+WORK/kills.json, so the same line goes on where it was stopped.
 """
 
 import argparse
+import json
 import random
 import shutil
 import subprocess
@@ -49,35 +51,60 @@ def is_same(left: Path, right: Path) -> bool:
     return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def run_killed(job: str, kills: int, work: Path, dense: Path, dice: random.Random) -> tuple[int, int, bool]:
-    """Return the kills, the comparisons, and whether all bits were equal."""
+class Tally:
+    """Counts what happened to each job so far, in a file that outlives this process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self.of: dict[str, dict[str, int]] = json.loads(path.read_text()) if path.exists() else {}
+
+    def add(self, job: str, what: str) -> None:
+        counts = self.of.setdefault(job, {})
+        counts[what] = counts.get(what, 0) + 1
+        self._path.write_text(json.dumps(self.of, indent=2))
+
+    def get(self, job: str, what: str) -> int:
+        return self.of.get(job, {}).get(what, 0)
+
+
+def run_killed(job: str, kills: int, work: Path, dense: Path, tally: Tally) -> bool:
+    """Kill a job until it was killed so often. Returns whether all bits were equal."""
+    if tally.get(job, "kills") >= kills and tally.get(job, "compared"):
+        return True
     line, whole = command(job, work, f"{job}-whole", dense)
     started = time.monotonic()
-    subprocess.run(line, check=True, capture_output=True)
-    seconds = time.monotonic() - started
-    done = compared = 0
-    while done < kills:
+    if not whole.exists():
+        subprocess.run(line, check=True, capture_output=True)
+        (work / f"{job}-seconds").write_text(str(time.monotonic() - started))
+    seconds = float((work / f"{job}-seconds").read_text())
+    dice = random.Random(f"{job} {tally.get(job, 'kills')}")
+    is_new = True
+    while is_new or tally.get(job, "kills") < kills:
+        is_new = False
         line, killed = command(job, work, f"{job}-killed", dense)
         shutil.rmtree(work / f"{job}-killed", ignore_errors=True)
-        (work / f"{job}-killed.pt").unlink(missing_ok=True)
+        for old in work.glob(f"{job}-killed*.pt"):
+            old.unlink()
         while True:
             process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
             try:
-                code = process.wait(dice.uniform(0.2, 1.0) * seconds if done < kills else None)
+                code = process.wait(dice.uniform(0.2, 1.0) * seconds if tally.get(job, "kills") < kills else None)
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-                done += 1
+                tally.add(job, "kills")
                 continue
-            if code:
+            # Killed after its last file was written, a training has nothing left to resume, and refuses to do it again.
+            was_over = job == "train" and killed.exists() and not (work / f"{job}-killed.checkpoint.pt").exists()
+            if code and not was_over:
                 print(f"{job}: exit code {code} of {' '.join(line)}")
-                return done, compared, False
+                return False
             break
-        compared += 1
+        tally.add(job, "compared")
         if not is_same(whole, killed):
             print(f"{job}: {killed} differs from {whole}")
-            return done, compared, False
-    return done, compared, True
+            return False
+    return True
 
 
 def main() -> int:
@@ -85,17 +112,17 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="per job")
     parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS)
     parser.add_argument("--work", type=Path, default=Path("kills"))
-    parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    dense, dice, held = given.work / "dense.pt", random.Random(given.seed), True
+    dense, tally, held = given.work / "dense.pt", Tally(given.work / "kills.json"), True
     if not dense.exists():
         subprocess.run(
             [sys.executable, "-m", "dpm_cli", "train", "-r", "digits", "-o", str(dense), "--quiet"], check=True
         )
     for job in given.jobs:
-        done, compared, is_equal = run_killed(job, given.kills, given.work, dense, dice)
-        print(f"{job}: {done} kills, {compared} finished runs compared, {'equal' if is_equal else 'NOT equal'}")
+        is_equal = run_killed(job, given.kills, given.work, dense, tally)
+        kills, compared = tally.get(job, "kills"), tally.get(job, "compared")
+        print(f"{job}: {kills} kills, {compared} finished runs compared, {'equal' if is_equal else 'NOT equal'}")
         held &= is_equal
     return 0 if held else 1
 
