@@ -5,6 +5,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+from collections import Counter
 
 import pytest
 import torch
@@ -13,6 +14,18 @@ from hypothesis import settings
 torch.set_num_threads(1)  # tiny nets run many times slower on two threads than on one
 settings.register_profile("busy", deadline=None)  # a busy machine is no reason to fail
 settings.load_profile("busy")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest leaves out what is thorough
+def pytest_collection_modifyitems(items):
+    """Of a test marked `every(n)` the default run takes each n-th case; the others are `thorough`."""
+    seen = Counter()
+    for item in items:
+        if every := item.get_closest_marker("every"):
+            test = item.nodeid.partition("[")[0]
+            if seen[test] % every.args[0]:
+                item.add_marker("thorough")
+            seen[test] += 1
 
 
 @pytest.fixture

@@ -208,6 +208,7 @@ def test_overwriting_run_that_cannot_begin_costs_no_checkpoint(model, whole, tmp
     assert_same_bits(load(tmp_path / "slim.pt").state_dict(), whole)
 
 
+@pytest.mark.thorough
 def test_overwriting_run_is_not_mixed_with_the_earlier_one(model, tmp_path):
     with pytest.raises(Interrupted):
         dpm_cli.prune(model, recipe(), output=tmp_path, should_stop=lambda: True)
@@ -261,6 +262,7 @@ def test_folder_that_becomes_unwritable(model, whole, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["step", "measure"])
+@pytest.mark.thorough
 def test_folder_that_vanishes(model, tmp_path, name):
     out = tmp_path / "out"
 
@@ -299,6 +301,7 @@ def damage(photos, *names):
 
 
 @pytest.mark.parametrize("memory_limit", [2**31, 1])
+@pytest.mark.thorough
 def test_corrupt_images_are_named_counted_and_left_out_up_to_a_limit(model, photos, tmp_path, memory_limit):
     damage(photos, "train/3/4.png", "test/5/1.png")
     settings = folder_recipe(photos, max_corrupt=2, memory_limit=memory_limit, workers=0, validation=0)
@@ -412,6 +415,7 @@ def test_worker_killed_while_a_checkpoint_is_written_is_told_as_such(model, tmp_
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+@pytest.mark.thorough
 def test_ctrl_c_does_not_reach_the_decoding_processes(model, photos, tmp_path):
     settings, stopping = folder_recipe(photos, memory_limit=1, workers=1), []
 
@@ -494,6 +498,7 @@ def test_out_of_memory_with_one_image_suggests_something_else(tmp_path, monkeypa
     assert not list(tmp_path.glob("*.pt"))
 
 
+@pytest.mark.thorough
 def test_clock_that_jumps_changes_nothing(model, whole, tmp_path, monkeypatch):
     jumps = np.random.default_rng(0)
     monkeypatch.setattr(time, "time", lambda: float(jumps.integers(-(10**9), 10**10)))
@@ -513,6 +518,7 @@ def test_only_monotonic_clocks_are_asked():
         assert not [clock for clock in clocks if clock in text], path
 
 
+@pytest.mark.thorough
 def test_damaged_report_does_not_pass_for_a_finished_run(model, tmp_path):
     dpm_cli.prune(model, recipe(), output=tmp_path)
     whole_report = (tmp_path / "report.json").read_text()

@@ -203,6 +203,7 @@ SCRAPS = st.sampled_from(
 
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(text=st.one_of(st.binary(max_size=60), st.lists(SCRAPS, max_size=25).map(lambda parts: "".join(parts).encode())))
+@pytest.mark.thorough
 def test_random_bytes_are_no_recipe(tmp_path: Path, text: bytes) -> None:
     path = tmp_path / "recipe.yaml"
     path.write_bytes(text)
@@ -302,6 +303,7 @@ MODELS: dict[str, Callable[[], bytes]] = {
 
 
 @pytest.mark.parametrize("name", MODELS)
+@pytest.mark.every(2)
 def test_hostile_model(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     for suffix in (".pt", ".safetensors"):
         (tmp_path / f"model{suffix}").write_bytes(MODELS[name]())
@@ -347,6 +349,7 @@ SLIMS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", SLIMS)
+@pytest.mark.every(2)
 def test_hostile_slim_file(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     torch.save(torch.load(originals / "slim.pt", weights_only=True) | SLIMS[name], tmp_path / "slim.pt")
     assert_refused(capsys, "export", "slim.pt", "-o", "there")
@@ -425,6 +428,7 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any]], bytes]] = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.every(3)
 def test_hostile_checkpoint(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     state = torch.load(io.BytesIO((originals / "checkpoint.pt").read_bytes()[len(MAGIC) + 32 :]), weights_only=True)
     (tmp_path / "out").mkdir()

@@ -64,6 +64,7 @@ def test_trusted_code_runs(named: str) -> None:
     assert Path("imported").exists()
 
 
+@pytest.mark.thorough
 def test_typing_the_name_is_consent_for_that_name_alone(named: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["inspect", "model.pt", "-r", "recipe.yaml"]) == 2
     assert main(["inspect", "model.pt", "-r", "recipe.yaml", "--set", "prune.rounds=2"]) == 2

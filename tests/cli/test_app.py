@@ -272,6 +272,7 @@ def test_short_help_is_help(dpm: Any) -> None:
     assert dpm("prune", "-h") == dpm("prune", "--help")
 
 
+@pytest.mark.thorough
 def test_the_shell_completes_commands_and_recipes() -> None:
     code = "from dpm_cli.cli.app import main; main([])"
     for words, offered in (("dpm insp", "inspect"), ("dpm prune --recipe cif", "cifar10")):

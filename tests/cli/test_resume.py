@@ -38,6 +38,7 @@ def stopped(tmp_path: Path, dpm: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.mark.parametrize("arguments", [["--recipe", "mine.yaml"], []], ids=["recipe", "nothing"])
+@pytest.mark.thorough
 def test_settings_need_not_be_given_again(stopped: Path, dpm: Any, arguments: list[str]) -> None:
     ended = dpm("prune", "model.pt", *arguments, "-o", "out", "--resume", "--json")
     assert ended.code == 0, ended.err

@@ -28,6 +28,7 @@ def test_closed_standard_output_is_no_error() -> None:
     assert (ended.returncode, ended.stderr) == (0, "")
 
 
+@pytest.mark.thorough
 def test_closed_error_stream_does_not_keep_anything_from_running() -> None:
     ended = shell(f"{DPM} recipes 2>&-")
     assert ended.returncode == 0

@@ -58,6 +58,7 @@ def test_steps_of_all_stages_are_on_one_axis(folder: Path) -> None:
     assert history.steps == 80
 
 
+@pytest.mark.thorough
 def test_every_chart_is_drawn_and_told_in_words(folder: Path) -> None:
     drawn = charts(folder)
     assert [chart.title for chart in drawn] == CHARTS
@@ -68,6 +69,7 @@ def test_every_chart_is_drawn_and_told_in_words(folder: Path) -> None:
         assert len(shapes) > 5
 
 
+@pytest.mark.thorough
 def test_charts_take_all_colours_from_the_page_and_share_no_names(folder: Path) -> None:
     drawn = charts(folder)
     for chart in drawn:
@@ -79,6 +81,7 @@ def test_charts_take_all_colours_from_the_page_and_share_no_names(folder: Path) 
         assert set(re.findall(r'(?:href="#|url\(#)([^")]+)', chart.svg)) <= set(ids)
 
 
+@pytest.mark.thorough
 def test_the_page_holds_everything_and_asks_nobody(folder: Path) -> None:
     page = write_page(folder).read_text(encoding="utf-8")
     for said in (*CHARTS, "125.7 M", "something to know", "output of the model", "seed: 0", PICTURE, "dog &amp; cat"):

@@ -133,6 +133,7 @@ def test_the_recipe_of_the_readme_can_be_read(tmp_path: Path) -> None:
     assert load_recipe(tmp_path / "mine.yaml").prune.target.macs == 0.5
 
 
+@pytest.mark.thorough
 def test_the_loop_of_your_own_in_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
     from torchvision.models import resnet18

@@ -27,6 +27,7 @@ def plain_loop(monkeypatch):
     return module
 
 
+@pytest.mark.thorough
 def test_the_example_runs_as_it_is(plain_loop, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(plain_loop, "mkdtemp", lambda prefix: str(tmp_path))
     monkeypatch.setattr(plain_loop, "EPOCHS", (1, 4))
@@ -35,7 +36,8 @@ def test_the_example_runs_as_it_is(plain_loop, capsys, monkeypatch, tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {"slim.pt", "model.onnx", "model.json"}
 
 
-@pytest.mark.parametrize("base", ["depgraph", pytest.param("otov2", marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("base", ["depgraph", "otov2"])
 def test_the_plain_loop_and_dpm_prune_end_with_the_same_bits(plain_loop, base, tmp_path):
     recipe = parse_recipe(
         {

@@ -92,6 +92,7 @@ def test_nothing_is_printed(
     ("format", "module"),
     [("torchscript", Branching()), ("torchscript", Drawing()), ("torchscript", FixedBatch()), ("onnx", Drawing())],
 )
+@pytest.mark.thorough
 def test_file_that_computes_something_else_is_refused(
     format: Format, module: nn.Module, image: Tensor, tmp_path: Path
 ) -> None:
@@ -104,6 +105,7 @@ def test_file_that_computes_something_else_is_refused(
 
 
 @pytest.mark.parametrize("format", ["onnx", "pt2"])
+@pytest.mark.thorough
 def test_model_that_cannot_be_exported_is_refused_quietly(
     format: Format, image: Tensor, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -138,6 +140,7 @@ def test_tolerance_is_relative_to_the_largest_output(
 
 
 @pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.every(2)
 def test_every_output_is_compared(format: Format, image: Tensor, tmp_path: Path) -> None:
     tolerance = 1e-3 if format == "onnx-fp16" else 1e-6
     for module in (TwoOutputs(), ByName()):

@@ -99,6 +99,7 @@ def body_outputs(net, batches):
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize(("settings", "place"), PLACES)
 @pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.every(3)
 def test_folding_never_increases_the_error_of_the_layers_that_read(settings, place, padding, count):
     net = make(padding=padding, **settings)
     alive = victims_of(find_groups(net, EXAMPLE), "stem", count)
@@ -131,6 +132,7 @@ def test_measuring_changes_nothing_and_leaves_no_hook():
     assert all(torch.equal(tensor, before[name]) for name, tensor in net.state_dict().items())
 
 
+@pytest.mark.thorough
 def test_every_reader_of_a_residual_stream_takes_its_share():
     torch.manual_seed(0)
     net = build("resnet20", classes=10, shape=(3, 8, 8))

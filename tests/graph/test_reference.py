@@ -48,6 +48,7 @@ def matching(groups: Groups, model: nn.Module, reference) -> slice:
 
 
 @pytest.mark.parametrize(("arch", "size", "count", "units"), ARCHITECTURES)
+@pytest.mark.thorough
 def test_groups_units_and_importances_are_those_of_torch_pruning(arch, size, count, units):
     model, example, classifier = make(arch, size)
     groups = find_groups(model, example)
@@ -66,6 +67,7 @@ def test_groups_units_and_importances_are_those_of_torch_pruning(arch, size, cou
 
 @pytest.mark.parametrize(("arch", "size", "count", "units"), ARCHITECTURES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=["contiguous", "channels_last"])
+@pytest.mark.thorough
 def test_penalty_is_the_sparse_learning_gradient_of_torch_pruning(arch, size, count, units, layout):
     model, example, classifier = make(arch, size)
     model.to(memory_format=layout)

@@ -27,10 +27,12 @@ def prune_half(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
+@pytest.mark.every(3)
 def test_half_of_every_group_is_removed_exactly(name):
     prune_half(name, torch.float64)
 
 
 @pytest.mark.parametrize("name", ["ResidualChain", "ConcatOfConcat", "SqueezeAndExcitation", "NonLocal"])
+@pytest.mark.thorough
 def test_half_of_every_group_is_removed_exactly_in_single_precision(name):
     prune_half(name, torch.float32)

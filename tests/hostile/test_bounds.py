@@ -30,6 +30,7 @@ def test_slim_file_that_names_a_huge_architecture(
     assert attack_slim(attacker, originals, tmp_path, **changes).code == 2
 
 
+@pytest.mark.thorough
 def test_slim_file_that_names_every_tensor_of_a_huge_architecture(
     attacker: Attacker, originals: Path, tmp_path: Path
 ) -> None:

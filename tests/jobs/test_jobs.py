@@ -109,6 +109,7 @@ def test_report_and_files_of_a_run_agree(finished, dense):
 FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "metrics": "metrics.jsonl"}
 
 
+@pytest.mark.thorough
 def test_events_are_told_in_order(dense_file, tmp_path):
     told = []
     dpm_cli.prune(dense_file, recipe(), output=tmp_path, on_event=lambda event: told.append(event.kind))
@@ -232,6 +233,7 @@ def poisoned(model):
     return model
 
 
+@pytest.mark.thorough
 def test_denormals_are_flushed_during_a_run_only(dense_file, tmp_path):
     tiny, during = torch.tensor([1e-39]), []
     dpm_cli.prune(dense_file, recipe(), output=tmp_path, on_event=lambda event: during.append((tiny * 1).item()))
@@ -259,6 +261,7 @@ def test_finished_run_resumed_returns_its_report(finished, dense_file):
         dpm_cli.prune(dense_file, recipe(export=["torchscript"]), output=folder)
 
 
+@pytest.mark.thorough
 def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
     accuracies = itertools.chain([90.0], itertools.repeat(0.0))  # the dense model is measured first
     monkeypatch.setattr("dpm_cli.engine.setup.Setup.validate", lambda setup, model: next(accuracies))
@@ -297,6 +300,7 @@ def test_unfinished_run_is_resumed_or_replaced_but_never_by_accident(dense_file,
     assert_same_bits(load(folder / "slim.pt").state_dict(), load(whole / "slim.pt").state_dict())
 
 
+@pytest.mark.thorough
 def test_run_killed_between_the_two_renames_of_a_checkpoint_is_unfinished(dense_file, tmp_path):
     interrupt(dense_file, tmp_path, 2)
     (tmp_path / "checkpoint.pt").rename(tmp_path / "checkpoint.previous.pt")
@@ -330,6 +334,7 @@ def test_overwriting_removes_both_checkpoints_and_what_a_kill_left_behind(dense_
 
 
 @pytest.mark.parametrize("settings", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.thorough
 def test_a_second_run_into_the_same_folder_is_refused_and_harms_nothing(finished, dense_file, tmp_path, settings):
     refusals = []
 
@@ -538,6 +543,7 @@ def without_labels(photos):
     return recipe(data=data, train={"epochs": 0}, export=["onnx"])
 
 
+@pytest.mark.thorough
 def test_a_model_is_pruned_without_labels_and_without_training(tmp_path, dense, photos, monkeypatch):
     monkeypatch.setenv("DPM_CACHE", str(tmp_path / "cache"))
     report = dpm_cli.prune(dense, without_labels(photos), output=tmp_path / "out")

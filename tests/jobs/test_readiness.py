@@ -49,6 +49,7 @@ def begins(model: torch.nn.Module, values: dict[str, Any], folder: Path) -> str 
 
 
 @pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.thorough
 def test_what_stops_a_run_is_found_and_said_in_the_same_words(
     dense: torch.nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
@@ -61,6 +62,7 @@ def test_what_stops_a_run_is_found_and_said_in_the_same_words(
     assert plan.to_dict()["problems"] == list(plan.problems)
 
 
+@pytest.mark.thorough
 def test_what_is_called_possible_begins(dense: torch.nn.Module, tmp_path: Path) -> None:
     plan = dpm_cli.inspect(dense, recipe())
     assert (plan.problems, plan.exit_code) == ((), 0)

@@ -136,6 +136,7 @@ def interrupt(path, after, settings=None, **more):
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("stops", [[1], [4], [PER_EPOCH, PER_EPOCH], [2, 1, 4], [1] * (STEPS - 1)])
+@pytest.mark.every(3)
 def test_stopped_training_ends_with_the_bits_of_an_uninterrupted_one(tmp_path, whole, variant, stops):
     """At the first step, within an epoch, at the ends of epochs, after every single step."""
     path, settings, events = tmp_path / "model.pt", settings_of(variant), []
@@ -163,6 +164,7 @@ def test_seconds_are_those_of_all_sessions(tmp_path):
     assert 1000 < dpm_cli.train(settings_of(), output=path, resume=True).seconds < 1100
 
 
+@pytest.mark.thorough
 def test_training_from_a_file_is_resumed_too(tmp_path, whole):
     start, _, _ = whole("adamw")
     for name, stops in (("whole", []), ("stopped", [4])):
@@ -346,6 +348,7 @@ def test_overwriting_training_that_cannot_begin_costs_no_checkpoint(tmp_path, wh
     assert_same_bits(weights_of(path), weights_of(whole()[0]))
 
 
+@pytest.mark.thorough
 def test_two_files_of_one_folder_can_be_trained_at_once(tmp_path, whole):
     started = []
 

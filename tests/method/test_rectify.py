@@ -161,6 +161,7 @@ class SlowUnit:
     hits=st.integers(1, 3),
     limit=st.integers(0, 1),
 )
+@pytest.mark.thorough
 def test_release_rule_is_that_of_a_slow_reference(seed, steps, **rule):
     # A rate "norm_relative" is tiny and one "norm_per_decay" is large: both still cross some of these thresholds.
     generator = torch.Generator().manual_seed(seed)

@@ -124,6 +124,7 @@ def test_rebuilt_module_keeps_ties_dtype_layout_and_what_is_frozen(tmp_path: Pat
 
 @settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(widths=st.lists(st.integers(1, 8), min_size=4, max_size=4), seed=st.integers(0, 2**31))
+@pytest.mark.thorough
 def test_any_widths_survive_the_round_trip(tmp_path: Path, widths: list[int], seed: int) -> None:
     def make(a: int, b: int, c: int, d: int) -> nn.Module:
         return nn.Sequential(

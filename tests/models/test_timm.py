@@ -52,6 +52,7 @@ def prune_to_half_(model: nn.Module, images: torch.Tensor) -> tuple[Groups, np.n
 
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.every(2)
 def test_a_family_is_pruned_to_half_trains_and_reloads(name: str, tmp_path: Path) -> None:
     shape = (3, 224, 224) if name == "pit_ti_224" else SHAPE
     images = IMAGES if shape == SHAPE else torch.randn(2, *shape)

@@ -37,6 +37,7 @@ def test_a_run_keeps_what_changes_outputs_and_delivers(tmp_path, splits):
 
 
 @pytest.mark.usefixtures("_blind")
+@pytest.mark.thorough
 def test_a_run_whose_target_needs_what_has_to_stay_delivers_and_says_so(tmp_path, splits):
     recipe = make_recipe("prune.target.macs=0.08", "prune.min_keep=0.1")
     with pytest.raises(TargetError, match=r"is not met, because layers had to stay whole: .* is left; the files hold"):
@@ -45,6 +46,7 @@ def test_a_run_whose_target_needs_what_has_to_stay_delivers_and_says_so(tmp_path
     assert (tmp_path / "report.json").exists()
 
 
+@pytest.mark.thorough
 def test_before_training_it_is_found_by_the_rehearsal(tmp_path, splits):
     _, events, report = go(tmp_path, make_recipe("prune.target.macs=0.7"), splits, model=Counting().eval())
     assert "inner" in {kept.layer for kept in report.kept}

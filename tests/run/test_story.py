@@ -138,6 +138,7 @@ def timeless(events):
 # ------------------------------------------------------------------------------------------------- a run to its end
 
 
+@pytest.mark.thorough
 def test_events_come_in_order_and_the_report_agrees_with_the_files(tmp_path, splits):
     _, events, report = go(tmp_path, make_recipe(), splits)
     named = [event.kind for event in events if event.kind not in ("step", "checkpoint", "units", "mistake")]
@@ -233,6 +234,7 @@ def test_unit_that_was_released_rests_until_its_round_is_over(tmp_path, splits):
 
 
 @pytest.mark.parametrize("base", ["depgraph", "otov2", "gate-decorator"])
+@pytest.mark.thorough
 def test_penalties_and_hooks_are_over_when_the_target_is_met(tmp_path, splits, monkeypatch, base):
     """And fine-tuning sees none of them, nor a gate."""
     recipe = make_recipe(f"prune.base={base}", "prune.otov2.strength=3", "decay.steps=1")
@@ -346,6 +348,7 @@ def test_a_layer_without_a_place_for_means_gets_a_bias(tmp_path, splits):
     assert report.notes == []
 
 
+@pytest.mark.thorough
 def test_one_step_pruning_folds_at_every_round(tmp_path, splits):
     changes = ["decay.steps=1", "finetune.epochs=0"]
     runs = []
@@ -458,6 +461,7 @@ def plain_pruning(model, recipe, splits, starts):
 
 
 @pytest.mark.parametrize("seed", [0, 1])
+@pytest.mark.thorough
 def test_one_step_without_rectifying_is_the_base_pruner_bit_for_bit(tmp_path, splits, seed):
     recipe = make_recipe(
         "decay.steps=1", "prune.rounds=3", "prune.start=0.2", "finetune.epochs=0", "recalibrate_batches=0",
@@ -541,6 +545,7 @@ def resume_to_the_end(folder, recipe, splits, should_stop):
 
 
 @pytest.mark.parametrize("variant", often(VARIANTS, "plain", "rectify", "gate-decorator"))
+@pytest.mark.every(2)
 def test_stopped_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path, splits, whole, variant):
     recipe = make_recipe(*VARIANTS[variant])
     stops = np.random.default_rng(len(variant)).integers(1, 7, 100).tolist()  # steps between interruptions
@@ -559,6 +564,7 @@ def test_stopping_after_every_single_step_changes_nothing(tmp_path, splits, whol
     assert timeless(metrics(tmp_path)) == timeless(metrics(whole(variant)))
 
 
+@pytest.mark.thorough
 def test_the_variants_above_visit_what_is_hard_to_resume(whole):
     """Or the tests above would say little: removals in the middle of a long round, decays across stages, releases."""
     events = metrics(whole("otov2"))
@@ -601,6 +607,7 @@ def test_resuming_before_the_first_checkpoint_says_so_and_starts_anew(tmp_path, 
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
 
 
+@pytest.mark.thorough
 def test_damaged_checkpoint_is_passed_over_and_noted(tmp_path, splits, whole):
     with pytest.raises(Interrupted):
         go(tmp_path, make_recipe(), splits, should_stop=stop_after(13))
@@ -668,6 +675,7 @@ def test_resume_with_other_data_is_refused(tmp_path, splits, monkeypatch, change
     assert (tmp_path / "checkpoint.pt").read_bytes() == before
 
 
+@pytest.mark.thorough
 def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatch):
     def fail(*args, **settings):
         raise RunError("model.onnx was not written: an operator is not supported")
@@ -747,6 +755,7 @@ def test_floor_that_holds_changes_no_bit(tmp_path, splits, whole):
     assert (floor.max_drop, floor.limit, floor.is_broken, floor.text) == (100, floor.dense - 100, False, None)
 
 
+@pytest.mark.thorough
 def test_last_round_that_breaks_the_floor_is_taken_back(tmp_path, splits, whole, accuracy):
     first, _ = units_after_rounds(whole("plain"))
     accuracy(lambda run: run.subject.pruning.groups.units >= first)
@@ -797,6 +806,7 @@ def test_training_that_never_holds_leaves_the_model_as_it_was(tmp_path, splits, 
     assert_same_bits(tensors_of(tmp_path), make_net().state_dict())
 
 
+@pytest.mark.thorough
 def test_fine_tuning_that_breaks_the_floor_is_taken_back_and_the_target_is_met(tmp_path, splits, whole, accuracy):
     accuracy(lambda run: run.course.stage == 0)
     _, _, report = go(tmp_path, make_recipe(*FLOOR), splits)
@@ -811,6 +821,7 @@ def test_fine_tuning_that_breaks_the_floor_is_taken_back_and_the_target_is_met(t
 
 @pytest.mark.parametrize("epochs", [0, 1])
 @pytest.mark.parametrize("variant", ["otov2", "gate-decorator", "fixed ticks"])
+@pytest.mark.thorough
 def test_going_back_prunes_no_more_and_leaves_a_plain_model(tmp_path, splits, accuracy, variant, epochs):
     accuracy(lambda run: run.subject.pruning.groups.units == 20)
     recipe = make_recipe(*VARIANTS[variant], *FLOOR, f"finetune.epochs={epochs}")
@@ -823,6 +834,7 @@ def test_going_back_prunes_no_more_and_leaves_a_plain_model(tmp_path, splits, ac
 
 
 @pytest.mark.parametrize("variant", often(["plain", "rectify", "otov2", "gate-decorator"], "plain"))
+@pytest.mark.every(2)
 def test_stopped_run_breaks_its_floor_with_the_same_bits(tmp_path, splits, whole, accuracy, variant):
     recipe = make_recipe(*VARIANTS[variant], *FLOOR)
     first, *_ = units_after_rounds(whole(variant))

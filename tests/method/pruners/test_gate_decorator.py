@@ -245,6 +245,7 @@ def test_rounds_follow_the_ticks():
     assert (rounds.starts, rounds.end) == ((30, 40), 50)
 
 
+@pytest.mark.thorough
 def test_target_that_fixed_ticks_miss_is_met_by_one_more_round(tmp_path, splits):
     recipe = make_recipe("prune.gates.fraction=0.05", "decay.steps=3")
     run, events, report = go(tmp_path, recipe, splits)
@@ -254,6 +255,7 @@ def test_target_that_fixed_ticks_miss_is_met_by_one_more_round(tmp_path, splits)
     assert any("gate-decorator marked too few" in note for note in report.notes)
 
 
+@pytest.mark.thorough
 def test_ticks_end_when_the_target_is_met(tmp_path, splits):
     recipe = make_recipe("prune.gates.fraction=0.2", "prune.rounds=20", "train.epochs=1")
     run, events, report = go(tmp_path, recipe, splits)
@@ -348,6 +350,7 @@ def plain_ticks_and_tocks(recipe, splits):
 @pytest.mark.parametrize("training", [
     ["train.momentum=0"], ["train.momentum=0.9", "prune.rounds=3"], ["train.optimizer=adamw", "train.lr=0.01"],
 ])  # fmt: skip
+@pytest.mark.thorough
 def test_one_step_without_rectifying_is_gate_decorator(tmp_path, splits, training):
     recipe = make_recipe("train.epochs=1", "prune.gates.tick_epochs=2", "prune.gates.strength=0.01", *training)
     run, events, _ = go(tmp_path, recipe, splits)

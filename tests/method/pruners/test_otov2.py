@@ -398,6 +398,7 @@ def zero_(parameters, dead):
     (["train.optimizer=adam", "train.lr=0.01"], 10.0, False),
     (["train.optimizer=adamw", "train.lr=0.01", "train.weight_decay=0.1"], 1.0, True),
 ])  # fmt: skip
+@pytest.mark.every(2)
 def test_one_step_without_rectifying_is_dhspg(tmp_path, splits, training, strength, topped_up):
     recipe = make_recipe(*training, f"prune.otov2.strength={strength}", "prune.end=0.7")
     run, _, report = go(tmp_path, recipe, splits)
