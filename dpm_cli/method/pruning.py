@@ -229,6 +229,7 @@ class Pruning:
         released = int(self.decay.released.sum())
         self.in_round = False
         self.released += released
+        self.base.unmark_(self.decay.released)
         return replace(self.remove_dead(example), released=released)
 
     @property

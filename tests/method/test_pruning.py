@@ -189,6 +189,15 @@ def test_everything_released_still_ends_with_the_target_met():
     assert pruning.released == sum(one.chosen for one in rounds[:3])
 
 
+def test_the_base_hears_which_units_a_round_released(monkeypatch):
+    heard = []
+    monkeypatch.setattr(DepGraph, "unmark_", lambda self, released: heard.append(int(released.sum())))
+    _, learner, pruning = make(rectify=RELEASE_ALL)
+    happened = run(learner, pruning, 20)
+    assert heard == [removal.released for removal in happened if isinstance(removal, Removal)]
+    assert heard[0] > 0
+
+
 def test_topping_up_takes_released_units_when_no_others_suffice():
     _, learner, pruning = make(starts=(0,), kind="channels", amount=4.0, rectify=RELEASE_ALL)
     happened = run(learner, pruning, 8)

@@ -92,8 +92,11 @@ class BasePruner:
         """
 
     def marked(self) -> Tensor:
-        """Return (units,) which units may be chosen now, for paces "ticks" and "steps". Marks are never withdrawn."""
+        """Return (units,) which units may be chosen now, for paces "ticks" and "steps"."""
         raise NotImplementedError
+
+    def unmark_(self, released: Tensor) -> None:
+        """Withdraw the marks of units that a round released. Called at its end. released: (units,)."""
 
     def scores(self) -> Scores:
         """Score (units,): low is redundant. Called only at rounds; may wait for the device."""

@@ -205,6 +205,10 @@ class GateDecorator(BasePruner):
         self.marks |= torch.from_numpy(below).to(self.marks.device)
         return self.marks
 
+    def unmark_(self, released: Tensor) -> None:
+        """Let the next tick judge released units anew. The reference, which releases none, never withdraws a mark."""
+        self.marks = self.marks & ~released
+
     def scores(self) -> Scores:
         return self.sums.double().cpu().numpy()
 

@@ -215,6 +215,16 @@ def test_marked_units_stay_marked():
     assert base.marked()[first].all()
 
 
+def test_a_released_unit_is_judged_anew():
+    model, base = prepared(fraction=0.1)
+    first = base.marked().clone()
+    base.unmark_(first)
+    assert base.marked()[first].all()  # it still scores below the threshold
+    base.unmark_(first)
+    base.sums = torch.where(first, 1e9, base.sums)
+    assert not base.marked()[first].any()
+
+
 # ------------------------------------------------------------------------------------------------------------ rounds
 
 
