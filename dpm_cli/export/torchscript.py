@@ -52,21 +52,26 @@ def read(path: Path) -> ExportedModel:
         raise ModelFileError(f"{path} is a damaged TorchScript file ({one_line(error, root_cause=True)})") from None
 
     def outputs(images: Tensor) -> list[Tensor]:
-        try:
-            with torch.no_grad():
-                return output_tensors(loaded(images.cpu()))
-        except RuntimeError as error:
-            raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {_last_line(error)}") from error
+        with _explaining(path, images), torch.no_grad():
+            return output_tensors(loaded(images.cpu()))
 
     def cost(shape: Shape) -> tuple[int | None, int]:
-        return count_macs(loaded, torch.zeros(1, *shape)), count_parameters(loaded)
+        image = torch.zeros(1, *shape)
+        with _explaining(path, image):
+            return count_macs(loaded, image), count_parameters(loaded)
 
     return ExportedModel("torchscript", path, metadata, shape, outputs, cost)
 
 
-def _last_line(error: RuntimeError) -> str:
-    """Return the reason, which TorchScript puts last, behind its own traceback."""
-    return str(error).strip().splitlines()[-1].strip()[:200]
+@contextmanager
+def _explaining(path: Path, images: Tensor) -> Iterator[None]:
+    """Turn what the code in a file raises into one line: it may raise anything, also by its own `raise`."""
+    try:
+        yield
+    except Exception as error:
+        # TorchScript puts the reason last, behind its own traceback.
+        reason = next(reversed(str(error).strip().splitlines()), type(error).__name__).strip()[:200]
+        raise RunError(f"{path} fails on images of shape {tuple(images.shape)}: {reason}") from error
 
 
 @contextmanager

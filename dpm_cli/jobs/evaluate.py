@@ -1,6 +1,7 @@
 """`dpm evaluate`: measure accuracy, cost, size and latency of a file."""
 
 import copy
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,7 +92,11 @@ def _score_weights(path: Path, loaded: Loaded, recipe: Recipe, splits: Splits, d
 
 
 def _combine(path: Path, kind: str, size: int, score: Score | None, splits: Splits) -> Evaluated:
-    """Call after scoring, which finds the unreadable images of streamed data."""
+    """Call after scoring, which finds the unreadable images of streamed data. Raises ModelFileError for NaN."""
+    if score and not math.isfinite(score.loss):
+        raise ModelFileError(
+            f"{path} gives logits that are NaN or infinite: it is damaged, or was trained until it broke"
+        )
     return Evaluated(
         file=str(path),
         kind=kind,

@@ -111,6 +111,10 @@ def _run(run: Callable[[Tensor], object], images: Tensor, metadata: Metadata, pa
             f"{path} gives outputs {list(logits.shape)} for {len(images)} pictures, but its metadata say "
             f"{metadata.classes} classes: export it again"
         )
+    if not bool(logits.isfinite().all()):
+        raise ModelFileError(
+            f"{path} gives outputs that are NaN or infinite: it is damaged, or was trained until it broke"
+        )
     return logits.softmax(1)
 
 

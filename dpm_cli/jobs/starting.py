@@ -21,6 +21,7 @@ from dpm_cli.models.outputs import compare, find_failure, sample_images
 from dpm_cli.models.pretrained import load_pretrained, split_published
 from dpm_cli.models.slim import TOLERANCE
 from dpm_cli.models.structure import named_tensors
+from dpm_cli.models.weights import find_negative_variance
 from dpm_cli.recipe import Recipe
 from dpm_cli.tasks.classification import main_output
 
@@ -85,6 +86,8 @@ def _require_usable(module: nn.Module, recipe: Recipe) -> None:
     spec = recipe.model
     if not all_finite(module.state_dict().values()):
         raise UsageError("the model holds weights that are NaN or infinite: it cannot be pruned")
+    if name := find_negative_variance(module):
+        raise UsageError(f"the model holds variances below zero in {name}: it cannot be pruned")
     try:
         with torch.no_grad():
             logits = main_output(module(sample_images(module, spec.input)))

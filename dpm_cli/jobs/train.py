@@ -51,6 +51,7 @@ from dpm_cli.results import Trained
 from dpm_cli.run.course import Course, CourseHooks
 from dpm_cli.run.journal import Journal
 from dpm_cli.run.resume import Origin
+from dpm_cli.tasks.classification import is_at_chance
 
 
 @alone_in_process()
@@ -137,6 +138,11 @@ class _Training:
             yield from course.advance()
         yield PhaseBegan("measure", "measuring the accuracy on the test images")
         trained = self._finish(started)
+        if is_at_chance(trained.accuracy, images=len(setup.splits.test), classes=self.recipe.model.classes):
+            lr = (self.recipe.dense or self.recipe.train).lr
+            yield Note(
+                f"the model guesses: {trained.accuracy:.2f} % on the test images; lower lr ({lr:g}) or train longer"
+            )
         yield from course.tell_corrupt()  # streamed test images are read only now
         for note in course.notes:
             yield Note(note)

@@ -15,7 +15,7 @@ from dpm_cli.models.sketch import sketch
 from dpm_cli.models.slim import TOLERANCE, rebuild
 from dpm_cli.models.slim_content import Content, is_slim, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
-from dpm_cli.models.weights import find_weights, load_weights_, require_finite, require_fit, require_tensors
+from dpm_cli.models.weights import find_weights, load_weights_, require_fit, require_sound, require_tensors
 from dpm_cli.models.zoo import auxiliary_heads, build
 
 
@@ -92,7 +92,7 @@ def _adopt(pickled: nn.Module, module: nn.Module, path: Path, arch: str, shape: 
 
 def _require_usable(module: nn.Module, path: Path, arch: str, shape: Shape, classes: int) -> None:
     """Check for finite weights and run one image. Leaves the module in eval mode."""
-    require_finite(module, path)
+    require_sound(module, path)
     module.eval()
     if failure := find_failure(module, shape, classes):
         raise ModelFileError(f"{path} as {arch}: {failure}; check model.input and model.classes")

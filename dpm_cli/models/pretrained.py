@@ -22,7 +22,7 @@ from dpm_cli.models.load import load_model
 from dpm_cli.models.outputs import find_failure
 from dpm_cli.models.read import read_model_file
 from dpm_cli.models.slim_content import is_slim
-from dpm_cli.models.weights import find_weights, load_weights_, require_finite, require_tensors, strip_wrappers
+from dpm_cli.models.weights import find_weights, load_weights_, require_sound, require_tensors, strip_wrappers
 from dpm_cli.models.zoo import auxiliary_heads, build, nearest
 
 SOURCES = ("torchvision", "timm")
@@ -74,7 +74,7 @@ def _fill(
     tensors = {name: tensor for name, tensor in tensors.items() if not (extra and name.startswith(extra))}
     head = find_head(tensors, expected, classes=classes)
     load_weights_(module, tensors | {name: expected[name] for name in head}, Path(weights), arch=arch)
-    require_finite(module, Path(weights))
+    require_sound(module, Path(weights))
     module.eval()
     if failure := find_failure(module, shape, classes):
         raise ModelFileError(f"{weights} as {arch}: {failure}; check model.input and model.classes")

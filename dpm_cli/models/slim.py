@@ -31,7 +31,7 @@ from dpm_cli.models.read import read_model_file
 from dpm_cli.models.sketch import sketch
 from dpm_cli.models.slim_content import FORMAT, VERSION, Content, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
-from dpm_cli.models.weights import require_finite
+from dpm_cli.models.weights import require_sound
 from dpm_cli.models.zoo import build
 from dpm_cli.recipe.code import is_own_code
 
@@ -138,7 +138,7 @@ def rebuild(
         raise ModelFileError(
             f"{path} does not fit {'the given model' if model is not None else arch or content.arch}: {error}"
         ) from None
-    require_finite(dense, path)
+    require_sound(dense, path)
     dense.eval()
     if not trust and (excess := find_excess(dense, content.shape)):
         raise ModelFileError(f"{path}: {excess}; --trust (in Python trust=True) if you trust whoever made it")

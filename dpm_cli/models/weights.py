@@ -53,7 +53,7 @@ def load_weights_(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, 
 def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, arch: str) -> dict[str, Tensor]:
     """Return a dense state dict under the names of `module`, which may be on the meta device.
 
-    Raises ModelFileError that lists the missing, unexpected and misshapen keys.
+    Raises ModelFileError that lists the missing, unexpected and misshapen keys, or names weights that are no fractions.
     """
     expected, counts = module.state_dict(), _counts(module)
     tensors = strip_wrappers(tensors, expected.keys())
@@ -71,6 +71,12 @@ def require_fit(module: nn.Module, tensors: dict[str, Tensor], path: Path, *, ar
     ]
     if problems:
         raise ModelFileError(f"{path} does not fit {arch}: {', '.join(problems)}; check model.arch and model.classes")
+    whole = [name for name in expected if name in tensors and _is_whole(tensors[name], expected[name])]
+    if whole:
+        raise ModelFileError(
+            f"{path} holds {tensors[whole[0]].dtype} where {arch} has weights ({_list_keys(whole)}): a quantized model "
+            "or a mask; give the weights that it was made from"
+        )
     return dict(tensors)  # without the version that a state dict carries, PyTorch fills in missing counts
 
 
@@ -82,12 +88,27 @@ def _counts(module: nn.Module) -> set[str]:
     }
 
 
-def require_finite(module: nn.Module, path: Path) -> None:
-    """Raise ModelFileError that names the first tensor with a NaN or an infinity."""
+def _is_whole(tensor: Tensor, expected: Tensor) -> bool:
+    """Tell whether a tensor holds whole numbers or truth values in place of fractions."""
+    return expected.is_floating_point() and not tensor.is_floating_point()
+
+
+def find_negative_variance(module: nn.Module) -> str | None:
+    """Name a running variance below zero, of which a norm layer would take the root; None if there is none."""
+    for name, tensor in module.named_buffers():
+        if name.rpartition(".")[2] == "running_var" and bool((tensor < 0).any()):
+            return name
+    return None
+
+
+def require_sound(module: nn.Module, path: Path) -> None:
+    """Raise ModelFileError that names the first tensor with a NaN or an infinity, or a negative variance."""
     for name, tensor in module.state_dict().items():
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
             broken = int((~torch.isfinite(tensor)).sum())
             raise ModelFileError(f"{path}: {name} holds {broken} NaN or infinite numbers; load an earlier checkpoint")
+    if negative := find_negative_variance(module):
+        raise ModelFileError(f"{path}: {negative} holds variances below zero; load an earlier checkpoint")
 
 
 def _find_problem(tensor: Tensor) -> str | None:

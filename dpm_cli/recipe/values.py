@@ -87,7 +87,7 @@ Fraction = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[int, Field(ge=1, le=10**12)]
 NonNegative = Annotated[int, Field(ge=0, le=10**12)]
 Side = Annotated[int, Field(ge=1, le=8192)]
-LearningRate = Annotated[float, Field(gt=0, le=100)]
+LearningRate = Annotated[float, Field(gt=0, le=10)]  # beyond, nets end at chance
 ExportFormat = Literal["torchscript", "onnx", "onnx-fp16", "onnx-int8", "pt2", "openvino", "executorch"]
 Amount = Annotated[float, BeforeValidator(parse_amount, json_schema_input_type=float | str)]
 CostKind = Literal["macs", "params", "channels", "size"]

@@ -17,6 +17,7 @@ from dpm_cli.report import FloorReport, KeptLayer, TargetReport, UnitCounts, Wid
 from dpm_cli.run.accuracy_floor import AccuracyFloor
 from dpm_cli.run.subject import Subject
 from dpm_cli.sparse.cut import CutModel
+from dpm_cli.tasks.classification import is_at_chance
 
 
 @dataclass(frozen=True)
@@ -104,6 +105,18 @@ def remark_on_cost(recipe: Recipe, predicted: tuple[int, int], measured: tuple[i
         yield f"MACs are counted by {recipe.counter}; the target is held by flop_counter's"
     elif predicted != measured:
         yield f"predicted cost {predicted} differs from the measured one {measured}"
+
+
+def remark_on_chance(dense: float | None, slim: float | None, splits: Splits, recipe: Recipe) -> Iterator[str]:
+    """Say so if the slim model only guesses, and the dense one does not. dense, slim: test accuracies in percent."""
+    if dense is None or slim is None:
+        return
+    images, classes = len(splits.test), recipe.model.classes
+    if is_at_chance(slim, images=images, classes=classes) and not is_at_chance(dense, images=images, classes=classes):
+        yield (
+            f"the slim model guesses: {slim:.2f} % in {classes} classes, {dense:.2f} % before; lower train.lr "
+            f"({recipe.train.lr:g}) and finetune.lr ({recipe.finetune.lr:g}), or train longer"
+        )
 
 
 def remark_on_data(splits: Splits) -> Iterator[str]:

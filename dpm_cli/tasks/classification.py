@@ -1,5 +1,6 @@
 """Define the training loss: cross-entropy with soft or mixed labels and auxiliary heads, and distillation."""
 
+import math
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -94,3 +95,9 @@ def _heads(outputs: object) -> tuple[Tensor, list[Tensor]]:
         )
     # Only a tensor shaped like the logits can be a head; a feature map is not.
     return heads[0], [head for head in heads[1:] if head.shape == heads[0].shape]
+
+
+def is_at_chance(accuracy: float, *, images: int, classes: int) -> bool:
+    """Tell whether an accuracy in percent is what guessing gives, or less: within two standard deviations."""
+    chance = 1 / classes
+    return accuracy / 100 <= chance + 2 * math.sqrt(chance * (1 - chance) / images)

@@ -10,8 +10,9 @@ from digits_recipe import recipe
 from torch import nn
 
 import dpm_cli
-from dpm_cli.errors import ModelFileError
+from dpm_cli.errors import ModelFileError, RunError
 from dpm_cli.export import torchscript
+from dpm_cli.models import build
 
 
 class Halves(nn.Module):
@@ -42,3 +43,40 @@ def test_onnx_that_cannot_be_loaded_has_the_runtimes_own_reason(tmp_path: Path) 
     with pytest.raises(ModelFileError, match="no ONNX file that can be run") as error:
         dpm_cli.evaluate(tmp_path / "model.onnx", recipe(), latency=False)
     assert "cannot be pruned" not in str(error.value)
+
+
+class Raises(nn.Module):
+    """Raises an error of its own, which TorchScript keeps."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.shape[0] > 0:
+            raise ValueError("boom")
+        return x
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit")
+@pytest.mark.parametrize("labels", [True, False])
+def test_torchscript_that_raises_is_one_line(labels: bool, tmp_path: Path) -> None:
+    """Without labels nothing is scored, and its cost is the first that is asked for."""
+    torch.jit.script(Raises()).save(tmp_path / "model.ts")
+    with pytest.raises(RunError, match=r"model\.ts fails on images of shape \(\d+, 1, 8, 8\): .*boom") as error:
+        dpm_cli.evaluate(tmp_path / "model.ts", recipe(data={"labels": labels}, train={"epochs": 0}), trust=True)
+    assert "\n" not in str(error.value)
+
+
+class Undefined(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.flatten(1)[:, :10] / 0
+
+
+@pytest.mark.parametrize("format", ["torchscript", "weights"])
+def test_logits_that_are_no_numbers_are_not_scored(format: str, tmp_path: Path) -> None:
+    net = build("digits", classes=10, shape=(1, 8, 8)).eval()
+    net.linear.weight.data.fill_(3e38)  # finite, but no sum of them is
+    path = tmp_path / "model.pt"
+    torch.save(net.state_dict(), path)
+    if format == "torchscript":
+        with warnings.catch_warnings(action="ignore"):
+            path.write_bytes(torchscript.serialise(Undefined().eval(), torch.zeros(2, 1, 8, 8), {}))
+    with pytest.raises(ModelFileError, match="gives logits that are NaN or infinite"):
+        dpm_cli.evaluate(path, recipe(), latency=False)

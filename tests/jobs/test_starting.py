@@ -63,3 +63,26 @@ def test_names_of_published_models_hold_their_tag() -> None:
     assert name_published("torchvision:resnet18") == ("torchvision:resnet18", "torchvision:DEFAULT")
     assert name_published("timm:resnet18.a1_in1k") == ("timm:resnet18", "timm:a1_in1k")
     assert name_published("model.pt") is None
+
+
+def test_module_with_negative_variances_is_refused() -> None:
+    module = build("digits", classes=10, shape=(1, 8, 8))
+    module.bn1.running_var[3] = -1.0
+    with pytest.raises(UsageError, match=r"variances below zero in bn1\.running_var"):
+        load_start(module, parse_recipe(recipe()), trust=False)
+
+
+def test_learning_rate_that_no_net_survives_is_refused() -> None:
+    """100 ended with exit code 0 and a net at chance."""
+    with pytest.raises(RecipeError, match=r"train\.lr.*10"):
+        parse_recipe(recipe(train={"lr": 100}))
+
+
+def test_training_that_ends_at_chance_says_so(tmp_path: Path) -> None:
+    notes: list[str] = []
+    dpm_cli.train(
+        recipe(train={"epochs": 1, "lr": 9.0}, data={"limit": 64}),
+        output=tmp_path / "model.pt",
+        on_event=lambda event: notes.append(event.text) if isinstance(event, Note) else None,
+    )
+    assert any(note.startswith("the model guesses: ") and "lower lr (9)" in note for note in notes)

@@ -127,6 +127,33 @@ def test_weights_that_are_not_finite_are_named(tmp_path: Path, digits: nn.Module
     assert_refused(tmp_path / "model.pt", r"block1\.bn2\.running_var holds 1 NaN or infinite")
 
 
+@pytest.mark.parametrize(
+    ("as_whole", "dtype"),
+    [
+        (lambda weight: (50 * weight).to(torch.int8), "int8"),
+        (lambda weight: weight > 0, "bool"),
+        (lambda weight: weight.long(), "int64"),
+    ],
+)
+def test_quantized_weights_and_masks_are_no_weights(
+    tmp_path: Path, digits: nn.Module, as_whole: Any, dtype: str
+) -> None:
+    """Loaded as they are, they gave a net at chance."""
+    state = digits.state_dict()
+    torch.save(state | {"conv1.weight": as_whole(state["conv1.weight"])}, tmp_path / "model.pt")
+    assert_refused(tmp_path / "model.pt", rf"holds torch\.{dtype} where digits has weights \(conv1\.weight\)")
+    half = {name: tensor.half() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    torch.save(half, tmp_path / "model.pt")
+    assert load_digits(tmp_path / "model.pt").module.conv1.weight.dtype == torch.float32
+
+
+def test_negative_variance_is_named(tmp_path: Path, digits: nn.Module) -> None:
+    state = {name: tensor.clone() for name, tensor in digits.state_dict().items()}
+    state["block1.bn2.running_var"][2] = -0.5
+    torch.save(state, tmp_path / "model.pt")
+    assert_refused(tmp_path / "model.pt", r"block1\.bn2\.running_var holds variances below zero")
+
+
 def test_module_that_does_not_take_the_image_is_named(tmp_path: Path) -> None:
     arch = "torchvision:squeezenet1_1"
     torch.save(build(arch, classes=10, shape=(3, 8, 8)).state_dict(), tmp_path / "model.pt")

@@ -281,7 +281,7 @@ SETTINGS = st.fixed_dictionaries(
         "decay": st.fixed_dictionaries(
             {"steps": st.integers(1, 1000), "rectify": st.booleans() | st.just({"rate": 0.1})}
         ),
-        "train": st.fixed_dictionaries({"lr": FLOATS(1e-8, 100), "clip_grad": st.none() | FLOATS(0.1, 10)}),
+        "train": st.fixed_dictionaries({"lr": FLOATS(1e-8, 10), "clip_grad": st.none() | FLOATS(0.1, 10)}),
         "seed": st.integers(0, 2**31 - 1),
     }
 )

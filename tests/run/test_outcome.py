@@ -1,8 +1,9 @@
 """What a run says of itself."""
 
+from dpm_cli.data import load_data
 from dpm_cli.method.pruners import make_base
 from dpm_cli.recipe import parse_recipe
-from dpm_cli.run.outcome import name_method, remark_on_cost
+from dpm_cli.run.outcome import name_method, remark_on_chance, remark_on_cost
 
 
 def method(*overrides: str, decay_steps: int = 9) -> str:
@@ -31,3 +32,14 @@ def test_a_cost_is_remarked_if_it_is_another_counters_or_not_what_was_predicted(
     ]
     (remark,) = remark_on_cost(parse_recipe(settings, ["counter=thop"]), (10, 5), (11, 5))
     assert remark.startswith("MACs are counted by thop")
+
+
+def test_a_model_that_only_guesses_is_told() -> None:
+    settings = {"model": {"arch": "digits"}, "data": {"name": "digits"}, "prune": {"target": {"macs": 0.5}}}
+    recipe = parse_recipe(settings, ["model.classes=10", "train.lr=10"])
+    splits = load_data(recipe.data, shape=(1, 8, 8), classes=10, seed=0)
+    (remark,) = remark_on_chance(98.0, 9.9, splits, recipe)
+    assert "9.90 % in 10 classes, 98.00 % before; lower train.lr (10)" in remark
+    assert list(remark_on_chance(98.0, 60.0, splits, recipe)) == []
+    assert list(remark_on_chance(10.0, 9.9, splits, recipe)) == []  # it guessed before
+    assert list(remark_on_chance(None, None, splits, recipe)) == []

@@ -853,7 +853,7 @@ def test_stopped_run_breaks_its_floor_with_the_same_bits(tmp_path, splits, whole
 
 
 def test_diverging_training_stops_with_the_step_and_the_way_out(tmp_path, splits):
-    recipe = make_recipe("train.lr=100", "train.momentum=0.99", "train.epochs=30", "checkpoint.every=1")
+    recipe = make_recipe("train.lr=10", "train.momentum=0.99", "train.epochs=30", "checkpoint.every=1")
     model = make_net()
     model.norm = nn.Identity()
     model.inner_norm = nn.Identity()

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from dpm_cli.errors import UnsupportedModelError
-from dpm_cli.tasks.classification import classification_loss, distillation_loss, main_output, mixup
+from dpm_cli.tasks.classification import classification_loss, distillation_loss, is_at_chance, main_output, mixup
 
 LOGITS = torch.tensor([[2.0, 0.0, -1.0], [0.5, 0.5, 3.0]])
 LABELS = torch.tensor([0, 1])
@@ -97,3 +97,11 @@ def test_distillation_gives_the_teacher_no_gradient():
     distillation_loss(student, teacher, 2.0).backward()
     assert student.grad.abs().sum() > 0
     assert teacher.grad is None
+
+
+def test_chance_is_one_in_so_many_classes() -> None:
+    assert is_at_chance(10.0, images=10_000, classes=10)
+    assert is_at_chance(10.5, images=10_000, classes=10)  # a standard deviation is 0.3 points
+    assert not is_at_chance(11.0, images=10_000, classes=10)
+    assert is_at_chance(11.0, images=1_000, classes=10)
+    assert not is_at_chance(60.0, images=10_000, classes=2)
