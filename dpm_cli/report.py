@@ -80,6 +80,7 @@ class KeptLayer:
 
     layer: str
     reason: str
+    macs: int = 0  # of one input, in the dense model
 
 
 @dataclass(frozen=True)

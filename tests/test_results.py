@@ -59,7 +59,7 @@ def test_a_target_that_cannot_be_met_leaves_out_what_would_be_planned():
         "achievable": {"macs": [5, 20], "params": [3, 10], "channels": [1, 4]},
         "target": {"kind": "macs", "asked": 0.1, "limit": 2, "achievable": False},
         "groups": [{"name": "conv", "layers": ["conv", "skip"], "units": 4, "lowest": 1}],
-        "kept": [{"layer": "linear", "reason": "output"}],
+        "kept": [{"layer": "linear", "reason": "output", "macs": 0}],
     }
 
 

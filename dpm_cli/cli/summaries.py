@@ -145,7 +145,7 @@ def print_plan(plan: Inspected) -> None:
     width = console.width - LABEL
     print_detail(console, "target", wrap_words(_describe_target(plan.target), width))
     print_detail(console, "widths", [f"multiples of {plan.round_to}", *describe_widths(plan.widths or (), width)])
-    print_detail(console, "kept", describe_kept(plan.kept, width))
+    print_detail(console, "kept", describe_kept(plan.kept, width, plan.dense["macs"]))
     if plan.run is not None:
         print_detail(console, "run", wrap_words(_describe_run(plan.run), width))
     print_detail(console, "code", [f"{setting}: {name}, which this recipe runs" for setting, name in plan.code.items()])

@@ -1,8 +1,8 @@
 """Say in words what a report says: the rows of its table, and the details below it."""
 
+import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from itertools import groupby
 
 from dpm_cli.display import numbers
 from dpm_cli.errors import listing
@@ -77,7 +77,7 @@ def details(report: Report, width: int) -> Iterable[tuple[str, Sequence[str]]]:
         yield "widths", describe_widths(report.widths, width)
         agreement = numbers.agreement(report.compact_difference)
         yield "checked", [f"outputs before and after removing units agree {agreement}"]
-    yield "kept", describe_kept(report.kept, width)
+    yield "kept", describe_kept(report.kept, width, report.dense.macs)
     yield "latency", [f"median over single images, warm, {_threads(report)}in turns"] if report.dense.latency else []
     more = [each.file for each in report.sparsities[1:]]
     yield "files", [*(path for name, path in report.files.items() if name in ("slim", "report")), *more]
@@ -97,14 +97,25 @@ def describe_widths(widths: Sequence[Width], width: int) -> list[str]:
     return wrap([*changed[:MOST_LAYERS], *more, *same], width)
 
 
-def describe_kept(kept: Sequence[KeptLayer], width: int) -> list[str]:
-    """List the layers whose outputs stayed whole, gathered by reason."""
+def describe_kept(kept: Sequence[KeptLayer], width: int, macs: int | None = None) -> list[str]:
+    """List the layers whose outputs stayed whole, gathered by reason, the costliest reason first.
+
+    macs: of the dense model, to tell each reason's share.
+    """
+    reasons: dict[str, dict[str, int]] = {}  # reason -> its layers -> their MACs
+    for each in kept:
+        reasons.setdefault(_without_place(each.reason), {})[each.layer] = each.macs
     lines: list[str] = []
-    by_reason = sorted(kept, key=lambda each: each.reason)
-    for reason, group in groupby(by_reason, key=lambda each: each.reason):
-        layers = listing([each.layer for each in group])
-        lines += wrap_words(f"{layers}: {reason}", width)
+    for reason, layers in sorted(reasons.items(), key=lambda each: (-sum(each[1].values()), each[0])):
+        spent = sum(layers.values())
+        share = f"{numbers.percent(100 * spent / macs, 1)} of MACs, " if macs and spent else ""
+        lines += wrap_words(f"{share}{listing(layers)}: {reason}", width)
     return lines
+
+
+def _without_place(reason: str) -> str:
+    """Drop the layer that a reason begins with: reasons of many layers are one."""
+    return re.sub(r"^\S+: (?=.* )", "", reason)
 
 
 def describe_export(made: ExportedFile) -> str:

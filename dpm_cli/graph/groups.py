@@ -1,5 +1,6 @@
 """Hold groups of units: which positions of which parameters belong together, with their roles and cost."""
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -60,6 +61,7 @@ class Kept:
 
     layer: str
     reason: str
+    macs: int = 0  # of one input, in the dense model
 
 
 @dataclass(frozen=True)
@@ -86,8 +88,9 @@ class Groups:
     def macs_kept(self) -> dict[str, int]:
         """Return how many MACs of the dense model are in layers that each reason keeps whole."""
         reasons: dict[str, int] = {}
-        for layer, reason in {kept.layer: kept.reason.rpartition(": ")[2] for kept in self.kept}.items():
-            reasons[reason] = reasons.get(reason, 0) + self.layer_macs.get(layer, 0)
+        for kept in {kept.layer: kept for kept in self.kept}.values():
+            reason = re.sub(r"^\S+: (?=.* )", "", kept.reason)  # without the layer that it begins with
+            reasons[reason] = reasons.get(reason, 0) + kept.macs
         return reasons
 
     def __iter__(self) -> Iterator[Group]:
@@ -100,6 +103,11 @@ class Groups:
     def group_of_unit(self) -> Ids:
         """Return the number of each unit's group: (units,)."""
         return np.repeat(np.arange(len(self.groups)), [group.size for group in self.groups]).astype(np.int64)
+
+    @cached_property
+    def kinds(self) -> list[str]:
+        """Return each group's name without numbers: the same for what repeats in a model."""
+        return [re.sub(r"\d+", "#", group.name) for group in self.groups]
 
     def kept_positions(self, alive: Flags) -> dict[str, dict[int, Ids]]:
         """Return which positions stay, by tensor and axis, for every axis that loses some. alive: (units,)"""
@@ -178,7 +186,10 @@ class Groups:
         lost = np.asarray(self.cost.incidence[:, np.flatnonzero(~alive)].sum(1)).ravel().astype(np.int64)
         cost = replace(self.cost.survivors(alive), fixed=self.cost.fixed + lost)
         kept = [
-            Kept(layer, unwanted[i]) for i, group in enumerate(self.groups) if i in unwanted for layer in group.layers
+            Kept(layer, unwanted[i], self.layer_macs.get(layer, 0))
+            for i, group in enumerate(self.groups)
+            if i in unwanted
+            for layer in group.layers
         ]
         slices = tuple(replace(part, units=number[part.units]) for part in self.slices)
         numbers = tuple(replace(held, parts=tuple(number[part] for part in held.parts)) for held in self.numbers)

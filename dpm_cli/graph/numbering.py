@@ -157,4 +157,5 @@ def _explain_kept(
     for name in unused:
         if parameters[name].shape:
             found.setdefault(name.rpartition(".")[0] or name, UNUSED)
-    return tuple(Kept(layer, reason) for layer, reason in found.items())
+    macs = _macs_by_layer(ties)
+    return tuple(Kept(layer, reason, macs.get(layer, 0)) for layer, reason in found.items())

@@ -95,7 +95,7 @@ class Plan:
                 )
                 for group, lowest in zip(self.groups, self.widths.least.tolist())
             ),
-            kept=tuple(KeptLayer(kept.layer, kept.reason) for kept in self.groups.kept),
+            kept=tuple(KeptLayer(kept.layer, kept.reason, kept.macs) for kept in self.groups.kept),
             planned=None if alive is None else self._costs(alive),
             widths=None if alive is None else tuple(Width(*each) for each in self.groups.widths(alive)),
         )

@@ -51,7 +51,7 @@ def describe_outcome(
         targets=targets if len(targets) > 1 else (),
         units=UnitCounts(groups.units, pruning.chosen, pruning.released, int((~pruning.ancestry.survivors).sum())),
         widths=[Width(*width) for width in groups.widths(pruning.ancestry.survivors)],
-        kept=[KeptLayer(kept.layer, kept.reason) for kept in (*groups.kept, *pruning.ancestry.kept)],
+        kept=[KeptLayer(kept.layer, kept.reason, kept.macs) for kept in (*groups.kept, *pruning.ancestry.kept)],
         difference=subject.difference,
         validation_accuracy=validation_accuracy,
         notes=notes,

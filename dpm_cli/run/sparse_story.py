@@ -153,7 +153,7 @@ class SparseRun:
             target=_report_cut(cuts[0], recipe.prune.on_the_fly.threshold),
             units=UnitCounts(groups.units, 0, 0, 0),
             widths=[Width(*width) for width in groups.widths(everything)],
-            kept=[KeptLayer(kept.layer, kept.reason) for kept in groups.kept],
+            kept=[KeptLayer(kept.layer, kept.reason, kept.macs) for kept in groups.kept],
             difference=0.0,
             validation_accuracy=validation_accuracy,
             notes=[*self.notes, REMARK],

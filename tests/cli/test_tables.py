@@ -113,6 +113,16 @@ def test_kept_layers_are_gathered_by_reason() -> None:
     assert describe_kept(kept, 70) == ["mix0, mix1, mix2 and 6 more: mixes channels", "fc: output of the model"]
 
 
+def test_each_reason_to_keep_layers_whole_says_its_share_of_the_macs() -> None:
+    norm = "losing a channel changes the statistics of the others"
+    kept = [KeptLayer("head", "output of the model", 5)]
+    kept += [KeptLayer(f"block{i}", f"block{i}.norm: layer norm: {norm}", 20) for i in range(2)]
+    assert describe_kept(kept, 120, macs=100) == [
+        f"40.0 % of MACs, block0, block1: layer norm: {norm}",
+        "5.0 % of MACs, head: output of the model",
+    ]
+
+
 def test_items_are_never_broken_when_wrapped() -> None:
     assert wrap(["aa 1→2", "bb 3→4", "cc 5→6"], 15) == ["aa 1→2, bb 3→4,", "cc 5→6"]
     assert wrap([], 10) == []

@@ -29,7 +29,7 @@ def _keep_but_channels(ties: Ties, x: Value) -> None:
     """Keep what is averaged over: weights that are standardised have labels along all axes."""
     for axes, labels in x.labels.items():
         if axes != (1,):
-            ties.keep(labels, "standardised: losing an index changes the statistics of the others")
+            ties.keep(labels, "weight standardisation: losing an index changes the statistics of the others")
 
 
 @rule("group_norm")
