@@ -2,7 +2,7 @@
 
 import copy
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -17,6 +17,18 @@ from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.program import Example, run_example
 from dpm_cli.graph.shapes import ShapesAlone
+
+
+def copy_module(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
+    """Copy a model with other tensors in the place of some, by their `id`.
+
+    Empty hooks are shared with the model, so register none on the copy: there are a dozen a layer, most of what would
+    have to be copied.
+    """
+    memo: dict[int, Any] = dict(tensors)
+    for module in model.modules():
+        memo.update((id(hooks), hooks) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks)
+    return copy.deepcopy(model, memo)
 
 
 class Rehearsal:
@@ -90,17 +102,13 @@ class Rehearsal:
 
     def _copy(self) -> nn.Module:
         """Copy the model without its data, in eval mode."""
-        memo: dict[int, Any] = {}
+        tensors: dict[int, Any] = {}
         for parameter in self._model.parameters():
             empty = self._without_data(parameter.detach())
-            memo[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
+            tensors[id(parameter)] = nn.Parameter(empty, parameter.requires_grad)
         for buffer in self._model.buffers():
-            memo[id(buffer)] = self._without_data(buffer)
-        for module in self._model.modules():  # a dozen empty ones each: most of what there is to copy
-            memo.update(
-                (id(hooks), hooks) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks
-            )
-        return copy.deepcopy(self._model, memo).eval()
+            tensors[id(buffer)] = self._without_data(buffer)
+        return copy_module(self._model, tensors).eval()
 
     def _without_data(self, tensor: Tensor) -> Tensor:
         return self._mode.from_tensor(tensor) if self._mode else torch.empty_like(tensor, device="meta")

@@ -1,24 +1,26 @@
 """Give a copy of a model weights and inputs under which a wrong removal shows.
 
 Untrained models give almost nothing, whatever is removed: their biases are zero, their layer scales tiny, their
-statistics those of no data. Exact removal is exact for any weights, so constant ones are drawn at random, and every
-BatchNorm takes the statistics of what it first reads.
+statistics those of no data; and a rectifier behind the few channels that are left may hide all of them. Exact removal
+is exact for any weights, so biases are drawn anew, positive, constant weights at random, and every BatchNorm takes the
+statistics of what it first reads.
 """
 
-import copy
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map_only
 
+from dpm_cli.graph.copies import copy_module
 from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.program import Example
 from dpm_cli.graph.trial import Trial
 from dpm_cli.graph.units import Units
 
-MANY_MACS, MOST_MACS = 6_000_000_000, 16_000_000_000  # for one input: one second, and two or three
+MOST_MACS = 8_000_000_000  # of one forward pass: a second
 MOST_PARAMETERS = 300_000_000
 FEW = 8  # values of a channel that are too few for statistics
 LEAST_VARIANCE = 1e-2  # pooled noise hardly varies: it would be blown up
@@ -33,42 +35,47 @@ def make_lively(model: nn.Module, example: Example, groups: Groups, alive: Flags
     if groups.cost.parameters(everything) > MOST_PARAMETERS:
         return None
     macs, one = groups.cost.macs(everything), _first(example, groups.cost.batch)
-    candidates = [one, example] if macs < MANY_MACS else [_smaller(one), one] if macs < MOST_MACS else [_smaller(one)]
+    costs = [(macs // 4, _smaller(one)), (macs, one), (macs * groups.cost.batch, example)]
+    candidates = [inputs for cost, inputs in costs if cost < MOST_MACS]
+    if not candidates:
+        return None
     draw = torch.Generator().manual_seed(0)
-    lively = copy.deepcopy(model).eval()
+    lively = copy_module(model, {}).eval()
     if all(not parameter.is_floating_point() or parameter.dtype.itemsize < 4 for parameter in lively.parameters()):
         lively = lively.float()
-    _draw_constants_(lively, draw)
+    _draw_(lively, draw)
     Units(groups, lively).scale_(torch.from_numpy(alive).float())
     for inputs in candidates:
-        hooks = [
-            module.register_forward_pre_hook(_Calibration())
-            for module in lively.modules()
-            if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.running_mean is not None
-        ]
+        norms = [module for module in lively.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+        for norm in norms:
+            norm.forward = _Calibration(norm)
         try:
             trial = Trial(lively, _vary(inputs, draw), groups, alive)
         except Exception:  # whatever the model's own code raises: for a batch of one, perhaps
             continue
         finally:
-            for hook in hooks:
-                hook.remove()
+            for norm in norms:
+                del norm.forward
         if all(output.isfinite().all() for output in trial.before if output.is_floating_point()):
             return trial
     return None
 
 
 class _Calibration:
-    """Sets the statistics of a BatchNorm from the first input that it reads."""
+    """The forward of a BatchNorm that first takes its statistics from its first input."""
 
-    def __init__(self) -> None:
-        self._is_over = False
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm) -> None:
+        self._norm, self._forward, self._is_over = norm, norm.forward, norm.running_mean is None
 
-    def __call__(self, norm: nn.modules.batchnorm._BatchNorm, inputs: tuple[Tensor, ...]) -> None:
-        if self._is_over or not inputs or inputs[0].dim() < 2:
-            return
-        self._is_over = True
-        x = inputs[0].detach().transpose(0, 1).flatten(1)  # (channels, values)
+    def __call__(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        if not self._is_over and x.dim() > 1:
+            self._is_over = True
+            self._take(x.detach().transpose(0, 1).flatten(1))
+        return self._forward(x, *args, **kwargs)
+
+    def _take(self, x: Tensor) -> None:
+        """x: (channels, values)"""
+        norm = self._norm
         if x.shape[1] >= FEW and norm.running_mean is not None and norm.running_var is not None:
             variance, mean = torch.var_mean(x, 1)
             norm.running_mean.copy_(mean)
@@ -76,20 +83,16 @@ class _Calibration:
 
 
 @torch.no_grad()
-def _draw_constants_(model: nn.Module, draw: torch.Generator) -> None:
-    """Draw parameters that are constant: fresh norms and biases, layer scales, layers that are zero at first."""
-    for parameter in model.parameters():
-        flat = parameter.flatten()
-        if (
-            not parameter.is_floating_point()
-            or not len(flat)
-            or bool(flat[0] != flat[-1])
-            or bool((flat != flat[0]).any())
-        ):
+def _draw_(model: nn.Module, draw: torch.Generator) -> None:
+    """Draw biases, and parameters that are constant: fresh norms, layer scales, layers that are zero at first."""
+    for name, parameter in model.named_parameters():
+        if not parameter.is_floating_point():
             continue
-        if parameter.dim() < 2 and abs(float(flat[0])) > 0.1:
+        if parameter.dim() < 2 and name.endswith("bias"):
+            parameter.uniform_(0.2, 0.8, generator=draw)
+        elif _is_constant(parameter) and parameter.dim() < 2 and abs(float(parameter.flatten()[0])) > 0.1:
             parameter.uniform_(0.5, 1.5, generator=draw)
-        else:
+        elif _is_constant(parameter):
             parameter.normal_(0, 0.1, generator=draw)
 
 

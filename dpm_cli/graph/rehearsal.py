@@ -42,7 +42,7 @@ def find_groups(
     """
     try:
         groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
-        return _rehearse_values(model, example, _rehearse_shapes(model, example, groups))
+        return rehearse_values(model, example, _rehearse_shapes(model, example, groups))
     except DpmError:
         raise
     except Exception as error:
@@ -61,7 +61,7 @@ def rehearse_survivors(model: nn.Module, example: Example, groups: Groups, alive
         return rehearsal.survives(groups, {i: left[i] for i in chosen}, trains=True)
 
     losing = [i for i, group in enumerate(groups) if left[i] < group.size]
-    return groups.without(dict.fromkeys(find_broken(survives, losing), BREAKS))
+    return groups.without(dict.fromkeys(find_broken(survives, losing, kinds=groups.kinds), BREAKS))
 
 
 def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Groups:
@@ -72,7 +72,7 @@ def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Grou
     def survives(chosen: Sequence[int]) -> bool:
         return rehearsal.survives(groups, {i: lefts[i] for i in chosen})
 
-    broken = find_broken(survives, [i for i, group in enumerate(groups) if group.size > 1])
+    broken = find_broken(survives, [i for i, group in enumerate(groups) if group.size > 1], kinds=groups.kinds)
     if broken:
         lefts = [left for i, left in enumerate(lefts) if i not in broken]
         groups = groups.without(dict.fromkeys(broken, BREAKS))
@@ -80,12 +80,13 @@ def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Grou
     def survives_with(units: int) -> Survives:
         return lambda chosen: rehearsal.survives(groups, {i: min(units, lefts[i]) for i in chosen})
 
-    fragile = find_broken(survives_with(1), [i for i, left in enumerate(lefts) if left > 1])
-    need_more = set(find_broken(survives_with(2), fragile))
+    kinds = groups.kinds
+    fragile = find_broken(survives_with(1), [i for i, left in enumerate(lefts) if left > 1], kinds=kinds)
+    need_more = set(find_broken(survives_with(2), fragile, kinds=kinds))
     return groups.bounded({i: lefts[i] if i in need_more else 2 for i in fragile})
 
 
-def _rehearse_values(model: nn.Module, example: Example, groups: Groups) -> Groups:
+def rehearse_values(model: nn.Module, example: Example, groups: Groups) -> Groups:
     """Keep the groups whose removal changes the outputs of the model with lively weights."""
     lefts, random = _unequal_shares(groups), np.random.default_rng(0)
     alive: Flags = np.ones(groups.units, bool)

@@ -1,28 +1,61 @@
 """Find which of many candidates break something, with few tries."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 
 Survives = Callable[[Sequence[int]], bool]  # tells whether these candidates can go together
 TRIES = 64  # a model with more culprits than these find has a rule or a habit to blame, so it loses many at once
+SAMPLES = 4  # of one kind: if these break alone, all do
 
 
-def find_broken(survives: Survives, candidates: Sequence[int], tries: int = TRIES) -> list[int]:
+def find_broken(
+    survives: Survives, candidates: Sequence[int], *, kinds: Sequence[Hashable] | None = None, tries: int = TRIES
+) -> list[int]:
     """Find the candidates that do not survive alone; and of the others, as many as it takes until they do together.
 
-    Assumes that what survives goes on surviving when a candidate less takes part. tries: after so many calls of
-    `survives`, all candidates that might be meant are taken to be broken.
+    Assumes that what survives goes on surviving when a candidate less takes part. kinds: the kind of every number up to
+    the largest candidate. What repeats in a model breaks in every repetition, so kinds are looked for first; if some
+    members of one break alone, the others are not tried. tries: after so many calls of `survives`, all candidates that
+    might be meant are taken to be broken.
     """
     left = iter(range(tries))
 
     def survives_in_time(chosen: Sequence[int]) -> bool:
         return next(left, None) is not None and survives(chosen)
 
-    return _find_broken(survives_in_time, candidates)
+    if not candidates or survives_in_time(candidates):
+        return []
+    members: dict[Hashable, list[int]] = {}
+    for i in candidates:
+        members.setdefault(i if kinds is None else kinds[i], []).append(i)
+    return sorted(_find_broken_of_kinds(survives_in_time, list(members.values())))
+
+
+def _find_broken_of_kinds(survives: Survives, kinds: Sequence[list[int]]) -> Iterable[int]:
+    """Find the broken ones among candidates that do not survive together."""
+
+    def all_of(chosen: Sequence[int]) -> list[int]:
+        return sorted(i for kind in chosen for i in kinds[kind])
+
+    broken = _find_broken(lambda chosen: survives(all_of(chosen)), range(len(kinds)))
+    fine = all_of([kind for kind in range(len(kinds)) if kind not in broken])
+    for kind in broken:
+        found = _find_broken_members(survives, kinds[kind], fine)
+        yield from found
+        fine = sorted([*fine, *(i for i in kinds[kind] if i not in found)])
+
+
+def _find_broken_members(survives: Survives, members: list[int], fine: list[int]) -> list[int]:
+    """Find the broken ones of one kind, which does not survive beside those that are fine."""
+    if len(members) == 1:
+        return members
+    some = [members[k * (len(members) - 1) // (SAMPLES - 1)] for k in range(SAMPLES)]
+    if len(members) > SAMPLES and not any(survives([i]) for i in some):
+        return members
+    return _find_broken(lambda chosen: survives(sorted([*fine, *chosen])), members)
 
 
 def _find_broken(survives: Survives, candidates: Sequence[int]) -> list[int]:
-    if not candidates or survives(candidates):
-        return []
+    """Find the broken ones among candidates that do not survive together."""
     broken = list(_find_broken_alone(survives, candidates))
     rest = [i for i in candidates if i not in broken]
     while rest and not survives(rest):
