@@ -216,7 +216,7 @@ def test_marked_units_stay_marked():
 
 
 def test_a_released_unit_is_judged_anew():
-    model, base = prepared(fraction=0.1)
+    _, base = prepared(fraction=0.1)
     first = base.marked().clone()
     base.unmark_(first)
     assert base.marked()[first].all()  # it still scores below the threshold
