@@ -93,14 +93,28 @@ OwnArch = Annotated[
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout, nothing else.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress, only the result.")]
 
+Given = tuple[str | None, str | None, str | None, str | None, str | None, int | None, int | None]  # as in `Shortcuts`
+
 
 def collect_overrides(overrides: list[str] | None, seed: int | None = None) -> list[str]:
     """Combine `--set` and `--seed` into overrides of a recipe; `--seed` wins."""
     return [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
 
 
+def read_training_settings(
+    recipe: str | None, overrides: list[str], shortcuts: Given, model: Path | None, resumed: Path | None
+) -> "dpm_cli.Recipe":
+    """Read the settings of `dpm train`. resumed: checkpoint whose settings hold if none are given."""
+    if resumed is not None and recipe is None and not overrides and all(each is None for each in shortcuts):
+        from dpm_cli.run.resume import read_begun
+
+        if begun := read_begun(resumed):
+            return begun
+    return read_settings(recipe, overrides, shortcuts, model)
+
+
 def _resume_settings(
-    recipe: str | None, overrides: list[str], shortcuts: tuple[object, ...], folder: Path
+    recipe: str | None, overrides: list[str], shortcuts: Given, folder: Path
 ) -> "dpm_cli.Recipe | None":
     """Read the settings that a run in this folder began with, if none are given again.
 
@@ -122,7 +136,7 @@ def _resume_settings(
 def read_settings(
     recipe: str | None,
     overrides: list[str],
-    shortcuts: tuple[str | None, str | None, str | None, str | None, str | None, int | None, int | None],
+    shortcuts: Given,
     model: Path | None,
     resumed: Path | None = None,
 ) -> "dpm_cli.Recipe":

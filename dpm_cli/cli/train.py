@@ -23,7 +23,7 @@ from dpm_cli.cli.options import (
     Trust,
     Weights,
     collect_overrides,
-    read_settings,
+    read_training_settings,
 )
 from dpm_cli.cli.outcome import print_json
 from dpm_cli.cli.processes import speaking
@@ -59,12 +59,13 @@ def train(
 
     The recipe's `dense` section says how; without one, its `train` section.
 
-    Ctrl-C saves a checkpoint beside FILE and stops; the same command with --resume goes on. On several GPUs: torchrun
+    Ctrl-C saves a checkpoint beside FILE and stops; dpm train -o FILE --resume goes on. On several GPUs: torchrun
     --nproc-per-node=K -m dpm_cli train ...
     """
     with speaking(device) as is_speaker:
         shortcuts = (arch, data, weights, None, None, epochs, batch)
-        settings = read_settings(recipe, collect_overrides(overrides, seed), shortcuts, model)
+        resumed = checkpoint_of(output) if resume else None
+        settings = read_training_settings(recipe, collect_overrides(overrides, seed), shortcuts, model, resumed)
         with (
             follow(quiet=quiet or not is_speaker, as_json=as_json) as tell,
             stop_between_steps() as stop,

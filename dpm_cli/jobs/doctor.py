@@ -188,7 +188,7 @@ def _advise(newest: Path, saved: Mapping[Path, _Saved]) -> str:
         kind, command = "run", _resume(newest.parent)
     else:
         model = newest.with_name(f"{newest.name.removesuffix(TRAINING)}.pt")
-        kind, command = "training", f"dpm train -r RECIPE {_quote('-o', model, '--resume')}"
+        kind, command = "training", f"dpm train {_quote('-o', model, '--resume')}"
     instead = "" if path == newest else f" (from {path.name}, as the newest is damaged or missing)"
     return f"unfinished {kind}, {made}, {saved[path].position}{instead}: {command}{' --trust' if trust else ''} goes on"
 

@@ -9,9 +9,11 @@ from typing import Any
 from torch import nn
 
 from dpm_cli.data import Splits
+from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.digest import digest
 from dpm_cli.errors import OutputError, one_line
 from dpm_cli.recipe import Recipe, dump_recipe
+from dpm_cli.recipe.reader import read_recipe
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,18 @@ def foreign_state(path: Path) -> Iterator[None]:
         raise OutputError(
             f"{path} holds no state that this run can continue from ({one_line(error)}): start anew with --overwrite"
         ) from None
+
+
+def read_begun(checkpoint: Path) -> Recipe | None:
+    """Return the settings that an unfinished run began with, from its checkpoint; None if there is no checkpoint.
+
+    Raises RunError or OutputError if it is damaged or holds none.
+    """
+    found = load_checkpoint(checkpoint)
+    if found is None:
+        return None
+    with foreign_state(found.path):
+        return read_recipe(str(found.state["recipe"]), name=str(found.path))
 
 
 def _changed_lines(old: str, new: str) -> str:

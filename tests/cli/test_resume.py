@@ -59,3 +59,26 @@ def test_other_settings_are_still_refused(stopped: Path, dpm: Any) -> None:
     ended = dpm("prune", "model.pt", "-r", "mine.yaml", "--set", "seed=4", "-o", "out", "--resume")
     assert ended.code == 2
     assert "another recipe" in ended.err
+
+
+def test_training_goes_on_with_the_settings_that_it_began_with(dpm: Any, tmp_path: Path) -> None:
+    begin = ["--set", "dense.epochs=2", "--set", "seed=3"]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE | {"dense": {"epochs": 1}}))
+    assert dpm("train", "-r", "mine.yaml", *begin, "-o", "whole.pt", "-q").code == 0
+    steps = iter(range(100))
+    with pytest.raises(Interrupted):
+        settings = dpm_cli.load_recipe("mine.yaml", begin[1::2])
+        dpm_cli.train(settings, output="model.pt", should_stop=lambda: next(steps) == 3)
+    (tmp_path / "mine.yaml").unlink()
+    ended = dpm("train", "-o", "model.pt", "--resume", "-q")
+    assert ended.code == 0, ended.err
+    whole, model = (torch.load(tmp_path / name) for name in ("whole.pt", "model.pt"))
+    assert all(torch.equal(whole[name], model[name]) for name in whole)
+
+
+def test_training_without_settings_needs_a_checkpoint(dpm: Any, tmp_path: Path) -> None:
+    ended = dpm("train", "-o", "model.pt", "--resume")
+    assert ended.code == 2 and "no settings are given" in ended.err
+    (tmp_path / "model.checkpoint.pt").write_bytes(b"something else")
+    ended = dpm("train", "-o", "model.pt", "--resume")
+    assert ended.code == 1 and len(ended.err.splitlines()) == 1 and "model.checkpoint.pt" in ended.err

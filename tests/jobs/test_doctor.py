@@ -105,7 +105,7 @@ def test_stopped_training_goes_on_by_the_command_that_is_told() -> None:
         dpm_cli.train(OFTEN, output="new.pt", should_stop=stop_after(2))
     found = examine_unchanged(Path())
     assert found.state == "unfinished"
-    assert command_of(found) == ["train", "-r", "RECIPE", "-o", "new.pt", "--resume"]
+    assert command_of(found) == ["train", "-o", "new.pt", "--resume"]
     assert main([each.replace("RECIPE", "recipe.yaml") for each in command_of(found)]) == 0
     assert "unfinished" not in examine(".").advice
 
