@@ -232,6 +232,16 @@ class PhaseBegan(Event):
 
 
 @dataclass(frozen=True)
+class FilesDecoded(Event):
+    """Image files are being decoded into memory. split: training or test."""
+
+    kind: ClassVar[str] = "decoded"
+    split: str
+    decoded: int
+    files: int
+
+
+@dataclass(frozen=True)
 class Mistaken(Event):
     """The slim model gets this test image wrong, the dense one right.
 

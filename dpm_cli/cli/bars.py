@@ -36,12 +36,13 @@ class Bars:
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
         self._task: Any = None
+        self._is_phase = False
         self._readings: list[str] = []
 
     def begin(self, name: str, what: str = "") -> None:
         """what: said beside a phase without steps."""
         self.finish()
-        self._readings = [what]
+        self._readings, self._is_phase = [what], bool(what)
         self._task = self._progress.add_task(name, total=None, readings=[what])
 
     def advance(self, step: int, steps: int, reading: str) -> None:
@@ -58,7 +59,7 @@ class Bars:
         task = next((task for task in self._progress.tasks if task.id == self._task), None)
         if task is None:
             return
-        if task.total is None:
+        if self._is_phase or task.total is None:
             self._progress.remove_task(task.id)
         else:
             self._progress.update(task.id, completed=task.total)

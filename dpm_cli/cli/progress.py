@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from dpm_cli.cli.lines import describe, readings
 from dpm_cli.cli.outcome import libraries_on_stderr
 from dpm_cli.display import numbers
-from dpm_cli.events import Done, EpochEnded, Event, PhaseBegan, StageBegan, Started, StepTaken
+from dpm_cli.events import Done, EpochEnded, Event, FilesDecoded, PhaseBegan, StageBegan, Started, StepTaken
 
 if TYPE_CHECKING:
     from dpm_cli.cli.bars import Bars
@@ -73,6 +73,8 @@ class Lines:
         self._phase = threading.Timer(0, self._print, [""])
 
     def show(self, event: Event) -> None:
+        if isinstance(event, FilesDecoded):  # the phase goes on
+            return
         self.be_silent()
         line = describe(event)
         match event:
@@ -141,6 +143,8 @@ class Drawing:
                 bars.read([f"epoch {epoch}/{epochs}", *useful])
             case PhaseBegan(name=name, what=what):
                 bars.begin(name, what)
+            case FilesDecoded(split=split, decoded=decoded, files=files):
+                bars.advance(decoded, files, f"decoding {split} images")
             case Done():
                 bars.finish()
             case _ if line := describe(event):

@@ -3,7 +3,7 @@
 import os
 import signal
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -118,20 +118,28 @@ def decode_batches(
 
 
 def decode_all(
-    paths: Sequence[str], framing: Framing, *, workers: int, encoded_bytes: int, corrupt: Corrupt
+    paths: Sequence[str],
+    framing: Framing,
+    *,
+    workers: int,
+    encoded_bytes: int,
+    corrupt: Corrupt,
+    tell: Callable[[int, int], None],
 ) -> tuple[Pixels, list[int]]:
     """Decode all readable files to (N, C, H, W), and return their indexes too.
 
-    encoded_bytes: of all files together. Raises DataError naming a file that cannot be read, if `corrupt` has reached
-    its limit.
+    encoded_bytes: of all files together. tell: called with the numbers of decoded and of all files now and then. Raises
+    DataError naming a file that cannot be read, if `corrupt` has reached its limit.
     """
     pixels = np.empty((len(paths), *framing.shape), dtype=np.uint8)
     chunks = [list(range(first, min(first + CHUNK, len(paths)))) for first in range(0, len(paths), CHUNK)]
     workers = workers if encoded_bytes >= WORTH_WORKERS else 0
     kept: list[int] = []
-    for decoded, indexes in decode_batches(paths, framing, chunks, workers=workers, corrupt=corrupt):
+    decoding = decode_batches(paths, framing, chunks, workers=workers, corrupt=corrupt)
+    for chunk, (decoded, indexes) in zip(chunks, decoding):
         pixels[len(kept) : len(kept) + len(indexes)] = decoded
         kept += indexes
+        tell(chunk[-1] + 1, len(paths))
     return pixels[: len(kept)], kept
 
 

@@ -1,6 +1,8 @@
 """Load a dataset by name and split it for training, validation and test."""
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -23,6 +25,8 @@ from dpm_cli.errors import DataError
 from dpm_cli.layers.images import Framing, Shape
 from dpm_cli.recipe.sections import Data
 
+Tell = Callable[[str, int, int], None]  # (split, decoded files, all files)
+
 STATISTICS = {  # mean and std of pixels in [0, 1]
     "digits": (digits.MEAN, digits.STD),
     **{name: (known.mean, known.std) for name, known in KNOWN.items()},
@@ -30,12 +34,21 @@ STATISTICS = {  # mean and std of pixels in [0, 1]
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # of all other images: what pretrained models expect
 
 
-def load_data(data: Data, *, shape: Shape, classes: int, seed: int, device: torch.device | str = "cpu") -> Splits:
+def load_data(
+    data: Data,
+    *,
+    shape: Shape,
+    classes: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    tell: Tell = lambda split, decoded, files: None,
+) -> Splits:
     """Load the images that `data.name` names, fitted to a model's input `shape`.
 
     seed: chooses the images that are held out for validation, and those kept if there is a limit; the test images never
     depend on it. Images are kept as uint8 on the device; files larger than `data.memory_limit` are streamed. Without
     labels a folder needs no class folders, and its test split is empty. `data.resize` and `data.crop`: see `Framing`.
+    tell: called while files are decoded into memory.
     Raises DataError for data that is absent, damaged, too large, or does not fit `shape` and `classes`.
 
         splits = load_data(Data(name="digits"), shape=(1, 8, 8), classes=10, seed=0)
@@ -47,9 +60,10 @@ def load_data(data: Data, *, shape: Shape, classes: int, seed: int, device: torc
     is_streamable = isinstance(chosen, Listing)
     fits = _fits_memory(data, len(chosen) + len(source.test), shape, is_streamable=is_streamable)
     corrupt, workers = Corrupt(data.max_corrupt), data.workers
+    normalise = torch.tensor(mean), torch.tensor(std)
     train, test = (
-        _open(part, framing, torch.tensor(mean), torch.tensor(std), workers=workers, in_memory=fits, corrupt=corrupt)
-        for part in (chosen, source.test)
+        _open(part, framing, *normalise, workers=workers, in_memory=fits, corrupt=corrupt, tell=partial(tell, split))
+        for part, split in ((chosen, "training"), (source.test, "test"))
     )
     train_index, validation_index = hold_out(len(train), data.validation, seed)
     device = torch.device(device)
@@ -136,6 +150,7 @@ def _open(
     workers: int,
     in_memory: bool,
     corrupt: Corrupt,
+    tell: Callable[[int, int], None],
 ) -> Images | Streamed:
     """Fit arrays, stream files, or decode them into memory, from the cache if they were decoded before."""
     if isinstance(part, Arrays):
@@ -149,7 +164,7 @@ def _open(
     pixels = find_cached(key, (len(part), *framing.shape))
     if pixels is None:
         pixels, kept = decode_all(
-            part.paths, framing, workers=workers, encoded_bytes=part.encoded_bytes, corrupt=corrupt
+            part.paths, framing, workers=workers, encoded_bytes=part.encoded_bytes, corrupt=corrupt, tell=tell
         )
         if len(kept) == len(part):  # else the next run would not know which are left out
             cache(key, pixels)

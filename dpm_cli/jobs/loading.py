@@ -14,7 +14,7 @@ from dpm_cli.errors import (
     ModelFileError,
     UsageError,
 )
-from dpm_cli.events import Event
+from dpm_cli.events import Event, FilesDecoded
 from dpm_cli.export import ExportedModel, is_program, open_exported
 from dpm_cli.recipe import Recipe, load_recipe, parse_recipe, require_trust
 
@@ -41,10 +41,17 @@ def telling(on_event: OnEvent) -> Callable[[Event], None]:
     return on_event or (lambda event: None)
 
 
-def load_splits(recipe: Recipe, device: torch.device) -> Splits:
-    """Load the recipe's dataset, onto the device if it fits."""
+def load_splits(recipe: Recipe, device: torch.device, tell: Callable[[Event], None] = lambda event: None) -> Splits:
+    """Load the recipe's dataset, onto the device if it fits, and tell what is decoded."""
     spec = recipe.model
-    return load_data(recipe.data, shape=spec.input, classes=spec.classes, seed=recipe.seed, device=device)
+    return load_data(
+        recipe.data,
+        shape=spec.input,
+        classes=spec.classes,
+        seed=recipe.seed,
+        device=device,
+        tell=lambda split, decoded, files: tell(FilesDecoded(split, decoded, files)),
+    )
 
 
 def make_setup(

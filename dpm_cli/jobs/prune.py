@@ -90,7 +90,7 @@ def prune(
         ):
             tell(PhaseBegan("load", "loading the images"))
             with world.main_first():
-                splits = load_splits(recipe, torch_device)
+                splits = load_splits(recipe, torch_device, tell)
             setup = make_setup(recipe, splits, folder / CHECKPOINT, torch_device, should_stop, world)
             tell(PhaseBegan("analyse", "analysing the model"))
             kind = SparseRun if recipe.cuts_weights else Run

@@ -89,7 +89,7 @@ def train(
             start = _start_from(model, recipe, trust)
             tell(PhaseBegan("load", "loading the images"))
             with world.main_first():
-                splits = load_splits(recipe, torch_device)
+                splits = load_splits(recipe, torch_device, tell)
             setup = make_setup(recipe, splits, checkpoint_of(path), torch_device, should_stop, world)
             setup.require_enough_images()
             training = _Training(recipe, setup, start.module, path)

@@ -194,8 +194,7 @@ class Pruning:
 
     def after_step_(self, step: int, lr: float) -> None:
         """Call after the optimizer's step, with its learning rate."""
-        decay = self.decay
-        is_wanted = self.is_choosing and not self._meets_target()
+        decay, is_wanted = self.decay, self.is_choosing and not self._meets_target()
         self.base.after_step_(lr, decay.decaying | decay.dead)
         if is_wanted:
             self.base.mark_(decay.decaying | decay.dead | decay.released)

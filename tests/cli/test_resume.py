@@ -66,8 +66,8 @@ def test_training_goes_on_with_the_settings_that_it_began_with(dpm: Any, tmp_pat
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE | {"dense": {"epochs": 1}}))
     assert dpm("train", "-r", "mine.yaml", *begin, "-o", "whole.pt", "-q").code == 0
     steps = iter(range(100))
+    settings = dpm_cli.load_recipe("mine.yaml", begin[1::2])
     with pytest.raises(Interrupted):
-        settings = dpm_cli.load_recipe("mine.yaml", begin[1::2])
         dpm_cli.train(settings, output="model.pt", should_stop=lambda: next(steps) == 3)
     (tmp_path / "mine.yaml").unlink()
     ended = dpm("train", "-o", "model.pt", "--resume", "-q")
@@ -78,7 +78,9 @@ def test_training_goes_on_with_the_settings_that_it_began_with(dpm: Any, tmp_pat
 
 def test_training_without_settings_needs_a_checkpoint(dpm: Any, tmp_path: Path) -> None:
     ended = dpm("train", "-o", "model.pt", "--resume")
-    assert ended.code == 2 and "no settings are given" in ended.err
+    assert ended.code == 2
+    assert "no settings are given" in ended.err
     (tmp_path / "model.checkpoint.pt").write_bytes(b"something else")
     ended = dpm("train", "-o", "model.pt", "--resume")
-    assert ended.code == 1 and len(ended.err.splitlines()) == 1 and "model.checkpoint.pt" in ended.err
+    assert (ended.code, len(ended.err.splitlines())) == (1, 1)
+    assert "model.checkpoint.pt" in ended.err

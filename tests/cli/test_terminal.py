@@ -64,6 +64,25 @@ def scene(pause: str = "") -> str:
     return SCENE.format(tests=str(Path(__file__).parent), pause=pause)
 
 
+DECODING = """
+import sys, time
+sys.path.insert(0, {tests!r})
+from dpm_cli.cli.progress import follow
+from dpm_cli.events import Done, FilesDecoded, PhaseBegan
+with follow(quiet=False, as_json=False) as tell:
+    tell(PhaseBegan("load", "loading the images"))
+    tell(FilesDecoded("training", 45, 100))
+    time.sleep(0.3)
+    tell(Done())
+"""
+
+
+def test_decoding_shows_how_far_it_is_and_leaves_no_bar() -> None:
+    written, screen = run_on_terminal(DECODING.format(tests=str(Path(__file__).parent)), 80)
+    assert re.search(r"load .* 45% .*decoding training images", written)
+    assert "load" not in screen
+
+
 READINGS = ["epoch 4/10", "loss 0.412", "validation 91.2 %", "512 images/s", "waiting for data 3 %"]
 
 

@@ -24,6 +24,7 @@ def load() -> Callable[..., Splits]:
     def load(name: str, **changes: Any) -> Splits:
         fixed = {"shape": (3, 8, 8), "classes": 3, "seed": 0, "device": "cpu"}
         known = {key: changes.pop(key, value) for key, value in fixed.items()}
+        known |= {"tell": changes.pop("tell")} if "tell" in changes else {}
         data = {"name": name, "validation": 0.2, "workers": 0, "download": False} | changes
         return load_data(Data(**data), **known)
 

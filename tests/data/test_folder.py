@@ -146,6 +146,14 @@ def test_how_images_are_brought_to_size_changes_what_is_cached_and_streamed(load
     assert torch.equal(first, second)
 
 
+def test_decoding_is_told_chunk_by_chunk(load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpm_cli.data.decode.CHUNK", 12)
+    told: list[tuple[str, int, int]] = []
+    for _ in range(2):  # the second time they are cached
+        load("folder", root=folder, tell=lambda *what: told.append(what))
+    assert told == [("training", 12, 30), ("training", 24, 30), ("training", 30, 30), ("test", 12, 12)]
+
+
 def test_second_start_reads_the_cache(load: Load, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = load("folder", root=folder)
     monkeypatch.setattr(loading, "decode_all", lambda *_, **__: pytest.fail("decoded again"))
