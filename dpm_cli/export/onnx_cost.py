@@ -19,22 +19,37 @@ def count_cost(path: Path, shape: Shape) -> tuple[int | None, int]:
     import onnx
 
     model = onnx.load(path)
+    try:
+        graph, shapes = infer_shapes(model, shape)
+    except (onnx.shape_inference.InferenceError, ValueError):  # a foreign file may contradict itself
+        return None, _count_weights(model.graph)
+    return count_macs_of(graph, shapes), _count_weights(graph)
+
+
+def infer_shapes(model: Any, shape: Shape) -> tuple[Any, Shapes]:
+    """Return the graph of a ModelProto and the shape of every value in it for one image (C, H, W).
+
+    This changes the model. Raises ValueError or InferenceError for a graph that contradicts itself.
+    """
+    import onnx
+
     for size, dimension in zip((1, *shape), model.graph.input[0].type.tensor_type.shape.dim):
         dimension.dim_value = size
     for output in model.graph.output:  # their old symbols would contradict the sizes that follow
         output.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]
-    try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
-    except (onnx.shape_inference.InferenceError, ValueError):  # a foreign file may contradict itself
-        return None, _count_weights(model.graph)
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes: Shapes = {value.name: _sizes(value) for value in (*inferred.input, *inferred.value_info, *inferred.output)}
-    shapes |= {each.name: tuple(each.dims) for each in inferred.initializer}
+    return inferred, shapes | {each.name: tuple(each.dims) for each in inferred.initializer}
+
+
+def count_macs_of(graph: Any, shapes: Shapes) -> int | None:
+    """Sum the MACs of all operators; None if a shape is unknown."""
     macs: int | None = 0
-    for node in inferred.node:
+    for node in graph.node:
         counted = _count_node(node, shapes)
         macs = None if macs is None or counted is None else macs + counted
-    return macs, _count_weights(inferred)
+    return macs
 
 
 def _count_weights(graph: Any) -> int:

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import TypeVar
 
 from dpm_cli.errors import ModelFileError, one_line
-from dpm_cli.export import executorch, onnx, openvino, pt2, torchscript
+from dpm_cli.export import executorch, onnx, openvino, ours_onnx, pt2, torchscript
+from dpm_cli.export.confined import open_confined
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.ours import find_excess, find_foreign
 from dpm_cli.export.runtimes import choose_runtime
@@ -17,7 +18,12 @@ START = 64  # bytes that tell the kinds of file apart
 
 
 def open_exported(
-    path: str | Path, *, trust: bool = False, runtime: str | None = None, threads: int | None = None
+    path: str | Path,
+    *,
+    trust: bool = False,
+    runtime: str | None = None,
+    threads: int | None = None,
+    confined: bool = False,
 ) -> ExportedModel:
     """Open a TorchScript, ONNX, OpenVINO, ExecuTorch or .pt2 file for running on the CPU.
 
@@ -27,6 +33,7 @@ def open_exported(
 
     Without `trust`, nothing opens that can do more than compute: an archive of torch.export may hold pickles, and
     TorchScript may read and write files and loop, so it must be as this package writes it (`ours`).
+    confined: without `trust`, run ONNX that is not as this package writes it in a process of its own, with limits.
 
         model = open_exported("out/model.onnx")
         logits = model(torch.zeros(1, *model.shape))  # (1, classes)
@@ -48,7 +55,10 @@ def open_exported(
         choose_runtime("executorch", runtime, path)
         return executorch.read(path)
     if not start.startswith(b"PK"):
-        return _read_onnx(path, runtime, threads)
+        choose_runtime("onnx", runtime, path)
+        if confined and not trust and ours_onnx.find_foreign(path):
+            return open_confined(path, runtime, threads)
+        return read_onnx(path, runtime, threads)
     choose_runtime("torchscript", runtime, path)
     if not trust and (excess := _ask(find_excess, path)):
         raise ModelFileError(f"{path} is no archive that a model needs: {excess}")
@@ -77,7 +87,8 @@ def is_executorch(start: bytes) -> bool:
     return start[4:6] == b"ET"
 
 
-def _read_onnx(path: Path, runtime: str | None, threads: int | None) -> ExportedModel:
+def read_onnx(path: Path, runtime: str | None, threads: int | None) -> ExportedModel:
+    """Open an ONNX file in this process. Arguments and errors as for `open_exported`."""
     match choose_runtime("onnx", runtime, path):
         case "openvino":
             return openvino.read(path, threads=threads)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from dpm_cli.errors import UsageError
-from dpm_cli.export import RUNS, choose_runtime, open_exported, require_runtime
+from dpm_cli.export import CONFINED, RUNS, ExportedModel, choose_runtime, open_exported, require_runtime
 from dpm_cli.jobs.loading import AnyRecipe, open_deployed, resolve_recipe
 from dpm_cli.layers.images import Shape
 from dpm_cli.measure import Latency, Run, measure_in_turns
@@ -54,7 +54,10 @@ def benchmark(
                 for batch in batches:
                     name = f"{len(rows)}"
                     contenders[name] = _hold(run, subject.images(batch), count)
-                    rows[name] = Benchmarked(str(subject.path), subject.format, subject.bytes, runtime, batch, count)
+                    doubt = CONFINED if isinstance(run, ExportedModel) and run.is_confined else None
+                    rows[name] = Benchmarked(
+                        str(subject.path), subject.format, subject.bytes, runtime, batch, count, doubt=doubt
+                    )
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # each contender sets its own number
@@ -78,7 +81,7 @@ class _Subject:
         return torch.randn(batch, *self.shape, generator=torch.Generator().manual_seed(0))  # (B, C, H, W)
 
     def open(self, runtime: str, threads: int, trust: bool) -> Run:
-        return self.module or open_exported(self.path, trust=trust, runtime=runtime, threads=threads)
+        return self.module or open_exported(self.path, trust=trust, runtime=runtime, threads=threads, confined=True)
 
 
 def _look_at(path: Path, recipe: AnyRecipe | None, trust: bool) -> _Subject:
@@ -122,7 +125,7 @@ def _fill(row: Benchmarked, latency: Latency) -> Benchmarked:
         low=latency.low_ms,
         high=latency.high_ms,
         images_per_second=1000 * row.batch / latency.median_ms,
-        doubt=latency.doubt,
+        doubt=row.doubt or latency.doubt,
     )
 
 

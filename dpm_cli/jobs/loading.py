@@ -88,10 +88,12 @@ def resolve_recipe(recipe: AnyRecipe, *, trust: bool) -> Recipe:
     return recipe
 
 
-def open_deployed(path: Path, trust: bool, *, runtime: str | None = None) -> ExportedModel | None:
+def open_deployed(
+    path: Path, trust: bool, *, runtime: str | None = None, threads: int | None = None
+) -> ExportedModel | None:
     """Open a deployed file, in its usual runtime unless told. Returns None if the file may hold weights instead."""
     try:
-        return open_exported(path, trust=trust, runtime=runtime)
+        return open_exported(path, trust=trust, runtime=runtime, threads=threads, confined=True)
     except ModelFileError:
         if is_program(path):
             raise

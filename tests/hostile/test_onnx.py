@@ -1,0 +1,167 @@
+"""ONNX of strangers: a graph may loop for ever and take all memory, when it is opened and when it runs."""
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from digits_recipe import recipe
+from onnx import TensorProto, helper, numpy_helper
+
+import dpm_cli
+from dpm_cli.errors import DpmError, ModelFileError, RunError
+from dpm_cli.export import onnx as onnx_files
+from dpm_cli.export import open_exported
+from dpm_cli.export.ours_onnx import find_foreign
+from dpm_cli.models import build
+
+value, node = helper.make_tensor_value_info, helper.make_node
+CLASSIFY = [node("Flatten", ["x"], ["flat"]), node("MatMul", ["flat", "w"], ["y"])]
+WEIGHTS = {"w": torch.eye(64)[:, :10]}
+
+
+def write(path: Path, nodes: list[Any], *, weights: dict[str, torch.Tensor] = WEIGHTS, mark: bool = False) -> Path:
+    """A classifier of digits in ten classes, after whatever `nodes` do."""
+    graph = helper.make_graph(
+        nodes,
+        "graph",
+        [value("x", TensorProto.FLOAT, ["batch", 1, 8, 8])],
+        [value("y", TensorProto.FLOAT, ["batch", 10])],
+        [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in weights.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    if mark:
+        helper.set_model_props(model, {"dpm_recipe": "abc"})
+    path.write_bytes(model.SerializeToString())
+    return path
+
+
+def loop_for_ever() -> list[Any]:
+    body = helper.make_graph(
+        [node("Identity", ["go"], ["again"]), node("Add", ["a", "a"], ["b"])],
+        "body",
+        [value("i", TensorProto.INT64, []), value("go", TensorProto.BOOL, []), value("a", TensorProto.FLOAT, None)],
+        [value("again", TensorProto.BOOL, []), value("b", TensorProto.FLOAT, None)],
+    )
+    count = helper.make_tensor("count", TensorProto.INT64, [], [2**62])
+    yes = helper.make_tensor("yes", TensorProto.BOOL, [], [True])
+    return [
+        node("Flatten", ["x"], ["flat"]),
+        node("Constant", [], ["n"], value=count),
+        node("Constant", [], ["go"], value=yes),
+        node("Loop", ["n", "go", "flat"], ["looped"], body=body),
+        node("MatMul", ["looped", "w"], ["y"]),
+    ]
+
+
+def take(numbers: int, *, folded: bool) -> list[Any]:
+    """Ask for a tensor of so many numbers; a runtime folds what depends on no input when it opens the file."""
+    sizes = helper.make_tensor("sizes", TensorProto.INT64, [2], [1, numbers])
+    one = helper.make_tensor("one", TensorProto.FLOAT, [1], [1.0])
+    start = [node("Constant", [], ["sizes"], value=sizes), node("ConstantOfShape", ["sizes"], ["ones"], value=one)]
+    if not folded:
+        start = [node("Constant", [], ["sizes"], value=sizes), node("ReduceMean", ["x"], ["mean"], keepdims=0)]
+        start += [node("Expand", ["mean", "sizes"], ["ones"])]
+    return [
+        *start,
+        node("Exp", ["ones"], ["large"]),
+        node("ReduceMean", ["large"], ["small"], keepdims=0),
+        node("Flatten", ["x"], ["flat"]),
+        node("Add", ["flat", "small"], ["more"]),
+        node("MatMul", ["more", "w"], ["y"]),
+    ]
+
+
+# ------------------------------------------------------------------------------------------------------ ours or not
+
+
+@pytest.fixture(scope="module")
+def ours(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("ours") / "model.onnx"
+    module = build("digits", classes=10, shape=(1, 8, 8)).eval()
+    path.write_bytes(onnx_files.serialise(module, torch.zeros(2, 1, 8, 8), {"dpm_recipe": "abc"}, opset=18))
+    return path
+
+
+def test_export_of_this_package_runs_in_this_process(ours: Path) -> None:
+    assert find_foreign(ours) is None
+
+
+@pytest.mark.parametrize(
+    ("nodes", "said"),
+    [
+        (loop_for_ever(), "branches or loops"),
+        (take(1 << 40, folded=True), "numbers"),
+        (take(1 << 40, folded=False), "numbers"),
+        ([node("Own", ["x"], ["y"], domain="evil")], "operators of its own"),
+        (
+            [node("Flatten", ["x"], ["y"]), *[node("NonZero", ["y"], [f"z{i}"]) for i in range(2)]],
+            "not known beforehand",
+        ),
+    ],
+)
+def test_mark_alone_makes_no_file_ours(nodes: list[Any], said: str, tmp_path: Path) -> None:
+    assert said in str(find_foreign(write(tmp_path / "m.onnx", nodes, mark=True)))
+    assert find_foreign(write(tmp_path / "plain.onnx", CLASSIFY, mark=True)) is None
+    assert "dpm_recipe" in str(find_foreign(write(tmp_path / "plain.onnx", CLASSIFY)))
+
+
+def test_weights_in_other_files_are_not_ours(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", CLASSIFY, mark=True)
+    model = onnx.load(path)
+    onnx.external_data_helper.set_external_data(model.graph.initializer[0], "../../../etc/passwd")
+    path.write_bytes(model.SerializeToString())
+    assert find_foreign(path) == "its weights are elsewhere"
+
+
+def test_what_is_no_onnx_is_not_ours(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(bytes(range(256)))
+    assert find_foreign(tmp_path / "m.onnx")
+
+
+# ------------------------------------------------------------------------------------------- a process of its own
+
+
+@pytest.mark.thorough
+def test_sound_file_gives_the_same_in_a_process_of_its_own(tmp_path: Path) -> None:
+    path, images = write(tmp_path / "m.onnx", CLASSIFY), torch.randn(3, 1, 8, 8)
+    confined, plain = open_exported(path, confined=True), open_exported(path)
+    assert confined.outputs.__qualname__ != plain.outputs.__qualname__
+    assert torch.equal(confined(images), plain(images))
+    assert confined.cost((1, 8, 8)) == plain.cost((1, 8, 8)) == (640, 640)
+    assert (confined.shape, confined.metadata) == ((1, 8, 8), {})
+    with pytest.raises(RunError, match=r"fails on images of shape"):
+        confined.outputs(torch.randn(3, 1, 9, 9))
+    assert torch.equal(confined(images), plain(images))  # it goes on
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("nodes", [take(1 << 29, folded=True), take(1 << 31, folded=False)], ids=["opened", "run"])
+def test_file_that_takes_all_memory_is_one_line(nodes: list[Any], tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", nodes)
+    with pytest.raises(DpmError, match=r"m\.onnx") as error:
+        dpm_cli.evaluate(path, recipe(), latency=False)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.slow
+def test_file_that_loops_for_ever_is_ended(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", loop_for_ever())
+    with pytest.raises(RunError, match=r"m\.onnx takes more time .* --trust"):
+        dpm_cli.evaluate(path, recipe(), latency=False)
+
+
+@pytest.mark.thorough
+def test_file_that_is_no_onnx_has_the_runtimes_reason(tmp_path: Path) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"\x08\x07\x12\x07pytorch" + bytes(100))
+    with pytest.raises(ModelFileError, match=r"m\.onnx is no ONNX file that can be run"):
+        dpm_cli.predict(tmp_path / "m.onnx", ["picture.png"])
+
+
+@pytest.mark.thorough
+def test_latency_of_a_confined_file_is_told_to_be_more(tmp_path: Path) -> None:
+    (row,) = dpm_cli.benchmark([write(tmp_path / "m.onnx", CLASSIFY)], seconds=0.01, turns=1)
+    assert "in a process of its own" in str(row.doubt)
+    (row,) = dpm_cli.benchmark([write(tmp_path / "m.onnx", CLASSIFY, mark=True)], seconds=0.01, turns=1)
+    assert "in a process of its own" not in str(row.doubt)
