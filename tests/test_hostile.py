@@ -21,6 +21,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from digits_recipe import recipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -43,36 +44,23 @@ class Bomb:
         return os.mkdir, (EXECUTED,)
 
 
-def recipe_values() -> dict[str, Any]:
-    return {
-        "model": {"arch": "digits", "classes": 10, "input": [1, 8, 8]},
-        "data": {"name": "digits", "batch": 32, "limit": 128, "augment": {"crop": 1, "flip": False}},
-        "prune": {"target": {"macs": 0.5}, "rounds": 1, "round_to": 4},
-        "decay": {"steps": 2, "rectify": True},
-        "train": {"epochs": 2},
-        "finetune": {"epochs": 0},
-        "export": [],
-        "precision": "fp32",
-        "checkpoint": {"every": 2},
-    }
+SETTINGS = recipe(decay={"rectify": True}, checkpoint={"every": 2})
 
 
 @pytest.fixture(scope="module")
 def originals(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """model.pt, slim.pt, checkpoint.pt and recipe.yaml as they should be."""
     folder = tmp_path_factory.mktemp("originals")
-    (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe_values()))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(SETTINGS))
     torch.manual_seed(0)
     torch.save(build("digits", classes=10, shape=(1, 8, 8)).state_dict(), folder / "model.pt")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("dpm_cli.run.delivery.measure_in_turns", partial(measure_in_turns, seconds=0.002))
         patch.setattr("dpm_cli.jobs.prune.write_page", lambda folder: None)  # tests/display draws it
-        dpm_cli.prune(folder / "model.pt", recipe_values(), output=folder / "out")
+        dpm_cli.prune(folder / "model.pt", SETTINGS, output=folder / "out")
     steps = iter(range(100))
     with pytest.raises(Interrupted):
-        dpm_cli.prune(
-            folder / "model.pt", recipe_values(), output=folder / "half", should_stop=lambda: next(steps) == 3
-        )
+        dpm_cli.prune(folder / "model.pt", SETTINGS, output=folder / "half", should_stop=lambda: next(steps) == 3)
     torch.set_flush_denormal(False)
     (folder / "out" / "slim.pt").rename(folder / "slim.pt")
     (folder / "half" / "checkpoint.pt").rename(folder / "checkpoint.pt")
@@ -123,10 +111,7 @@ def assert_refused(capsys: pytest.CaptureFixture[str], *arguments: object, codes
 
 
 def with_setting(**changes: Any) -> bytes:
-    values = recipe_values()
-    for section, change in changes.items():
-        values[section] = values[section] | change if isinstance(values.get(section), dict) else change
-    return yaml.safe_dump(values).encode()
+    return yaml.safe_dump(recipe(**changes)).encode()
 
 
 def laughs(levels: int) -> bytes:

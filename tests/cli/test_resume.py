@@ -6,20 +6,11 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from digits_recipe import recipe
 
 import dpm_cli
 from dpm_cli.errors import Interrupted
 from dpm_cli.models import build
-
-RECIPE = {
-    "model": {"arch": "digits", "classes": 10, "input": [1, 8, 8]},
-    "data": {"name": "digits", "batch": 32, "limit": 128, "augment": {"crop": 1, "flip": False}},
-    "prune": {"target": {"macs": 0.5}, "rounds": 1, "round_to": 4},
-    "decay": {"steps": 2, "rectify": False},
-    "train": {"epochs": 2},
-    "finetune": {"epochs": 0},
-    "export": [],
-}
 
 
 @pytest.fixture
@@ -28,7 +19,7 @@ def stopped(tmp_path: Path, dpm: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr("dpm_cli.jobs.prune.write_page", lambda folder: None)
     torch.manual_seed(0)
     torch.save(build("digits", classes=10, shape=(1, 8, 8)).state_dict(), "model.pt")
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe()))
     steps = iter(range(100))
     settings = dpm_cli.load_recipe("mine.yaml", ["prune.target.macs=0.7", "seed=3"])
     with pytest.raises(Interrupted):
@@ -49,7 +40,7 @@ def test_settings_need_not_be_given_again(stopped: Path, dpm: Any, arguments: li
 
 
 def test_a_recipe_that_was_changed_meanwhile_is_still_refused(stopped: Path, dpm: Any, tmp_path: Path) -> None:
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE | {"train": {"epochs": 3}}))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe(train={"epochs": 3})))
     ended = dpm("prune", "model.pt", "-r", "mine.yaml", "-o", "out", "--resume")
     assert ended.code == 2
     assert "another recipe" in ended.err
@@ -63,7 +54,7 @@ def test_other_settings_are_still_refused(stopped: Path, dpm: Any) -> None:
 
 def test_training_goes_on_with_the_settings_that_it_began_with(dpm: Any, tmp_path: Path) -> None:
     begin = ["--set", "dense.epochs=2", "--set", "seed=3"]
-    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(RECIPE | {"dense": {"epochs": 1}}))
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe(dense={"epochs": 1})))
     assert dpm("train", "-r", "mine.yaml", *begin, "-o", "whole.pt", "-q").code == 0
     steps = iter(range(100))
     settings = dpm_cli.load_recipe("mine.yaml", begin[1::2])
