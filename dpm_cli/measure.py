@@ -25,6 +25,7 @@ from dpm_cli.layers.modes import in_mode, plain_attention
 
 Counter = Literal["flop_counter", "thop"]
 Run = Callable[[Tensor], object]
+Taken = tuple[float, float]  # milliseconds of a call: by the clock, and of the processor
 
 
 SPREAD = 1.5  # upper quartile / lower quartile: beyond, a latency is doubted
@@ -42,6 +43,7 @@ class Latency:
     high_ms: float
     runs: int
     threads: int  # of torch, and so of what this package runs
+    processor_ms: float  # median processor time of a call, of all its threads: it stands still while others run
     doubt: str | None = None  # why the figure may be wrong, in one clause
 
 
@@ -130,20 +132,17 @@ def _take_turns(
     runs: Mapping[str, Run], example: Tensor, *, seconds: float, least: int, turns: int
 ) -> dict[str, Latency]:
     """Measure all contenders once."""
-    times: dict[str, list[float]] = {name: [] for name in runs}  # milliseconds
-    busy = dict.fromkeys(runs, 0.0)  # seconds of processor time
+    times: dict[str, list[Taken]] = {name: [] for name in runs}
     for _ in range(turns):
         for name, run in runs.items():
             if len(runs) > 1:
                 run(example)  # the others have emptied the caches
-            start = time.process_time()
             times[name] += _time(run, example, seconds=seconds / turns, least=math.ceil(least / turns))
-            busy[name] += time.process_time() - start
     latencies = {}
     for name, run in runs.items():
-        latency, share = _summarise(times[name]), busy[name] / (sum(times[name]) / 1e3)
+        latency, (took, busy) = _summarise(times[name]), map(sum, zip(*times[name]))
         alone = _time_alone(run, example, seconds=seconds / 5) if latency.threads > 1 else None
-        latencies[name] = replace(latency, doubt=_find_doubt(latency, share, alone, on_cpu=not example.is_cuda))
+        latencies[name] = replace(latency, doubt=_find_doubt(latency, busy / took, alone, on_cpu=not example.is_cuda))
     return latencies
 
 
@@ -175,7 +174,7 @@ def _time_alone(run: Run, example: Tensor, *, seconds: float) -> float:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        return statistics.median(_time(run, example, seconds=seconds, least=3))
+        return statistics.median(took for took, _ in _time(run, example, seconds=seconds, least=3))
     finally:
         torch.set_num_threads(threads)
 
@@ -231,25 +230,32 @@ def keeping_denormals() -> Iterator[None]:
         torch.set_flush_denormal(flushes)
 
 
-def _time(run: Run, example: Tensor, *, seconds: float, least: int) -> list[float]:
-    """Time calls in milliseconds until both limits are reached."""
+def _time(run: Run, example: Tensor, *, seconds: float, least: int) -> list[Taken]:
+    """Time calls until both limits are reached."""
     on_gpu = example.device.type == "cuda"
-    times: list[float] = []
+    times: list[Taken] = []
     if on_gpu:
         torch.cuda.synchronize(example.device)
     end = time.perf_counter() + seconds
     while len(times) < least or time.perf_counter() < end:
-        start = time.perf_counter()
+        start, busy = time.perf_counter(), time.process_time()
         run(example)
         if on_gpu:
             torch.cuda.synchronize(example.device)
-        times.append((time.perf_counter() - start) * 1e3)
+        times.append(((time.perf_counter() - start) * 1e3, (time.process_time() - busy) * 1e3))
     return times
 
 
-def _summarise(times: list[float]) -> Latency:
-    low, median, high = statistics.quantiles(times, n=4, method="inclusive")
-    return Latency(median_ms=median, low_ms=low, high_ms=high, runs=len(times), threads=torch.get_num_threads())
+def _summarise(times: list[Taken]) -> Latency:
+    low, median, high = statistics.quantiles((took for took, _ in times), n=4, method="inclusive")
+    return Latency(
+        median_ms=median,
+        low_ms=low,
+        high_ms=high,
+        runs=len(times),
+        threads=torch.get_num_threads(),
+        processor_ms=statistics.median(busy for _, busy in times),
+    )
 
 
 def _count_with_thop(module: nn.Module, image: Tensor) -> int:

@@ -120,8 +120,9 @@ class Benchmarked:
     median: float = 0.0
     low: float = 0.0
     high: float = 0.0
+    processor: float = 0.0  # median processor time of a call, which stands still while other programs run
     images_per_second: float = 0.0
-    faster: float = 1.0  # than the first file, at the same batch and threads
+    faster: float = 1.0  # than the first file at the same batch and threads; of one thread, by processor time
     doubt: str | None = None  # why the figure may be wrong
 
     def to_dict(self) -> dict[str, Any]:

@@ -177,7 +177,7 @@ def test_threads_that_wait_for_each_other_are_doubted() -> None:
 
 def test_a_calm_attempt_is_not_doubted_and_ends_the_measurement() -> None:
     """Three attempts of which one is calm: enough even while other programs run."""
-    latency = Latency(2.0, 1.9, 2.1, runs=9, threads=1)
+    latency = Latency(2.0, 1.9, 2.1, runs=9, threads=1, processor_ms=2.0)
     assert _find_doubt(latency, 0.99, None, on_cpu=True) is None
     assert _find_doubt(replace(latency, threads=2), 1.9, 3.0, on_cpu=True) is None or _load() > 4
 
@@ -218,3 +218,8 @@ def test_macs_of_a_module_that_hands_a_parameter_to_another() -> None:
     module = Hands()
     assert count_macs(module, torch.zeros(1, 3, 2, 2)) == 20
     assert all(parameter.requires_grad for parameter in module.parameters())
+
+
+def test_processor_time_leaves_out_waiting() -> None:
+    waits = measure_latency(lambda _: time.sleep(0.003), torch.zeros(1), seconds=0.03)
+    assert waits.processor_ms < 1 < 3 <= waits.median_ms

@@ -42,7 +42,7 @@ def benchmark(
     """Measure the latency of many files on the CPU, in turns.
 
     In turns means that a busy moment of the machine hits all of them. The first file is what the others are compared
-    with, at the same batch size and threads.
+    with, at the same batch size and threads: of one thread by processor time, which others do not slow down.
     """
     if as_csv and as_json:
         raise UsageError("--csv and --json contradict each other: give one of them")

@@ -37,7 +37,8 @@ def benchmark(
 
     files: exported files, slim.pt, and with `recipe` dense weights. runtimes: the usual one of each file by default;
     files that one of them cannot run are left out there. threads: as many as torch has by default. seconds: of each
-    measurement. The first file is what the others are compared with.
+    measurement. The first file is what the others are compared with: of one thread by processor time, which other
+    programs do not slow down, of several by the clock.
     """
     _require_sensible(files, batches, threads, seconds, turns)
     runtimes = [require_runtime(each) for each in runtimes]
@@ -124,17 +125,25 @@ def _fill(row: Benchmarked, latency: Latency) -> Benchmarked:
         median=latency.median_ms,
         low=latency.low_ms,
         high=latency.high_ms,
+        processor=latency.processor_ms,
         images_per_second=1000 * row.batch / latency.median_ms,
         doubt=row.doubt or latency.doubt,
     )
 
 
 def _compare(rows: Sequence[Benchmarked]) -> list[Benchmarked]:
-    """Compare each row with the first file's first row of the same batch and threads."""
+    """Compare each row with the first file's first row of the same batch and threads.
+
+    Of one thread, the processor time says what a quiet machine would take; of several, it leaves out waiting.
+    """
+
+    def taken(row: Benchmarked) -> float:
+        return row.processor if row.threads == 1 else row.median
+
     firsts: dict[tuple[int, int], float] = {}
     for row in rows:
-        firsts.setdefault((row.batch, row.threads), row.median)
-    return [replace(row, faster=firsts[row.batch, row.threads] / row.median) for row in rows]
+        firsts.setdefault((row.batch, row.threads), taken(row))
+    return [replace(row, faster=firsts[row.batch, row.threads] / taken(row)) for row in rows]
 
 
 def _require_sensible(

@@ -39,6 +39,12 @@ def test_every_file_batch_and_thread_count_is_measured(file: Path) -> None:
     assert torch.get_num_threads() == before
 
 
+def test_one_thread_is_compared_by_processor_time_and_several_by_the_clock(file: Path) -> None:
+    rows = dpm_cli.benchmark([file, file], threads=[1, 2], seconds=0.01, turns=1)
+    assert rows[1].faster == pytest.approx(rows[0].processor / rows[1].processor)
+    assert rows[3].faster == pytest.approx(rows[2].median / rows[3].median)
+
+
 def test_slim_files_need_nothing_else(tmp_path: Path) -> None:
     net = build("digits", classes=10, shape=(1, 8, 8)).eval()
     dpm_cli.save(net, tmp_path / "slim.pt", arch="digits", shape=(1, 8, 8))
