@@ -3,7 +3,7 @@
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -26,6 +26,15 @@ class Operator:
     padding: tuple[int, ...] = ()
     dilation: tuple[int, ...] = ()
     groups: int = 1
+
+    def resize(self, outputs: int, inputs: int) -> "Operator":
+        """Return it with other lengths of the first two axes of its weight. Depthwise convolutions stay depthwise."""
+        if len(self.weight) == 2:
+            return replace(self, weight=(outputs, inputs), reads=(*self.reads[:-1], inputs))
+        is_depthwise = self.groups > 1 and self.weight[1] == 1
+        groups = self.groups * outputs // self.weight[0] if is_depthwise else self.groups
+        reads = (self.reads[0], inputs * groups, *self.reads[2:])
+        return replace(self, weight=(outputs, inputs, *self.weight[2:]), reads=reads, groups=groups)
 
 
 def find_operators(model: nn.Module, images: Tensor) -> dict[str, Operator]:
@@ -110,7 +119,7 @@ def clock_for(threads: int) -> Callable[[], int]:
 
     One thread's processor time leaves out what other programs take; of several threads, only the wall clock tells.
     """
-    return time.thread_time_ns if threads == 1 else time.perf_counter_ns
+    return time.process_time_ns if threads == 1 else time.perf_counter_ns
 
 
 def _open(content: bytes, array: Any, runtime: str, threads: int) -> Callable[[], object]:

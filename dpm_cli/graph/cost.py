@@ -1,7 +1,7 @@
 """Predict the exact MACs and parameters of any set of survivors from one traced graph, without the model."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,28 +34,24 @@ class Cost:
     parameter_terms: Terms
     batch: int
     parameter_names: tuple[str, ...] = ()  # of the first parameter terms, in order
+    parameter_axes: tuple[tuple[int, ...], ...] = ()  # of each of these: the axes that its factors are
 
     def macs(self, alive: Flags) -> int:
         """Count the MACs of one input. alive: (units,)"""
-        return self.mac_terms.total(self._sizes(alive)) // self.batch
+        return self.mac_terms.total(self.sizes(alive)) // self.batch
 
     def parameters(self, alive: Flags) -> int:
         """Count the parameters. alive: (units,)"""
-        return self.parameter_terms.total(self._sizes(alive))
+        return self.parameter_terms.total(self.sizes(alive))
 
-    def _sizes(self, alive: Flags) -> Ids:
+    def sizes(self, alive: Flags) -> Ids:
+        """Return the table of surviving sizes, by row. alive: (units,)"""
         owned: npt.NDArray[np.int64] = self.incidence @ alive.astype(np.int64)
         return self.fixed + owned
 
     def survivors(self, alive: Flags) -> "Cost":
         """Return the cost of the compacted network, as a function of its own units. alive: (units,)"""
         return replace(self, incidence=self.incidence[:, np.flatnonzero(alive)])
-
-    def entries(self, alive: Flags) -> Ids:
-        """Count the entries of each parameter that `parameter_names` names. alive: (units,)"""
-        terms, sizes = self.parameter_terms, self._sizes(alive)
-        counts: Ids = (terms.coefficients * sizes[terms.factors].prod(1))[: len(self.parameter_names)]
-        return counts
 
 
 def build_cost(
@@ -64,11 +60,12 @@ def build_cost(
     unit_of_label: Ids,
     units: int,
     batch: int,
-    parameter_names: Sequence[str] = (),
+    parameter_axes: Mapping[str, Sequence[int]],
 ) -> Cost:
     """Collect cost terms into tables that are cheap to evaluate.
 
-    unit_of_label: (labels,) the unit of every label, -1 for labels that always stay.
+    unit_of_label: (labels,) the unit of every label, -1 for labels that always stay. parameter_axes: of the parameters
+    of the first terms, in order, the axes that their factors are.
     """
     table: dict[bytes, int] = {}
     axes: list[Ids] = []
@@ -96,7 +93,8 @@ def build_cost(
         _terms((term.coefficient for term in mac_terms), mac_rows, one),
         _terms((term.coefficient for term in parameter_terms), parameter_rows, one),
         batch,
-        tuple(parameter_names),
+        tuple(parameter_axes),
+        tuple(tuple(axes) for axes in parameter_axes.values()),
     )
 
 

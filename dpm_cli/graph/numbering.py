@@ -36,7 +36,9 @@ def number_groups(
     unit_of_label = unit_of_component[components]
     units = len(chosen)
     slices = []
+    owners: dict[str, list[Owner]] = {}
     for owner in ties.owners:
+        owners.setdefault(owner.tensor, []).append(owner)
         own = unit_of_label[owner.start : owner.start + owner.size]
         if (own >= 0).any():
             slices.append(Slice(owner.tensor, owner.axis, Role(roles[owner.start]), np.where(own >= 0, own, units)))
@@ -49,11 +51,14 @@ def number_groups(
         kept=_explain_kept(ties, reason_of_component[components], reasons, made, parameters, unused),
         cost=build_cost(
             ties.costs,
-            _parameter_terms(model, ties, parameters),
+            _parameter_terms(model, parameters, owners),
             unit_of_label,
             units,
             ties.batch,
-            [name for name, _ in model.named_parameters() if name in parameters],
+            {
+                name: list(dict.fromkeys(owner.axis for owner in owners.get(name, [])))
+                for name in _labelled(model, parameters)
+            },
         ),
         aliases=aliases,
         numbers=tuple(
@@ -98,15 +103,17 @@ def _order_units(ties: Ties, components: Ids, made: Flags, chosen: Ids, count: i
     return chosen[order], group_of[order]
 
 
-def _parameter_terms(model: nn.Module, ties: Ties, parameters: Mapping[str, Value]) -> list[CostTerm]:
-    """Count the entries of every labelled parameter, and of all others together."""
-    owners: dict[str, list[Owner]] = {}
-    for owner in ties.owners:
-        owners.setdefault(owner.tensor, []).append(owner)
+def _labelled(model: nn.Module, parameters: Mapping[str, Value]) -> list[str]:
+    return [name for name, _ in model.named_parameters() if name in parameters]
+
+
+def _parameter_terms(
+    model: nn.Module, parameters: Mapping[str, Value], owners: Mapping[str, Sequence[Owner]]
+) -> list[CostTerm]:
+    """Count the entries of every labelled parameter, and of all others together. owners: of each one's axes"""
     terms = [
         parameter_term(parameters[name].shape, {owner.axis: owner.ids for owner in owners.get(name, [])})
-        for name, _ in model.named_parameters()
-        if name in parameters
+        for name in _labelled(model, parameters)
     ]
     spare = sum(p.numel() for name, p in model.named_parameters() if name not in parameters)
     return [*terms, parameter_term((spare,), {})]

@@ -317,6 +317,14 @@ class Pruning:
             self.unwrap_()
 
 
+def foresee(pruning: Pruning) -> Flags:
+    """Return (units,) of the dense model that would be left if all that the target needs were chosen now."""
+    present, alive = pruning._present, pruning.ancestry.survivors.copy()
+    chosen = pruning._choose(pruning.base.scores(), limit=pruning.goal.limit, alive=present)
+    alive[pruning.ancestry.units[~present | chosen]] = False
+    return alive
+
+
 def tell_removal(pruning: Pruning, removal: Removal, *, stage: str, step: int) -> UnitsRemoved:
     """Make the event of a removal, with what is left of the model."""
     cost, alive = pruning.groups.cost, pruning.all_alive

@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
@@ -15,6 +15,7 @@ from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.program import Example
 from dpm_cli.graph.rehearsal import rehearse_survivors
 from dpm_cli.method.budget import (
+    AUTO_STEPS,
     Kind,
     Measure,
     Several,
@@ -22,6 +23,7 @@ from dpm_cli.method.budget import (
     choose_round_to,
     choose_victims,
     cost_of,
+    find_limit,
     find_width_limits,
     resolve_limit,
 )
@@ -96,17 +98,33 @@ def survey(
         groups = rehearse_survivors(module, example, found.groups, plan(found, prune.target))
         if len(groups) < len(found.groups):
             found = _limit_widths(module, groups, shifts, prune)
-    return _limit_widths(module, found.groups, shifts, prune, time_widths) if time_widths else found
+    if time_widths and prune.target.latency is not None:
+        return _time_widths(found, prune, prune.target.latency, time_widths)
+    return found
 
 
-def _limit_widths(
-    module: nn.Module, groups: Groups, shifts: Shifts, prune: Prune, time_widths: TimeWidths | None = None
-) -> Survey:
-    target, min_keep = prune.target, prune.min_keep
-    round_to = choose_round_to(groups, prune.round_to, min_keep=min_keep, amounts=target.limits)
-    widths = find_width_limits(groups, round_to=round_to, min_keep=min_keep)
-    latency = time_widths(module, groups, widths) if time_widths and target.latency is not None else None
-    return Survey(module, groups, shifts, round_to, widths, latency)
+def _limit_widths(module: nn.Module, groups: Groups, shifts: Shifts, prune: Prune) -> Survey:
+    min_keep = prune.min_keep
+    round_to = choose_round_to(groups, prune.round_to, min_keep=min_keep, amounts=prune.target.limits)
+    return Survey(module, groups, shifts, round_to, find_width_limits(groups, round_to=round_to, min_keep=min_keep))
+
+
+def _time_widths(found: Survey, prune: Prune, amount: float, time_widths: TimeWidths) -> Survey:
+    """Add what predicts latency. If `round_to` is auto: at the coarsest step that can meet the target, else the best.
+
+    Narrower layers are not always faster, so each step has to be measured.
+    """
+    steps = [step for step in AUTO_STEPS if step <= found.round_to] if prune.round_to == "auto" else [found.round_to]
+    groups, tried = found.groups, list[tuple[int, Survey]]()
+    for step in steps:
+        widths = find_width_limits(groups, round_to=step, min_keep=prune.min_keep)
+        latency = time_widths(found.module, groups, widths)
+        dense = cost_of(groups.cost, latency, np.ones(groups.units, bool))
+        lowest = cost_of(groups.cost, latency, widths.lowest(groups))
+        tried.append((lowest, replace(found, round_to=step, widths=widths, latency=latency)))
+        if lowest <= find_limit(dense, amount):
+            return tried[-1][1]
+    return min(tried, key=lambda each: each[0])[1]
 
 
 def _plan_fewest(found: Survey, target: Target) -> Flags:

@@ -1,8 +1,8 @@
-"""Predict the latency of any set of survivors from a table that the runtime itself filled, and measure real exports.
+"""Measure the latency of real exports, in turns with the dense one, and hold a run to its latency target.
 
-Every convolution and matrix product is timed alone at a few widths of the whole network, once. What is left of the
-measured dense latency (norms, activations, overhead) shrinks with the number of units. Two real exports, the dense
-model and the smallest one that is allowed, fix both ends of the prediction; each further measurement corrects it.
+Every convolution and matrix product is timed alone at a grid of its widths, once, see `dpm_cli.run.latency_table`. Two
+real exports, the dense model and the smallest one that is allowed, fix both ends of the prediction; each further
+measurement corrects it.
 """
 
 import copy
@@ -13,7 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,61 +25,21 @@ from torch import nn
 from dpm_cli.engine.distributed import World
 from dpm_cli.errors import TargetError
 from dpm_cli.export import export_model, open_exported, require_runtime
-from dpm_cli.export.probe import clock_for, find_operators, time_operator
+from dpm_cli.export.probe import Operator, clock_for, find_operators, time_operator
 from dpm_cli.files import write_text_atomic
 from dpm_cli.graph import Cost, Groups, compact_
-from dpm_cli.graph.labels import Flags
+from dpm_cli.graph.labels import Flags, Ids
 from dpm_cli.layers.images import Shape
 from dpm_cli.measure import Run, flushing_denormals, hardware
 from dpm_cli.method.budget import WidthLimits
 from dpm_cli.recipe.deployment import Latency
+from dpm_cli.run.latency_table import Grid, LatencyCost, Timed
 
-SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)  # of the units that may leave each group, at which operators are timed
-TOLERANCE = 0.02  # of the target: a real export may take so much longer than asked
-ATTEMPTS = 5  # to make prediction and measurement agree
+SHARES = np.linspace(0, 1, 9)  # of the units that may leave each group, at which operators are timed
+WIDE, FEW, BLOCK = 64, 5, 16  # wider layers are timed at fewer widths, multiples of what runtimes compute at once
+ABOVE, BELOW = 0.01, 0.03  # of the target: a real export may take this much more or less than asked
+ATTEMPTS, FIRST_ATTEMPTS = 5, 2  # to make prediction and measurement agree; before training, scores will still change
 SECONDS, LEAST, CALLS = 2.0, 30, 5  # of one comparison, least calls of each, and calls of each in one turn
-Table = dict[str, tuple[list[int], list[float]]]  # weight -> its numbers of entries, and nanoseconds, both growing
-
-
-@dataclass(frozen=True)
-class Timed:
-    """Holds what was measured once: nanoseconds of operators, and of the dense and the smallest export."""
-
-    table: Table
-    dense: float
-    lowest: float
-    lowest_table: float  # what the table alone says of the smallest export
-
-
-class LatencyCost:
-    """Predicts nanoseconds of one call. It corrects itself by what real exports take."""
-
-    def __init__(self, timed: Timed, units: int) -> None:
-        self.timed, self.units = timed, units
-        self.gain = 1.0  # what is saved in reality / by the table
-        self.correct_(timed.lowest, timed.lowest_table)
-
-    def __str__(self) -> str:
-        return "latency"
-
-    def count(self, cost: Cost, alive: Flags) -> int:
-        """Return nanoseconds. alive: (units,)"""
-        saved = self.timed.dense - table_sum(self.timed.table, self.timed.dense, cost, alive, self.units)
-        return max(1, round(self.timed.dense - self.gain * saved))
-
-    def correct_(self, measured: float, predicted: float) -> None:
-        """Make a structure cost what its export takes. predicted: by the table alone."""
-        saved = self.timed.dense - predicted
-        if saved > 0:
-            self.gain = max(1e-6, (self.timed.dense - measured) / saved)
-
-
-def table_sum(table: Table, dense: float, cost: Cost, alive: Flags, units: int) -> float:
-    """Add up the nanoseconds of all operators, and those of everything else, which shrinks with the number of units."""
-    entries = dict(zip(cost.parameter_names, cost.entries(alive).tolist()))
-    operators = sum(float(np.interp(entries[name], *knots)) for name, knots in table.items())
-    whole = sum(times[-1] for _, times in table.values())
-    return operators + max(0.0, dense - whole) * int(alive.sum()) / units
 
 
 class Stopwatch:
@@ -90,7 +50,14 @@ class Stopwatch:
         require_runtime(settings.runtime)
         self.module, self.groups, self.settings = module, groups, settings
         self.images = torch.randn(settings.batch, *shape, generator=torch.Generator().manual_seed(0))
+        self._known: dict[Operator | None, float] = {}  # nanoseconds; None for what every call takes
         self._dense: Run | None = None
+
+    def with_groups(self, module: nn.Module, groups: Groups) -> "Stopwatch":
+        """Return one for other groups of a module of the same structure, which measures nothing twice."""
+        other = copy.copy(self)
+        other.module, other.groups = module, groups
+        return other
 
     def shrink(self, alive: Flags) -> nn.Module:
         """Return a copy with only these units. alive: (units,) of the dense model"""
@@ -122,27 +89,41 @@ class Stopwatch:
             return open_exported(path, runtime=self.settings.runtime, threads=self.settings.threads)
 
     def time_all(self, widths: WidthLimits) -> Timed:
-        """Time the operators at all shares, and the dense and the smallest export."""
-        settings, groups = self.settings, self.groups
-        call = time_operator(None, runtime=settings.runtime, threads=settings.threads)
-        known: dict[object, float] = {}
-        knots: dict[str, dict[int, float]] = {}
-        for share in SHARES:
-            alive = _leave(groups, widths, share)
-            entries = dict(zip(groups.cost.parameter_names, groups.cost.entries(alive).tolist()))
-            for name, operator in find_operators(self.shrink(alive), self.images).items():
-                if name in entries:
-                    if operator not in known:
-                        took = time_operator(operator, runtime=settings.runtime, threads=settings.threads)
-                        known[operator] = max(0.0, took - call)
-                    knots.setdefault(name, {})[entries[name]] = known[operator]
-        table = {
-            name: (sorted(own), np.maximum.accumulate([own[size] for size in sorted(own)]).tolist())
-            for name, own in knots.items()
-        }
-        lowest = widths.lowest(groups)
-        ratio, dense = self.ratio(self.shrink(lowest))
-        return Timed(table, dense, ratio * dense, table_sum(table, dense, groups.cost, lowest, groups.units))
+        """Time the operators at a grid of their widths, and the dense and the smallest export."""
+        cost = self.groups.cost
+        sizes = np.stack([cost.sizes(_leave(self.groups, widths, share)) for share in SHARES])  # (shares, rows)
+        found = find_operators(self.module, self.images)
+        table = {}
+        for name, axes, rows in zip(cost.parameter_names, cost.parameter_axes, cost.parameter_terms.factors):
+            if operator := found.get(name):
+                knots = [
+                    _thin(sizes[:, rows[axes.index(axis)]]) if axis in axes else [operator.weight[axis]]
+                    for axis in (0, 1)
+                ]
+                table[name] = Grid(
+                    knots[0],
+                    knots[1],
+                    [[self._time(operator.resize(outputs, inputs)) for inputs in knots[1]] for outputs in knots[0]],
+                )
+        ratio, dense = self.ratio(self.shrink(widths.lowest(self.groups)))
+        return Timed(table, dense, ratio * dense)
+
+    def _time(self, operator: Operator | None) -> float:
+        """Return nanoseconds of an operator beyond what every call takes; each kind is timed once."""
+        if operator not in self._known:
+            every = self._time(None) if operator else 0.0
+            took = time_operator(operator, runtime=self.settings.runtime, threads=self.settings.threads)
+            self._known[operator] = max(0.0, took - every)
+        return self._known[operator]
+
+
+def _thin(sizes: Ids) -> list[int]:
+    """Choose the widths at which an axis is timed, of those that it can have."""
+    found: list[int] = np.unique(sizes).tolist()
+    if found[-1] <= WIDE:
+        return found
+    some = np.unique(np.linspace(0, len(found) - 1, FEW).round().astype(int)).tolist()
+    return sorted({min(found[-1], -(-found[i] // BLOCK) * BLOCK) for i in some})
 
 
 def _leave(groups: Groups, widths: WidthLimits, share: float) -> Flags:
@@ -163,6 +144,7 @@ def load_or_time(stopwatch: Stopwatch, widths: WidthLimits, *, cache: Path | Non
         "images": list(stopwatch.images.shape),
         "settings": stopwatch.settings.model_dump(),
         "widths": [widths.least.tolist(), widths.step.tolist()],
+        "table": 2,  # of what it holds
     }
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode()).hexdigest()[:24]
     path = folder / f"{digest}.json"
@@ -184,8 +166,8 @@ def _read(path: Path, machine: Mapping[str, Any]) -> Timed | None:
         if content["machine"] != machine:
             return None
         values = content["timed"]
-        table = {str(name): (list(sizes), list(times)) for name, (sizes, times) in values["table"].items()}
-        return Timed(table, float(values["dense"]), float(values["lowest"]), float(values["lowest_table"]))
+        table = {str(name): Grid(**grid) for name, grid in values["table"].items()}
+        return Timed(table, float(values["dense"]), float(values["lowest"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
@@ -197,28 +179,36 @@ class Meter:
         self.settings, self.shape, self.world = settings, shape, world
         self.checks = 0  # made after pruning
         self.note = ""  # what the last export took
+        self._stopwatch: Stopwatch | None = None
+
+    @property
+    def stopwatch(self) -> Stopwatch:
+        assert self._stopwatch  # `time_widths` was called
+        return self._stopwatch
 
     def time_widths(self, module: nn.Module, groups: Groups, widths: WidthLimits) -> LatencyCost:
         """Fill the table, or read it. See `dpm_cli.method.survey`."""
-        self.stopwatch = Stopwatch(module, groups, self.settings, self.shape)
-        timed = load_or_time(self.stopwatch, widths) if self.world.is_main else None
-        shared = self.world.share(timed)
-        assert shared is not None
-        self.cost = LatencyCost(shared, groups.units)
+        earlier = self._stopwatch
+        self._stopwatch = stopwatch = (
+            earlier.with_groups(module, groups) if earlier else Stopwatch(module, groups, self.settings, self.shape)
+        )
+        timed = self.world.share(load_or_time(stopwatch, widths) if self.world.is_main else None)
+        assert timed is not None
+        self.cost = LatencyCost(timed, groups.cost, widths.lowest(groups))
         return self.cost
 
-    def settle(self, choose: Callable[[], Flags], limit: int) -> None:
+    def settle(self, choose: Callable[[], Flags], limit: int, *, attempts: int = ATTEMPTS) -> None:
         """Export what would be chosen, measure it and correct the prediction, until both agree.
 
-        choose: returns (units,) the survivors that meet the target by the present prediction. limit: nanoseconds.
+        choose: returns (units,) of the dense model that meet the target by the present prediction. limit: nanoseconds.
         """
         groups = self.stopwatch.groups
-        for _ in range(ATTEMPTS):
+        for _ in range(attempts):
             alive = choose()
             took = self._measure(partial(self.stopwatch.shrink, alive))
-            if abs(took - limit) <= TOLERANCE * limit:
+            if limit * (1 - BELOW) <= took <= limit * (1 + ABOVE):
                 break
-            self._correct(took, groups.cost, alive)
+            self.cost.correct_(took, groups.cost, alive)
 
     def check(self, model: nn.Module, cost: Cost, alive: Flags, limit: int) -> None:
         """Measure the pruned model. If it is too slow, correct the prediction, so that the target is missed again.
@@ -227,14 +217,14 @@ class Meter:
         """
         self.checks += 1
         took = self._measure(lambda: copy.deepcopy(model).cpu().to(memory_format=torch.contiguous_format).eval())
-        if took <= limit * (1 + TOLERANCE):
+        if took <= limit * (1 + ABOVE):
             return
         if self.checks > ATTEMPTS:
             raise TargetError(
                 f"target latency of {limit / 1e6:.3g} ms was not met, however many units went: {self.note}; "
                 "widths that are no multiple of 8 can be slow, so raise prune.round_to, or the target"
             )
-        self._correct(took, cost, alive)
+        self.cost.correct_(took, cost, alive)
 
     def state_dict(self) -> dict[str, Any]:
         return {"gain": self.cost.gain, "checks": self.checks, "note": self.note}
@@ -242,14 +232,10 @@ class Meter:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.cost.gain, self.checks, self.note = float(state["gain"]), int(state["checks"]), str(state["note"])
 
-    def _correct(self, took: float, cost: Cost, alive: Flags) -> None:
-        timed = self.cost.timed
-        self.cost.correct_(took, table_sum(timed.table, timed.dense, cost, alive, self.cost.units))
-
     def _measure(self, make: Callable[[], nn.Module]) -> float:
         """Return nanoseconds of an export, by its ratio to the dense one."""
         ratio = self.world.share(self.stopwatch.ratio(make())[0] if self.world.is_main else 0.0)
-        dense, settings = self.cost.timed.dense, self.settings
+        dense, settings = self.cost.dense, self.settings
         self.note = (
             f"latency in {settings.runtime}, batch {settings.batch}, {settings.threads} thread"
             f"{'s' if settings.threads > 1 else ''}: the export takes {ratio:.3f} of the dense one's "

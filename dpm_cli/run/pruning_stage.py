@@ -93,6 +93,7 @@ class PruningStage(CourseHooks):
             self.floor.remember()
 
     def _start_round(self, loop: StageLoop) -> RoundStarted:
+        self.subject.settle_latency()
         choice = self._pruning.start_round()
         self.require_agreement(f"the victims of round {choice.round}")
         return RoundStarted(stage=loop.stage.name, step=loop.step, **asdict(choice))

@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from functools import partial
 from itertools import islice
 
 import numpy as np
@@ -17,12 +18,12 @@ from dpm_cli.graph.folding import fold_means_
 from dpm_cli.graph.labels import Flags
 from dpm_cli.method.budget import choose_victims
 from dpm_cli.method.pruners import BasePruner, make_base
-from dpm_cli.method.pruning import Pruning
+from dpm_cli.method.pruning import Pruning, foresee
 from dpm_cli.method.schedule import plan_schedule
 from dpm_cli.method.survey import survey
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage, number_epochs
-from dpm_cli.run.latency import Meter
+from dpm_cli.run.latency import FIRST_ATTEMPTS, Meter
 
 
 class Subject:
@@ -56,6 +57,7 @@ class Subject:
             self.meter.settle(
                 lambda: ~choose_victims(found.groups, found.widths, scores, kind=goal.kind, limit=goal.limit),
                 self._latency_limit,
+                attempts=FIRST_ATTEMPTS,
             )
         self.model, self.pruning = self._begin()
         self.teacher: nn.Module | None = None
@@ -66,6 +68,11 @@ class Subject:
     def _latency_limit(self) -> int:
         """Return the nanoseconds that the target allows."""
         return next(limit for kind, (_, limit) in self._goal.asked.items() if str(kind) == "latency")
+
+    def settle_latency(self) -> None:
+        """Correct the prediction by an export of what would be left, before a round that should meet the target."""
+        if self.meter and self.pruning.round + 1 >= len(self.rounds.starts):
+            self.meter.settle(partial(foresee, self.pruning), self._latency_limit)
 
     def check_latency(self) -> None:
         """Measure a real export once pruning is done, if the target limits latency; if too slow, it is not done."""
