@@ -2,6 +2,8 @@
 
 import contextlib
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 
@@ -16,4 +18,17 @@ def speaking(device: str) -> Iterator[bool]:
     from dpm_cli.engine.distributed import join
 
     with join(device) as world:
-        yield world.is_main
+        try:
+            yield world.is_main
+        except BaseException:
+            _outlive_launcher()
+            raise
+
+
+def _outlive_launcher() -> None:
+    """Ignore SIGTERM from now on: this process ends in seconds, after it has said why.
+
+    Launchers send it to all as soon as one has died, and end by SIGKILL what stays longer than their patience.
+    """
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -207,3 +207,28 @@ def test_launcher_itself(files, alone, tmp_path):
     assert failed.returncode == 1
     assert len([line for line in failed.stderr.splitlines() if "train.lr" in line and "error:" in line]) == 1
     assert "exitcode  : 2" in failed.stderr
+
+
+@pytest.mark.parametrize("who", [0, 1])
+def test_killed_process_is_told_before_the_launchers_signal_ends_the_other(files, tmp_path, who):
+    """SIGTERM comes a tenth of a second after the kill, and the line some seconds later."""
+    (tmp_path / "run.py").write_text(RUN)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += map(str, (tmp_path / "run.py", f"kill:{who}:8", *files, tmp_path / "out", "--device", "cpu"))
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert ended.returncode == 1
+    assert "error: another process of this run was lost; --resume goes on" in ended.stderr
+
+
+@pytest.mark.parametrize("base", ["depgraph", "otov2", "gate-decorator"])
+@pytest.mark.parametrize("size", [2, 3])
+def test_as_many_processes_give_the_same_bits_again(together, files, tmp_path, base, size):
+    """What README.md promises: the same command, with as many processes. One and two may decide otherwise."""
+    weights = []
+    for name in ("once", "again"):
+        changes = ["--set", f"prune.base={base}", "--set", "train.mixup=0"]
+        ended = together(RUN, NOTHING, *files, tmp_path / name, *changes, size=size)
+        assert codes(ended) == [0] * size, ended[0][2]
+        weights.append(load(tmp_path / name / "slim.pt").state_dict())
+        assert json.loads((tmp_path / name / "report.json").read_text())["target"]["met"]
+    torch.testing.assert_close(*weights, rtol=0, atol=0)
