@@ -2,17 +2,20 @@
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dpm_cli.export.noise import quiet
 from dpm_cli.layers.modes import in_mode
 from dpm_cli.measure import keeping_denormals
 
+CPU = torch.device("cpu")
 SECONDS, LEAST, MOST = 0.02, 12, 200  # of one operator, and calls
 
 
@@ -99,13 +102,20 @@ def serialise_operator(operator: Operator | None) -> bytes:
     return bytes(helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString())
 
 
-def time_operator(operator: Operator | None, *, runtime: str, threads: int) -> float:
-    """Return the nanoseconds of a warm call of one operator, see `clock_for`."""
-    content = serialise_operator(operator)
+def time_operator(operator: Operator | None, *, runtime: str, threads: int, device: torch.device = CPU) -> float:
+    """Return the nanoseconds of a warm call of one operator, see `clock_for`. device: of the runtime torch"""
     reads = (1, 1, 1, 1) if operator is None else operator.reads
-    array = torch.randn(reads, generator=torch.Generator().manual_seed(1)).numpy()
-    call = _open(content, array, runtime, threads)
-    clock, times = clock_for(threads), list[int]()
+    images = torch.randn(reads, generator=torch.Generator().manual_seed(1))
+    if runtime == "torch":
+        call = _open_in_torch(operator, images.to(device))
+    else:
+        call = _open(serialise_operator(operator), images.numpy(), runtime, threads)
+    with torch.inference_mode(), using_threads(threads):
+        return _time(call, clock_for(threads, device))
+
+
+def _time(call: Callable[[], object], clock: Callable[[], int]) -> float:
+    times: list[int] = []
     end = time.perf_counter() + SECONDS
     while len(times) < LEAST or (time.perf_counter() < end and len(times) < MOST):
         start = clock()
@@ -114,12 +124,42 @@ def time_operator(operator: Operator | None, *, runtime: str, threads: int) -> f
     return statistics.quantiles(times[1:], n=4, method="inclusive")[0]
 
 
-def clock_for(threads: int) -> Callable[[], int]:
+def clock_for(threads: int, device: torch.device) -> Callable[[], int]:
     """Return the clock for calls that use so many threads, in nanoseconds.
 
-    One thread's processor time leaves out what other programs take; of several threads, only the wall clock tells.
+    One thread's processor time leaves out what other programs take; of several threads, only the wall clock tells, and
+    of a GPU only once it has finished.
     """
+    if device.type == "cuda":
+
+        def finished() -> int:
+            torch.cuda.synchronize(device)
+            return time.perf_counter_ns()
+
+        return finished
     return time.process_time_ns if threads == 1 else time.perf_counter_ns
+
+
+@contextmanager
+def using_threads(threads: int) -> Iterator[None]:
+    """Temporarily let torch compute with so many threads; other runtimes were opened with theirs."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _open_in_torch(operator: Operator | None, images: Tensor) -> Callable[[], object]:
+    """images: on the device"""
+    if operator is None:
+        return lambda: images.view_as(images)
+    weight = torch.randn(operator.weight, generator=torch.Generator().manual_seed(0)).to(images.device)
+    if len(operator.weight) == 2:
+        return lambda: functional.linear(images, weight)
+    padding, dilation, groups = operator.padding, operator.dilation, operator.groups
+    return lambda: functional.conv2d(images, weight, None, operator.stride, padding, dilation, groups)
 
 
 def _open(content: bytes, array: Any, runtime: str, threads: int) -> Callable[[], object]:

@@ -4,6 +4,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import ALONE
 from dpm_cli.graph.labels import Flags
 from dpm_cli.method.budget import (
@@ -44,7 +45,7 @@ class Plan:
             self.scores = np.zeros(0)
         else:
             base = make_base(prune, recipe.train, seed=recipe.seed)
-            meter = Meter(prune.latency, recipe.model.input, ALONE)
+            meter = Meter(prune.latency, recipe.model.input, ALONE, choose_device("auto"))
             found = survey(module, example, prune, base, folds_means=recipe.folds_means, time_widths=meter.time_widths)
             latency = found.latency
             self.module, self.groups = found.module, found.groups

@@ -48,6 +48,8 @@ class Quantize(Section):
 class Latency(Section):
     """Says what `target.latency` is measured in: single images in ONNX Runtime on one thread, unless set."""
 
-    runtime: Literal["onnxruntime", "openvino"] = Field(default="onnxruntime", description="where exports are run")
+    runtime: Literal["onnxruntime", "openvino", "torch"] = Field(
+        default="onnxruntime", description="where exports are run; torch: the model itself, on the device of the run"
+    )
     batch: Annotated[Positive, Field(le=10**4)] = Field(default=1, description="images per call")
-    threads: Annotated[Positive, Field(le=1024)] = Field(default=1, description="threads of the runtime")
+    threads: Annotated[Positive, Field(le=1024)] = Field(default=1, description="threads of the runtime, on a CPU")

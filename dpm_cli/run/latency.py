@@ -25,7 +25,7 @@ from torch import nn
 from dpm_cli.engine.distributed import World
 from dpm_cli.errors import TargetError
 from dpm_cli.export import export_model, open_exported, require_runtime
-from dpm_cli.export.probe import Operator, clock_for, find_operators, time_operator
+from dpm_cli.export.probe import CPU, Operator, clock_for, find_operators, time_operator, using_threads
 from dpm_cli.files import write_text_atomic
 from dpm_cli.graph import Cost, Groups, compact_
 from dpm_cli.graph.labels import Flags, Ids
@@ -45,10 +45,13 @@ SECONDS, LEAST, CALLS = 2.0, 30, 5  # of one comparison, least calls of each, an
 class Stopwatch:
     """Measures the exports of one model's structures, each in turns with the dense one."""
 
-    def __init__(self, module: nn.Module, groups: Groups, settings: Latency, shape: Shape) -> None:
-        """module: dense, in eval mode on the CPU."""
+    def __init__(
+        self, module: nn.Module, groups: Groups, settings: Latency, shape: Shape, device: torch.device = CPU
+    ) -> None:
+        """module: dense, in eval mode on the CPU. device: of the run; only the runtime torch runs there."""
         require_runtime(settings.runtime)
         self.module, self.groups, self.settings = module, groups, settings
+        self.device = device if settings.runtime == "torch" else CPU
         self.images = torch.randn(settings.batch, *shape, generator=torch.Generator().manual_seed(0))
         self._known: dict[Operator | None, float] = {}  # nanoseconds; None for what every call takes
         self._dense: Run | None = None
@@ -68,21 +71,24 @@ class Stopwatch:
     def ratio(self, slim: nn.Module) -> tuple[float, float]:
         """Return the latency of a slim model / of the dense one, and the nanoseconds of the latter, both in turns."""
         self._dense = self._dense or self._open(self.module)
-        runs, clock = (self._dense, self._open(slim)), clock_for(self.settings.threads)
+        runs, clock = (self._dense, self._open(slim)), clock_for(self.settings.threads, self.device)
         times: tuple[list[int], list[int]] = ([], [])
         end = time.perf_counter() + SECONDS
-        with torch.inference_mode(), flushing_denormals():
+        images = self.images.to(self.device)
+        with torch.inference_mode(), flushing_denormals(), using_threads(self.settings.threads):
             while len(times[0]) < LEAST or time.perf_counter() < end:
                 for run, own in zip(runs, times):
                     for number in range(CALLS + 1):
                         start = clock()
-                        run(self.images)
+                        run(images)
                         if number:  # the other one has emptied the caches
                             own.append(clock() - start)
         dense, took = (statistics.quantiles(own, n=4, method="inclusive")[0] for own in times)
         return took / dense, dense
 
     def _open(self, module: nn.Module) -> Run:
+        if self.settings.runtime == "torch":
+            return copy.deepcopy(module).to(self.device).eval()
         with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
             path = Path(folder) / "model.onnx"
             export_model(module, self.images[:1], format="onnx", path=path, metadata={})
@@ -112,7 +118,9 @@ class Stopwatch:
         """Return nanoseconds of an operator beyond what every call takes; each kind is timed once."""
         if operator not in self._known:
             every = self._time(None) if operator else 0.0
-            took = time_operator(operator, runtime=self.settings.runtime, threads=self.settings.threads)
+            took = time_operator(
+                operator, runtime=self.settings.runtime, threads=self.settings.threads, device=self.device
+            )
             self._known[operator] = max(0.0, took - every)
         return self._known[operator]
 
@@ -144,6 +152,7 @@ def load_or_time(stopwatch: Stopwatch, widths: WidthLimits, *, cache: Path | Non
         "images": list(stopwatch.images.shape),
         "settings": stopwatch.settings.model_dump(),
         "widths": [widths.least.tolist(), widths.step.tolist()],
+        "device": "cpu" if stopwatch.device == CPU else torch.cuda.get_device_name(stopwatch.device),
         "table": 2,  # of what it holds
     }
     digest = hashlib.sha256(json.dumps(structure, sort_keys=True).encode()).hexdigest()[:24]
@@ -175,8 +184,9 @@ def _read(path: Path, machine: Mapping[str, Any]) -> Timed | None:
 class Meter:
     """Predicts and checks the latency of one run's model. Only the main process measures; the others are told."""
 
-    def __init__(self, settings: Latency, shape: Shape, world: World) -> None:
-        self.settings, self.shape, self.world = settings, shape, world
+    def __init__(self, settings: Latency, shape: Shape, world: World, device: torch.device) -> None:
+        """device: of the run"""
+        self.settings, self.shape, self.world, self.device = settings, shape, world, device
         self.checks = 0  # made after pruning
         self.note = ""  # what the last export took
         self._stopwatch: Stopwatch | None = None
@@ -190,7 +200,9 @@ class Meter:
         """Fill the table, or read it. See `dpm_cli.method.survey`."""
         earlier = self._stopwatch
         self._stopwatch = stopwatch = (
-            earlier.with_groups(module, groups) if earlier else Stopwatch(module, groups, self.settings, self.shape)
+            earlier.with_groups(module, groups)
+            if earlier
+            else Stopwatch(module, groups, self.settings, self.shape, self.device)
         )
         timed = self.world.share(load_or_time(stopwatch, widths) if self.world.is_main else None)
         assert timed is not None
@@ -235,10 +247,10 @@ class Meter:
     def _measure(self, make: Callable[[], nn.Module]) -> float:
         """Return nanoseconds of an export, by its ratio to the dense one."""
         ratio = self.world.share(self.stopwatch.ratio(make())[0] if self.world.is_main else 0.0)
-        dense, settings = self.cost.dense, self.settings
+        dense, settings, device = self.cost.dense, self.settings, self.stopwatch.device
+        where = f"{settings.threads} thread{'s' if settings.threads > 1 else ''}" if device == CPU else str(device)
         self.note = (
-            f"latency in {settings.runtime}, batch {settings.batch}, {settings.threads} thread"
-            f"{'s' if settings.threads > 1 else ''}: the export takes {ratio:.3f} of the dense one's "
-            f"{dense / 1e6:.3g} ms, measured in turns"
+            f"latency in {settings.runtime}, batch {settings.batch}, {where}: the export takes {ratio:.3f} of "
+            f"the dense one's {dense / 1e6:.3g} ms, measured in turns"
         )
         return ratio * dense

@@ -36,7 +36,9 @@ class Subject:
         self.difference = 0.0  # largest difference between outputs before and after any removal
         base = self._make_base()
         self.meter = (
-            Meter(recipe.prune.latency, recipe.model.input, setup.world) if recipe.prune.target.latency else None
+            Meter(recipe.prune.latency, recipe.model.input, setup.world, setup.device)
+            if recipe.prune.target.latency
+            else None
         )
         found = survey(
             module,

@@ -43,14 +43,13 @@ def test_operators_are_found_by_their_weights_with_what_they_read(net: nn.Module
     }
 
 
-def test_dearer_operator_takes_longer(net: nn.Module) -> None:
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_dearer_operator_takes_longer(net: nn.Module, runtime: str) -> None:
     small, large = (
         find_operators(nn.Conv2d(width, width, 3, padding=1), torch.zeros(1, width, 24, 24))["weight"]
         for width in (8, 64)
     )
-    assert time_operator(small, runtime="onnxruntime", threads=1) < time_operator(
-        large, runtime="onnxruntime", threads=1
-    )
+    assert time_operator(small, runtime=runtime, threads=1) < time_operator(large, runtime=runtime, threads=1)
 
 
 def test_resized_operators_read_what_their_layers_would() -> None:
@@ -59,6 +58,27 @@ def test_resized_operators_read_what_their_layers_would() -> None:
     depthwise = Operator((12, 1, 3, 3), (1, 12, 8, 8), (1, 1), (1, 1), (1, 1), groups=12)
     assert depthwise.resize(4, 1) == replace(depthwise, weight=(4, 1, 3, 3), reads=(1, 4, 8, 8), groups=4)
     assert Operator((4, 8), (1, 5, 8)).resize(4, 6) == Operator((4, 6), (1, 5, 6))
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+def test_narrow_structure_takes_less_than_the_dense_one_in_turns(net: nn.Module, runtime: str) -> None:
+    groups = find_groups(net, torch.zeros(2, 3, 64, 64))
+    stopwatch = Stopwatch(net, groups, Latency.model_validate({"runtime": runtime, "batch": 4}), (3, 64, 64))
+    narrow = stopwatch.shrink(np.isin(np.arange(groups.units), [0, 8]))
+    ratio, dense = stopwatch.ratio(narrow)
+    assert 0 < ratio < 1
+    assert dense > 0
+
+
+@pytest.mark.gpu
+def test_torch_on_cuda_is_timed_on_the_device_of_the_run(net: nn.Module) -> None:
+    device = torch.device("cuda:0")
+    groups = find_groups(net, torch.zeros(2, 3, 64, 64))
+    stopwatch = Stopwatch(net, groups, Latency(runtime="torch", batch=8), (3, 64, 64), device)
+    timed = stopwatch.time_all(find_width_limits(groups, round_to=4, min_keep=0.5))
+    assert all(time > 0 for grid in timed.table.values() for row in grid.times for time in row)
+    assert stopwatch.ratio(stopwatch.shrink(np.isin(np.arange(groups.units), [0, 8])))[0] > 0
+    assert next(net.parameters()).device == torch.device("cpu")  # the model itself stays where it is
 
 
 def test_prediction_agrees_with_both_measured_ends_and_lies_between_timed_widths(net: nn.Module) -> None:
