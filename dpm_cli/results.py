@@ -120,7 +120,7 @@ class Benchmarked:
     median: float = 0.0
     low: float = 0.0
     high: float = 0.0
-    processor: float = 0.0  # median processor time of a call, which stands still while other programs run
+    processor: float = 0.0  # processor time of a call, lower quartile; it stands still while other programs run
     images_per_second: float = 0.0
     faster: float = 1.0  # than the first file at the same batch and threads; of one thread, by processor time
     doubt: str | None = None  # why the figure may be wrong

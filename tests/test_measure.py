@@ -223,3 +223,14 @@ def test_macs_of_a_module_that_hands_a_parameter_to_another() -> None:
 def test_processor_time_leaves_out_waiting() -> None:
     waits = measure_latency(lambda _: time.sleep(0.003), torch.zeros(1), seconds=0.03)
     assert waits.processor_ms < 1 < 3 <= waits.median_ms
+
+
+def test_processor_time_leaves_out_what_interruptions_add() -> None:
+    spins = itertools.cycle([1, 1, 40])  # every third call is disturbed
+
+    def spin(_: Tensor) -> None:
+        end = time.process_time() + 0.001 * next(spins)
+        while time.process_time() < end:
+            pass
+
+    assert measure_latency(spin, torch.zeros(1), seconds=0, least=9).processor_ms < 5

@@ -143,3 +143,59 @@ def test_export_is_whole_or_not_there(net: nn.Module, tmp_path: Path) -> None:
     with pytest.raises(AccuracyError, match=r"model.int8.onnx was not written: int8 costs"):
         export_int8(net.eval(), IMAGES[:1], path=path, metadata={}, calibration=coarse)
     assert list(tmp_path.iterdir()) == []
+
+
+def small_transformer(origin: str) -> nn.Module:
+    torch.manual_seed(0)
+    if origin == "torchvision":
+        from torchvision.models import VisionTransformer
+
+        net: nn.Module = VisionTransformer(8, 4, num_layers=2, num_heads=2, hidden_dim=32, mlp_dim=64, num_classes=7)
+        nn.init.normal_(net.heads[0].weight)
+        return net.eval()
+    transformers = pytest.importorskip("transformers")
+    settings = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64}
+    config = transformers.ViTConfig(image_size=8, patch_size=4, num_labels=7, **settings)
+    return FirstOutput(transformers.ViTForImageClassification(config)).eval()
+
+
+class FirstOutput(nn.Module):
+    """Returns the logits alone, as what is exported does."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, images: Tensor) -> Tensor:
+        logits: Tensor = self.inner(images).logits
+        return logits
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize(
+    ("origin", "layer"),
+    [("torchvision", "encoder.layers.encoder_layer_1.mlp.0"), ("transformers", "inner.vit.layers.1.*")],
+)
+def test_only_products_with_weights_are_quantized_in_transformers(tmp_path: Path, origin: str, layer: str) -> None:
+    net = small_transformer(origin)
+    made = export_int8(net, IMAGES[:1], path=tmp_path / "int8.onnx", metadata={}, calibration=calibration())
+    graph = onnx.load(tmp_path / "int8.onnx").graph
+    maker = {output: node for node in graph.node for output in node.output}
+    stored = {each.name: each for each in graph.initializer}
+
+    def quantized(name: str) -> bool:
+        return name in maker and maker[name].op_type == "DequantizeLinear"
+
+    products = [node for node in graph.node if node.op_type in ("MatMul", "Gemm")]
+    weighted = [node for node in products if quantized(node.input[1]) and maker[node.input[1]].input[0] in stored]
+    between = [node for node in products if node not in weighted and node.input[1] not in stored]
+    assert len(weighted) >= 8
+    assert len(between) == 4  # two of each block's attention
+    assert not any(quantized(name) for node in between for name in node.input)
+    assert not any(quantized(name) for node in graph.node if node.op_type == "Softmax" for name in node.input)
+    assert made.quantized is not None
+    exact, rough = net(IMAGES), answers(tmp_path / "int8.onnx")
+    assert (exact - rough).abs().max() < 0.1 * exact.abs().max()
+    kept = export_int8(net, IMAGES[:1], path=tmp_path / "k.onnx", metadata={}, calibration=calibration(keep=[layer]))
+    assert kept.quantized is not None
+    assert kept.quantized.kept
