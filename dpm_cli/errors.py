@@ -2,6 +2,7 @@
 
 DpmError                    exit code 1
 ├── RunError                1  the run failed (non-finite loss, outputs changed, export differs, disk full)
+│   └── FormatError         1  a file format that cannot hold a model
 ├── UsageError              2  a wrong argument
 │   ├── RecipeError         2  a recipe that cannot be used
 │   ├── ModelFileError      2  a model file that cannot be loaded
@@ -34,6 +35,10 @@ class DpmError(Exception):
 
 class RunError(DpmError):
     """The run failed; the message says at which step, and what can be resumed."""
+
+
+class FormatError(RunError):
+    """A file format cannot hold what this model computes; the message names what it cannot, and a format that can."""
 
 
 class UsageError(DpmError):

@@ -64,10 +64,19 @@ def choose_layout(model: nn.Module, images: Tensor) -> torch.memory_format:
     Falls back to contiguous if the model's code fails with that, as `x.view(len(x), -1)` of a feature map does.
     images: (B, C, H, W), as the model takes them, on its device.
     """
-    trial = copy.deepcopy(model).to(memory_format=torch.channels_last)
+    trial = copy.deepcopy(model)
+    lay_out_(trial, torch.channels_last)
     try:
         with in_mode(trial, training=False), torch.no_grad():
             trial(images.contiguous(memory_format=torch.channels_last))
     except RuntimeError:
         return torch.contiguous_format
     return torch.channels_last
+
+
+def lay_out_(model: nn.Module, layout: torch.memory_format) -> None:
+    """Set the memory format of all 4-D parameters and buffers. `Module.to` fails on 5-D ones, those of a Conv3d."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        for each in (tensor, tensor.grad):
+            if each is not None and each.dim() == 4:
+                each.data = each.data.to(memory_format=layout)

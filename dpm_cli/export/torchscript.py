@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import warnings
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -11,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import ModelFileError, RunError, one_line
+from dpm_cli.errors import FormatError, ModelFileError, RunError, one_line
 from dpm_cli.export.exported import EXTRA, ExportedModel, parse_extra
 from dpm_cli.layers.images import Shape
 from dpm_cli.layers.modes import plain_attention
@@ -20,7 +21,10 @@ from dpm_cli.measure import count_macs, count_parameters
 
 
 def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -> bytes:
-    """Trace a module (eval mode, on the CPU) with an example (B, C, H, W). Raises RunError if it cannot be traced."""
+    """Trace a module (eval mode, on the CPU) with an example (B, C, H, W).
+
+    Raises RunError if it cannot be traced, FormatError if its code calls functions of its own that cannot be written.
+    """
     extra = json.dumps({"metadata": dict(metadata), "shape": list(example.shape[1:])})
     buffer = io.BytesIO()
     with _quiet(), torch.no_grad(), plain_attention():
@@ -29,6 +33,11 @@ def serialise(module: nn.Module, example: Tensor, metadata: Mapping[str, str]) -
             traced = torch.jit.trace(module, example, strict=False, check_trace=False)  # type: ignore[no-untyped-call]
             torch.jit.save(traced, buffer, _extra_files={EXTRA: extra})
         except Exception as error:  # the model itself has run before, so this is the tracer's problem
+            if function := re.search(r"Could not export Python function call '(\w+)'", str(error)):
+                raise FormatError(
+                    f"TorchScript cannot hold {function[1]}, a torch.autograd.Function of the model's code; ONNX can "
+                    "(--set export=[onnx])"
+                ) from error
             raise RunError(f"the model cannot be traced: {one_line(error, root_cause=True)}") from error
     return buffer.getvalue()
 

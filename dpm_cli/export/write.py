@@ -71,7 +71,7 @@ def export_model(
         expected = answers(portable, image)
         content, weights = _serialise(portable, image.repeat(2, 1, 1, 1), format, metadata, opset)
     except RunError as error:
-        raise RunError(f"{path.name} was not written: {error}") from error
+        raise type(error)(f"{path.name} was not written: {error}") from error
     difference, tolerance = float("nan"), TOLERANCE[format] if tolerance is None else tolerance
 
     def write(temporary: Path) -> None:

@@ -48,7 +48,7 @@ def make_lively(model: nn.Module, example: Example, groups: Groups, alive: Flags
     for inputs in candidates:
         norms = [module for module in lively.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
-            norm.forward = _Calibration(norm)
+            norm.forward = _Calibration(norm)  # type: ignore[assignment,method-assign]
         try:
             trial = Trial(lively, _vary(inputs, draw), groups, alive)
         except Exception:  # whatever the model's own code raises: for a batch of one, perhaps

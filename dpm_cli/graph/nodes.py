@@ -70,7 +70,8 @@ def find_head_dims(graph: torch.fx.Graph) -> dict[torch.fx.Node, frozenset[int]]
             continue
         for operand in [argument for argument in product.args[:3] if isinstance(argument, torch.fx.Node)]:
             shape = getattr(operand.meta.get("val"), "shape", ())
-            sizes = {int(size) for size in shape[-2:]}
+            last = 1 if name_of(product) == "scaled_dot_product_attention" else 2  # of a matrix product: either
+            sizes = {int(size) for size in shape[-last:]}
             queue, seen = [operand], {operand}
             while queue:
                 node = queue.pop()

@@ -3,9 +3,11 @@
 Only this file, `nodes`, `trace` and `rules` know torch.export and ATen names.
 """
 
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout, suppress
 from typing import Any
 
 import torch
@@ -41,16 +43,18 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
     Raises UnsupportedModelError with the layer and the reason when the model's code cannot be exported.
     """
     try:
-        return _export(model, example, training=training)
+        program = _export(model, example, training=training)
+        if not _resizes_buffers(program):
+            return program
     except Exception:  # torch.export raises dozens of types for what a model's code may do
-        _run_once(model, example)
+        pass
+    _run_once(model, example)
     try:
         return _export(model, example, training=training)
     except Exception as error:
         place = _place_of(error, model)
         raise UnsupportedModelError(
-            f"the model cannot be exported to a graph, so it cannot be analysed: {place}"
-            f"{one_line(error, root_cause=True)}"
+            f"the model cannot be exported to a graph, so it cannot be analysed: {place}{_reason_of(error)}"
         ) from None
 
 
@@ -59,9 +63,39 @@ def _export(model: nn.Module, example: Example, *, training: bool) -> ExportedPr
     with ExitStack() as stack:
         for context in (in_mode(model, training=training), plain_attention(), _set_momentum(model), _restored(model)):
             stack.enter_context(context)
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
+        stack.enter_context(_silenced())
         return torch.export.export(model, args, kwargs, strict=False)
+
+
+def _resizes_buffers(program: ExportedProgram) -> bool:
+    """Tell whether the model's code gives a buffer another size: what it reads from then on is another graph."""
+    writes = [node for node in program.graph.nodes if node.op == "call_function" and name_of(node) == "copy_"]
+    return any(
+        to.op == "placeholder" and to.meta["val"].shape != source.meta["val"].shape
+        for to, source in (node.args[:2] for node in writes)
+        if isinstance(to, torch.fx.Node) and isinstance(source, torch.fx.Node)
+    )
+
+
+def _reason_of(error: Exception) -> str:
+    """Say in one line why a model cannot be exported."""
+    text = one_line(error, root_cause=True)
+    if text.startswith("GuardOnDataDependentSymNode"):
+        return "its code decides by the values of a tensor (`if`, `int()`, a mask as index), which no graph can hold"
+    return text
+
+
+@contextmanager
+def _silenced() -> Iterator[None]:
+    """Silence torch.export, which warns about its own internals, and logs and prints whole graphs when it fails."""
+    disabled = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(disabled)
 
 
 def _run_once(model: nn.Module, example: Example) -> None:

@@ -16,7 +16,7 @@ from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.engine.loop import State
-from dpm_cli.engine.precision import choose_layout
+from dpm_cli.engine.precision import choose_layout, lay_out_
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import OutputError, RecipeError
 from dpm_cli.events import Event, Note, PhaseBegan
@@ -106,7 +106,8 @@ class _Trainee:
 
     def __init__(self, module: nn.Module, recipe: Recipe, setup: Setup) -> None:
         self.layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
-        self.model = module.to(setup.device).to(memory_format=self.layout).train()
+        self.model = module.to(setup.device).train()
+        lay_out_(self.model, self.layout)
 
     def state_dict(self) -> State:
         return {"model": self.model.state_dict()}

@@ -36,6 +36,7 @@ def fit_transformer_layer_(module: nn.Module) -> bool:
         rows, width = module.in_proj_weight.shape
         if rows != 3 * module.embed_dim or width != module.embed_dim:
             module.num_heads = rows // 3 // module.head_dim
+            module._qkv_same_embed_dim = False  # or nn.TransformerEncoderLayer reads the weights without calling this
             module.__class__ = SlimMultiheadAttention
         return True
     if type(module).__name__ in ("ShiftedWindowAttention", "SlimWindowAttention"):

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.engine.evaluate import evaluate, evaluate_module
+from dpm_cli.engine.precision import lay_out_
 from dpm_cli.engine.setup import Setup
-from dpm_cli.errors import AccuracyError, RunError
+from dpm_cli.errors import AccuracyError, FormatError, RunError
 from dpm_cli.events import Event, Exported, PhaseBegan
 from dpm_cli.export import Format, export_model, open_exported
 from dpm_cli.files import METADATA, write_text_atomic
@@ -62,28 +63,34 @@ class Delivery:
         """slim: in eval mode on the CPU."""
         image, started = self.setup.check_images()[:1].cpu(), time.monotonic()
         exports: list[ExportedFile] = []
-        failures: list[str] = []
+        failures: list[AccuracyError | FormatError] = []
         for format in self.recipe.export:
             yield PhaseBegan("export", f"exporting {EXPORT_NAMES[format]}")
             try:
                 made = self._export(format, slim, image)
-            except AccuracyError as error:  # the other files are worth having
-                failures.append(str(error))
+            except (AccuracyError, FormatError) as error:  # the other files are worth having
+                failures.append(error)
             else:
                 exports.append(made)
                 yield Exported(format=made.format, path=made.path, max_difference=made.max_difference)
+        cannot = [error for error in failures if isinstance(error, FormatError)]
+        if cannot and not exports:
+            raise _kept_training(cannot[0]) from cannot[0]
         exported = time.monotonic()
         yield PhaseBegan("measure", "measuring accuracy and latency of the dense and the slim model")
         dense, measured, exports = self._measure(slim, image, exports)
         yield from self._find_mistakes(slim)
         spent = {**seconds, "export": exported - started, "measure": time.monotonic() - exported}
-        outcome = replace(outcome, remarks=[*outcome.remarks, *failures])
+        outcome = replace(outcome, remarks=[*outcome.remarks, *map(str, failures)])
         report = self._make_report(dense, measured, outcome, exports, spent)
         self._save(slim, report, outcome)
         return report
 
     def _export(self, format: Format, slim: nn.Module, image: Tensor) -> ExportedFile:
-        """Write one file, reload it and compare. Raises RunError, or AccuracyError if int8 costs too much."""
+        """Write one file, reload it and compare.
+
+        Raises RunError, FormatError if the format cannot hold the model, or AccuracyError if int8 costs too much.
+        """
         try:
             return export_one(
                 slim,
@@ -94,15 +101,16 @@ class Delivery:
                 opset=self.recipe.opset,
                 calibration=make_calibration(self.recipe, self.setup.splits) if format == "onnx-int8" else None,
             )
+        except FormatError:
+            raise
         except RunError as error:
-            raise RunError(f"{error}; the training is kept: --resume with --set export=[] does without it") from error
+            raise _kept_training(error) from error
 
     def _find_mistakes(self, slim: nn.Module) -> Iterator[Event]:
         setup = self.setup
-        dense, slim = (
-            copy.deepcopy(network).to(setup.device).to(memory_format=self.layout).eval()
-            for network in (self.dense, slim)
-        )
+        dense, slim = (copy.deepcopy(network).to(setup.device).eval() for network in (self.dense, slim))
+        for network in (dense, slim):
+            lay_out_(network, self.layout)
         yield from find_mistakes(dense, slim, setup.splits, batch=setup.data.batch)
 
     def _measure(
@@ -240,3 +248,7 @@ class Delivery:
             arch=self.arch,
             recipe_hash=hash_recipe(recipe),
         )
+
+
+def _kept_training(error: RunError) -> RunError:
+    return RunError(f"{error}; the training is kept: --resume with --set export=[] does without it")

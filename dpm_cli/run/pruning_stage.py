@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 
 from dpm_cli.engine.loop import EndStage, StageLoop
+from dpm_cli.engine.precision import lay_out_
 from dpm_cli.events import Event, Note, RoundStarted
 from dpm_cli.graph.program import Example
 from dpm_cli.method.pruning import Pruning, tell_removal
@@ -103,7 +104,7 @@ class PruningStage(CourseHooks):
         loop.require_finite()  # otherwise the check of the outputs would blame the removal
         subject, pruning = self.subject, self._pruning
         removal = remove(self.course.setup.check_images())
-        subject.model.to(memory_format=subject.layout)
+        lay_out_(subject.model, subject.layout)
         loop.learner.shrink_(removal.before, removal.kept)
         self.require_agreement(f"what round {pruning.round} removed")
         subject.difference = max(subject.difference, removal.difference)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from dpm_cli.engine.loop import StageLoop, State
-from dpm_cli.engine.precision import choose_layout
+from dpm_cli.engine.precision import choose_layout, lay_out_
 from dpm_cli.engine.setup import Setup
 from dpm_cli.events import Done, Event, Note, Wanted, WeightsCut
 from dpm_cli.recipe import Recipe
@@ -37,7 +37,8 @@ class SparseSubject:
 
     def __init__(self, module: nn.Module, recipe: Recipe, setup: Setup) -> None:
         self.layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
-        self.model = copy.deepcopy(module).to(setup.device).to(memory_format=self.layout)
+        self.model = copy.deepcopy(module).to(setup.device)
+        lay_out_(self.model, self.layout)
         self.training = SphereTraining(self.model, recipe.prune, recipe.train)
         self.is_on_spheres = True
         if recipe.train.distill:

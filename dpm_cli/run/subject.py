@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from dpm_cli.engine.loop import State
-from dpm_cli.engine.precision import choose_layout
+from dpm_cli.engine.precision import choose_layout, lay_out_
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import listing
 from dpm_cli.graph import Groups
@@ -87,7 +87,8 @@ class Subject:
 
     def _begin(self) -> tuple[nn.Module, Pruning]:
         recipe = self.recipe
-        model = copy.deepcopy(self._start).to(self.setup.device).to(memory_format=self.layout)
+        model = copy.deepcopy(self._start).to(self.setup.device)
+        lay_out_(model, self.layout)
         return model, Pruning(
             model,
             self.dense_groups,
@@ -128,7 +129,7 @@ class Subject:
     def load_state_dict(self, state: State) -> None:
         """Load an earlier state into the dense model."""
         self.pruning.load_state_dict(state["pruning"])
-        self.model.to(memory_format=self.layout)
+        lay_out_(self.model, self.layout)
         self.model.load_state_dict(state["model"])
         self.difference = float(state["difference"])
         if self.meter:

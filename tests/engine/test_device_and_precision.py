@@ -4,7 +4,7 @@ from torch import nn
 
 from dpm_cli.engine import precision as precision_module
 from dpm_cli.engine.device import choose_device
-from dpm_cli.engine.precision import choose_layout, choose_precision
+from dpm_cli.engine.precision import choose_layout, choose_precision, lay_out_
 from dpm_cli.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -98,3 +98,20 @@ def test_fast_layout_spreads_from_weights_to_activations():
     after = model(images)
     assert after.is_contiguous(memory_format=torch.channels_last)
     torch.testing.assert_close(after, before)
+
+
+def test_layout_of_a_model_with_5d_weights_is_that_of_its_4d_ones():
+    class Video(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.flat, self.deep = nn.Conv2d(3, 8, 3), nn.Conv3d(8, 4, (1, 3, 3))
+
+        def forward(self, x):
+            return self.deep(self.flat(x)[:, :, None]).mean((2, 3, 4))
+
+    model = Video()
+    layout = choose_layout(model, torch.zeros(2, 3, 8, 8))
+    lay_out_(model, layout)
+    assert layout == torch.channels_last
+    assert model.flat.weight.is_contiguous(memory_format=torch.channels_last)
+    assert model.deep.weight.is_contiguous()

@@ -2,12 +2,13 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import RunError, UsageError
+from dpm_cli.errors import FormatError, RunError, UsageError
 from dpm_cli.export import Format, export_model, open_exported, torchscript
 from dpm_cli.export.write import portable_copy
 
@@ -178,3 +179,31 @@ def test_importing_the_package_does_not_import_onnx() -> None:
     code = "import sys, dpm_cli.export; print(sorted({'onnx', 'onnxruntime', 'onnxscript'} & sys.modules.keys()))"
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+class Clamp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
+class WithFunction(nn.Module):
+    """Its code calls a function of its own."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return Clamp.apply(images).flatten(1)  # type: ignore[no-any-return,no-untyped-call]
+
+
+def test_a_function_of_the_models_own_is_named_where_a_file_cannot_hold_it(image: Tensor, tmp_path: Path) -> None:
+    said = r"model.ts was not written: TorchScript cannot hold Clamp, a torch.autograd.Function .*; ONNX can"
+    with pytest.raises(FormatError, match=said):
+        export_model(WithFunction(), image, format="torchscript", path=tmp_path / "model.ts", metadata={})
+    assert not list(tmp_path.iterdir())
+    assert (
+        export_model(WithFunction(), image, format="onnx", path=tmp_path / "model.onnx", metadata={}).max_difference
+        == 0
+    )

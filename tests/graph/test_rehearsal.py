@@ -1,11 +1,13 @@
 """Python code around the operators: numbers in it that break, how little a group may shrink to, odd tensors."""
 
 import numpy as np
+import pytest
 import torch
 from exactness import assert_removable, randomise_
 from torch import nn
 
-from dpm_cli.graph import find_groups
+from dpm_cli.errors import UnsupportedModelError
+from dpm_cli.graph import Units, compact_, find_groups
 from dpm_cli.graph.search import find_broken
 from dpm_cli.graph.trial import BREAKS
 from dpm_cli.method.budget import find_width_limits
@@ -135,3 +137,68 @@ def test_what_the_code_makes_for_every_input_is_counted_once_per_input():
     model = Positions().eval()
     groups = find_groups(model, EXAMPLE)
     assert groups.cost.macs(np.ones(groups.units, bool)) == 64 * (3 * 6 + 6 + 6 * 2)
+
+
+class MakesItsBuffer(nn.Module):
+    """The buffer has its size from the first forward on: of a row of places, or of the channels."""
+
+    def __init__(self, axis):
+        super().__init__()
+        self.axis, self.stem, self.head = axis, nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 1)
+        self.register_buffer("table", torch.zeros(0))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        if len(self.table) != x.shape[self.axis]:
+            self.table = torch.linspace(0.5, 1, x.shape[self.axis])
+        return self.head((x.movedim(self.axis, -1) * self.table).movedim(-1, self.axis)).mean((2, 3))
+
+
+@pytest.mark.parametrize(("axis", "names"), [(3, ["stem"]), (1, [])])
+def test_a_buffer_made_in_the_first_forward_is_there_when_the_graph_is_read(axis, names):
+    model = MakesItsBuffer(axis).eval()
+    groups = find_groups(model, EXAMPLE)
+    assert [group.name for group in groups] == names
+    assert model.table.isfinite().all()
+    if names:
+        randomise_(model, EXAMPLE)
+        assert_removable(model, EXAMPLE, groups, np.arange(8) < 3)
+
+
+class Deciding(nn.Module):
+    def forward(self, x):
+        return x if x.sum() > 0 else -x
+
+
+def test_a_model_that_cannot_be_exported_is_refused_in_one_line_that_names_the_layer(capfd):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Sequential(nn.ReLU(), Deciding()))
+    with pytest.raises(UnsupportedModelError, match=r": 1\.1: its code decides by the values of a tensor") as error:
+        find_groups(model, EXAMPLE)
+    assert "\n" not in str(error.value)
+    assert capfd.readouterr() == ("", "")
+
+
+class Encoder(nn.Module):
+    """As many tokens as channels, as many heads as head dimensions: sizes alone tell nothing apart."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(16, 4, 24, batch_first=True, dropout=0)
+        self.stem, self.encoder = nn.Conv2d(3, 16, 2, 2), nn.TransformerEncoder(layer, 2)
+
+    def forward(self, x):
+        return self.encoder(self.stem(x).flatten(2).mT).mean(1)
+
+
+def test_encoder_layers_lose_heads_in_eval_mode_too():
+    """Their fast path reads the weights of the attention without calling it."""
+    model = Encoder().eval()
+    randomise_(model, EXAMPLE)
+    groups = find_groups(model, EXAMPLE)
+    assert [group.size for group in groups] == [4, 24] * 2
+    alive = np.arange(groups.units) % 2 == 0
+    Units(groups, model).scale_(torch.from_numpy(alive).float())
+    with torch.no_grad():
+        before = model(EXAMPLE)
+        compact_(model, groups, alive)
+        torch.testing.assert_close(model(EXAMPLE), before, rtol=1e-5, atol=1e-5)

@@ -17,7 +17,7 @@ from dpm_cli.data.digits import read_digits
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.engine.setup import Setup
-from dpm_cli.errors import AccuracyError, Interrupted, OutputError, RecipeError, RunError, TargetError
+from dpm_cli.errors import AccuracyError, FormatError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.events import EpochEnded, Note
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.jobs.loading import follow, make_setup
@@ -26,6 +26,7 @@ from dpm_cli.models import load_slim
 from dpm_cli.recipe import parse_recipe
 from dpm_cli.recipe.sections import Data
 from dpm_cli.report import Report
+from dpm_cli.run import delivery
 from dpm_cli.run.journal import Journal
 from dpm_cli.run.story import Run
 
@@ -687,6 +688,20 @@ def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatc
     assert events[1].stage == "export"
     assert not any(event.kind == "step" for event in events)
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
+
+
+def test_what_a_format_cannot_hold_costs_only_that_file(tmp_path, splits, monkeypatch):
+    def export_one(slim, image, format, *args, **settings):
+        if format == "torchscript":
+            raise FormatError("model.ts was not written: TorchScript cannot hold Clamp")
+        return really(slim, image, format, *args, **settings)
+
+    really = delivery.export_one
+    monkeypatch.setattr(delivery, "export_one", export_one)
+    _, _, report = go(tmp_path, make_recipe("export=[torchscript,onnx]"), splits)
+    assert [made.format for made in report.exports] == ["onnx"]
+    assert "model.ts was not written: TorchScript cannot hold Clamp" in report.notes
+    assert (tmp_path / "slim.pt").exists()
 
 
 @pytest.mark.thorough
