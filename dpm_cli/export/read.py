@@ -56,6 +56,8 @@ def open_exported(
         return executorch.read(path)
     if not start.startswith(b"PK"):
         choose_runtime("onnx", runtime, path)
+        if confined and path.suffix != ".onnx" and is_weights(start):
+            raise ModelFileError(f"{path} holds weights, not an exported file; give a .ts, .onnx or .pt2 file")
         if confined and not trust and ours_onnx.find_foreign(path):
             return open_confined(path, runtime, threads)
         return read_onnx(path, runtime, threads)
@@ -81,6 +83,11 @@ def open_exported(
 
 def is_openvino(start: bytes) -> bool:
     return start.lstrip().startswith((b"<?xml", b"<net"))
+
+
+def is_weights(start: bytes) -> bool:
+    """Tell whether a file begins as a safetensors file or a pickle does: no process needs to be started for it."""
+    return start[8:9] == b"{" or start.startswith(b"\x80")
 
 
 def is_executorch(start: bytes) -> bool:

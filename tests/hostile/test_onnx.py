@@ -8,6 +8,7 @@ import pytest
 import torch
 from digits_recipe import recipe
 from onnx import TensorProto, helper, numpy_helper
+from safetensors.torch import save_file
 
 import dpm_cli
 from dpm_cli.errors import DpmError, ModelFileError, RunError
@@ -165,3 +166,13 @@ def test_latency_of_a_confined_file_is_told_to_be_more(tmp_path: Path) -> None:
     assert "in a process of its own" in str(row.doubt)
     (row,) = dpm_cli.benchmark([write(tmp_path / "m.onnx", CLASSIFY, mark=True)], seconds=0.01, turns=1)
     assert "in a process of its own" not in str(row.doubt)
+
+
+def test_weights_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes seconds, and `dpm evaluate model.safetensors` is no program of anybody."""
+    monkeypatch.setattr("subprocess.Popen", None)
+    state = build("digits", classes=10, shape=(1, 8, 8)).state_dict()
+    save_file(state, tmp_path / "model.safetensors")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    for name in ("model.safetensors", "old.pt"):
+        assert dpm_cli.evaluate(tmp_path / name, recipe(), latency=False).kind == "dense"
