@@ -61,5 +61,12 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
     return path
 
 
+def read_rows(name: str) -> list[dict[str, Any]]:
+    """Return the rows of benchmarks/results/NAME.json; none if there is no such file."""
+    path = FOLDER / f"{name}.json"
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
+
+
 def _show(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
