@@ -218,17 +218,3 @@ def test_killed_process_is_told_before_the_launchers_signal_ends_the_other(files
     ended = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert ended.returncode == 1
     assert "error: another process of this run was lost; --resume goes on" in ended.stderr
-
-
-@pytest.mark.parametrize("base", ["depgraph", "otov2", "gate-decorator"])
-@pytest.mark.parametrize("size", [2, 3])
-def test_as_many_processes_give_the_same_bits_again(together, files, tmp_path, base, size):
-    """What README.md promises: the same command, with as many processes. One and two may decide otherwise."""
-    weights = []
-    for name in ("once", "again"):
-        changes = ["--set", f"prune.base={base}", "--set", "train.mixup=0"]
-        ended = together(RUN, NOTHING, *files, tmp_path / name, *changes, size=size)
-        assert codes(ended) == [0] * size, ended[0][2]
-        weights.append(load(tmp_path / name / "slim.pt").state_dict())
-        assert json.loads((tmp_path / name / "report.json").read_text())["target"]["met"]
-    torch.testing.assert_close(*weights, rtol=0, atol=0)
