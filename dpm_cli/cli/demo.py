@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import dpm_cli
-from dpm_cli.cli.options import AsJson, OutputFolder, Quiet
+from dpm_cli.cli.options import AsJson, Device, OutputFolder, Quiet
 from dpm_cli.cli.progress import follow
 from dpm_cli.cli.prune import show
 from dpm_cli.errors import OutputError
@@ -14,6 +14,7 @@ RECIPE = "digits"
 
 def demo(
     output: OutputFolder = Path("dpm-demo"),
+    device: Device = "auto",
     as_json: AsJson = False,
     quiet: Quiet = False,
 ) -> None:
@@ -28,8 +29,8 @@ def demo(
     settings = dpm_cli.load_recipe(RECIPE)
     dense = output / "dense.pt"
     with follow(quiet=quiet, as_json=as_json) as tell:
-        dpm_cli.train(settings, output=dense, overwrite=True, on_event=tell)
-        report = dpm_cli.prune(dense, settings, output=output, overwrite=True, on_event=tell)
+        dpm_cli.train(settings, output=dense, device=device, overwrite=True, on_event=tell)
+        report = dpm_cli.prune(dense, settings, output=output, device=device, overwrite=True, on_event=tell)
     show(report, as_json=as_json)
     if not as_json and not quiet:
         from dpm_cli.display.facts import praise

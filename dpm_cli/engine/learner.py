@@ -6,13 +6,15 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.engine.distributed import ALONE, World
+from dpm_cli.engine.graphs import Forward, Recorder
+from dpm_cli.engine.layout import lay_out_state_
 from dpm_cli.engine.optimizer import OptimizerState, make_optimizer, optimizer_state, restore_optimizer_state_
 from dpm_cli.engine.precision import Precision
 from dpm_cli.engine.schedule import learning_rate, set_learning_rate_
 from dpm_cli.engine.step import Hook, train_step
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.optimizer_state import shrink_optimizer_
-from dpm_cli.recipe.sections import Training
+from dpm_cli.recipe.sections import Engine, Training
 from dpm_cli.tasks.classification import classification_loss, distillation_loss, mixup
 
 
@@ -30,6 +32,7 @@ class Learner:
         layout: torch.memory_format = torch.channels_last,
         teacher: nn.Module | None = None,
         world: World = ALONE,
+        engine: Engine = Engine(),  # noqa: B008
     ) -> None:
         """seed: for mix-up, and for dropout across processes. layout: memory format of images and model.
 
@@ -38,7 +41,10 @@ class Learner:
         self.model, self.training, self.precision, self.teacher, self.world = model, training, precision, teacher, world
         self.steps_per_epoch, self.steps = steps_per_epoch, training.epochs * steps_per_epoch
         self._seed, self._layout = seed, layout
-        self._forward = world.wrap(model)
+        self.notes: list[str] = []  # for the user, until somebody reads them
+        self._uses_graphs = engine.compile == "auto" and world.size == 1 and next(model.parameters()).is_cuda
+        self._forward = self._recorded(model)
+        self._teach = self._recorded(teacher) if teacher else None
         self.optimizer = make_optimizer(model, training)
 
     def learning_rate(self, step: int) -> float:
@@ -66,7 +72,7 @@ class Learner:
         images = mixed.images.contiguous(memory_format=self._layout)
 
         def objective(outputs: object, labels: Tensor) -> Tensor:
-            distill = training.distill if self.teacher else 0.0
+            distill = training.distill if self._teach else 0.0
             terms = []
             if distill < 1:
                 loss = classification_loss(
@@ -77,9 +83,9 @@ class Learner:
                     share=mixed.share,
                 )
                 terms.append((1 - distill) * loss if distill else loss)
-            if distill and self.teacher:
+            if distill and self._teach:
                 with torch.no_grad():
-                    taught = self.teacher(images)
+                    taught = self._teach(images)
                 terms.append(distill * distillation_loss(outputs, taught, training.temperature))
             loss = sum(terms[1:], start=terms[0])
             return self.world.weigh(loss, len(labels), count or len(labels))
@@ -101,7 +107,16 @@ class Learner:
     def shrink_(self, before: Mapping[str, nn.Parameter], kept: KeptPositions) -> None:
         """Move the optimizer to the new parameters after compaction. Arguments as for `shrink_optimizer_`."""
         shrink_optimizer_(self.optimizer, self.model, before, kept)
-        self._forward = self.world.wrap(self.model)
+        if self.optimizer.defaults.get("fused"):
+            lay_out_state_(self.optimizer)
+        self._forward = self._recorded(self.model)
+
+    def _recorded(self, model: nn.Module) -> Forward:
+        """Let a model run as a CUDA graph where that is faster. Several processes average gradients instead."""
+        forward = self.world.wrap(model) if model is self.model else model
+        if not self._uses_graphs or forward is not model:
+            return forward
+        return Recorder(model, self.precision, self.notes)
 
     def tensors(self) -> Iterator[Tensor]:
         """Yield all tensors that training changes: the state of the model and of the optimizer."""

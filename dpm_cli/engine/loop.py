@@ -11,7 +11,7 @@ from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.setup import Setup
 from dpm_cli.engine.step import LossMeter, LossReading, all_finite
 from dpm_cli.errors import Interrupted, RunError
-from dpm_cli.events import EpochEnded, Event, StageBegan, StepTaken
+from dpm_cli.events import EpochEnded, Event, Note, StageBegan, StepTaken
 from dpm_cli.recipe.stages import Stage
 
 State = dict[str, Any]  # tensors, numbers and strings, for a checkpoint
@@ -113,6 +113,8 @@ class StageLoop:
             after=[lambda: hooks.after_step_(step, lr)],
         )
         self._meter.add_(loss, images=int(count), step=step)
+        while learner.notes:
+            yield Note(learner.notes.pop(0))
         self.step += 1
         yield from hooks.end_step(self)
         yield StepTaken(

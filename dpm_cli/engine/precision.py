@@ -25,10 +25,14 @@ class Precision:
     scaler: torch.amp.GradScaler | None = None
 
     @contextmanager
-    def autocast(self) -> Iterator[None]:
-        """Return a context for forward passes. In fp32 it changes nothing, bit for bit."""
+    def autocast(self, *, cached: bool = True) -> Iterator[None]:
+        """Return a context for forward passes. In fp32 it changes nothing, bit for bit.
+
+        cached: weights in 16 bits are kept until the outermost context ends.
+        """
         with ExitStack() as stack:
-            stack.enter_context(torch.autocast(self.device_type, FORMATS[self.name], enabled=self.name != "fp32"))
+            is_mixed, format = self.name != "fp32", FORMATS[self.name]
+            stack.enter_context(torch.autocast(self.device_type, format, enabled=is_mixed, cache_enabled=cached))
             if self.name == "bf16" and self.device_type == "cpu":
                 stack.enter_context(FasterOnCpu())
             yield

@@ -15,9 +15,10 @@ from dpm_cli.engine.distributed import ALONE, World
 from dpm_cli.engine.evaluate import evaluate_module
 from dpm_cli.engine.precision import Precision
 from dpm_cli.errors import RecipeError
-from dpm_cli.recipe.sections import Data
+from dpm_cli.recipe.sections import Data, Engine
 
 CHECK_IMAGES = 8  # real inputs to compare outputs on, before and after compaction
+EVALUATED = 8  # batches of training that a GPU evaluates at once
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,7 @@ class Setup:
     checkpoint_every: int  # steps
     device: torch.device
     precision: Precision
+    engine: Engine = field(default=Engine())
     should_stop: Callable[[], int] = lambda: False  # true, or the exit code to stop with
     world: World = field(default=ALONE)
 
@@ -76,18 +78,23 @@ class Setup:
         images, _ = next(held_out.batches(CHECK_IMAGES, seed=0, epoch=0, augment=None))
         return images
 
+    @property
+    def _evaluated_at_once(self) -> int:
+        """Count the images of a batch without gradients: a GPU has room for more of them, and waits less for Python."""
+        return self.data.batch * (EVALUATED if self.device.type == "cuda" else 1)
+
     def validate(self, model: nn.Module) -> float | None:
         """Measure accuracy in percent on the validation images, for decisions; None if there are none."""
         if not (self.splits.labelled and len(self._validation)):
             return None
-        batch, precision = self.data.batch, self.precision
+        batch, precision = self._evaluated_at_once, self.precision
         return evaluate_module(model, self._validation, batch=batch, precision=precision, world=self.world).accuracy
 
     def test(self, model: nn.Module) -> float | None:
         """Measure accuracy in percent on the test images, for reports only; None without labels."""
         if not self.splits.labelled:
             return None
-        return evaluate_module(model, self.splits.test, batch=self.data.batch).accuracy
+        return evaluate_module(model, self.splits.test, batch=self._evaluated_at_once).accuracy
 
     def recalibrate_(self, model: nn.Module, epoch: int, *, batches: int) -> None:
         """Recompute BatchNorm statistics on training images. epoch: a number that no stage uses."""

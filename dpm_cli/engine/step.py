@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpm_cli.engine.distributed import ALONE, World
+from dpm_cli.engine.layout import lay_out_gradients_
 from dpm_cli.engine.precision import Precision
 
 Hook = Callable[[], None]
@@ -45,6 +46,8 @@ def train_step(
     else:
         scaler.scale(loss).backward()  # type: ignore[no-untyped-call]
         scaler.unscale_(optimizer)
+    if loss.is_cuda:
+        lay_out_gradients_(optimizer)
     for hook in before_step:
         hook()
     if clip_grad is not None:

@@ -71,6 +71,7 @@ def make_setup(
         checkpoint_every=recipe.checkpoint.every,
         device=device,
         precision=choose_precision(recipe.precision, device),
+        engine=recipe.engine,
         should_stop=should_stop or (lambda: False),
         world=world,
     )

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dpm_cli.engine.allocator import keeping_freed_memory
+from dpm_cli.engine.backends import tuned_backends
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import World, join
@@ -134,7 +135,7 @@ class _Training:
             yield from course.restore()
         started -= sum(course.seconds.values())  # of earlier sessions
         if not course.is_over:
-            with keeping_freed_memory():
+            with keeping_freed_memory(), tuned_backends(setup.device, setup.engine):
                 yield from course.train(CourseHooks(course))
             yield from course.advance()
         yield PhaseBegan("measure", "measuring the accuracy on the test images")

@@ -12,6 +12,7 @@ from dpm_cli.recipe.sections import (
     Compact,
     Data,
     Decay,
+    Engine,
     Model,
     Prune,
     Retraining,
@@ -44,6 +45,7 @@ class Recipe(Section):
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field(
         default="auto", description="numbers to train with; auto: bf16 where the device is fast at it"
     )
+    engine: Engine = Field(default=Engine(), description="how a GPU is used")
     counter: Literal["flop_counter", "thop"] = Field(
         default="flop_counter", description="what counts MACs for the report; thop for comparing with papers"
     )

@@ -332,6 +332,18 @@ class Retraining(Training):
     )
 
 
+class Engine(Section):
+    """Sets how a GPU is used. Nothing here changes a run on a CPU."""
+
+    compile: Literal["auto", "off"] = Field(
+        default="auto",
+        description="auto: the model runs as a CUDA graph where that was measured to be faster; off: kernel by kernel",
+    )
+    deterministic: bool = Field(
+        default=False, description="the same bits on the same GPU and versions, where its operators can; slower"
+    )
+
+
 class Checkpoint(Section):
     """Sets how much work an interruption may lose."""
 

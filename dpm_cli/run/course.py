@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from dpm_cli.engine.allocator import keeping_freed_memory
+from dpm_cli.engine.backends import tuned_backends
 from dpm_cli.engine.checkpoint import capture_rng, load_checkpoint, remove_checkpoints, restore_rng, save_checkpoint
 from dpm_cli.engine.learner import Learner
 from dpm_cli.engine.loop import Hooks, StageLoop, State
@@ -110,7 +111,10 @@ class Course:
             yield from self.restore()
         yield from self.tell_corrupt()
         with self.journal.opened():
-            with keeping_freed_memory():  # not while measuring latency, as deployed processes do not do this
+            with (
+                keeping_freed_memory(),
+                tuned_backends(self.setup.device, self.setup.engine),
+            ):  # not while measuring latency, as deployed processes do not do this
                 yield from self.journal.follow(train)
             result = yield from self.journal.follow(finish)
         self.forget()
@@ -128,6 +132,7 @@ class Course:
             layout=self.trainee.layout,
             teacher=self.trainee.teacher,
             world=setup.world,
+            engine=setup.engine,
         )
         loop = StageLoop(setup, learner, stage, hooks, self.step)
         if self._in_stage:

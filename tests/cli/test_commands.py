@@ -262,7 +262,8 @@ def test_the_demo_trains_and_prunes_into_its_own_folder(dpm: Any, trained_demo: 
     assert train.options["output"] == prune.given[0] == Path("shown/dense.pt")
     assert prune.options["output"] == Path("shown")
     assert "125.7 M" in ended.out
-    assert dpm("demo", "-o", "shown").code == 0  # a demo's folder may be written again
+    assert dpm("demo", "-o", "shown", "--device", "cuda").code == 0  # a demo's folder may be written again
+    assert train.options["device"] == prune.options["device"] == "cuda"
     assert set(json.loads(dpm("demo", "-o", "shown", "--json").out)) >= {"dense", "slim"}
 
 

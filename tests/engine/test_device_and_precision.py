@@ -3,9 +3,11 @@ import torch
 from torch import nn
 
 from dpm_cli.engine import precision as precision_module
+from dpm_cli.engine.backends import tuned_backends
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.precision import choose_layout, choose_precision, lay_out_
 from dpm_cli.errors import UsageError
+from dpm_cli.recipe.sections import Engine
 
 CPU = torch.device("cpu")
 
@@ -115,3 +117,19 @@ def test_layout_of_a_model_with_5d_weights_is_that_of_its_4d_ones():
     assert layout == torch.channels_last
     assert model.flat.weight.is_contiguous(memory_format=torch.channels_last)
     assert model.deep.weight.is_contiguous()
+
+
+def test_backends_are_left_alone_on_a_cpu() -> None:
+    before = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    with tuned_backends(torch.device("cpu"), Engine(deterministic=True)):
+        assert (torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()) == before
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("deterministic", [True, False])
+def test_backends_of_a_gpu_are_set_and_restored(deterministic: bool) -> None:
+    before = torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()
+    with tuned_backends(torch.device("cuda:0"), Engine(deterministic=deterministic)):
+        assert torch.backends.cudnn.benchmark is not deterministic
+        assert torch.are_deterministic_algorithms_enabled() is deterministic
+    assert (torch.backends.cudnn.benchmark, torch.are_deterministic_algorithms_enabled()) == before
