@@ -1,6 +1,7 @@
 """What every benchmark shares: turns, medians, a table, a JSON file with hardware and versions."""
 
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -11,7 +12,7 @@ import torch
 
 from dpm_cli.measure import hardware
 
-FOLDER = Path(__file__).parent / "results"
+FOLDER = Path(os.environ.get("BENCHMARK_RESULTS") or Path(__file__).parent / "results")
 
 
 def time_in_turns(
@@ -54,8 +55,8 @@ def print_table(rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def save(name: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
-    """benchmarks/results/NAME.json: rows, settings, hardware, versions."""
-    FOLDER.mkdir(exist_ok=True)
+    """Write rows, settings, hardware and versions to NAME.json, in $BENCHMARK_RESULTS or benchmarks/results."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / f"{name}.json"
     path.write_text(json.dumps({"rows": rows, "settings": settings, "machine": hardware()}, indent=1) + "\n")
     return path

@@ -5,6 +5,8 @@
 Each job is killed by SIGKILL after a random time, again and again, until the wanted number of kills is reached; jobs
 that finish begin anew. Prints kills and comparisons per job; ends with 1 if any bit differs. The counts are kept in
 WORK/kills.json, so the same line goes on where it was stopped.
+
+On CUDA (`--device cuda`) bits are promised only with `--deterministic`; without it, only the widths are compared.
 """
 
 import argparse
@@ -22,21 +24,32 @@ SMALL = ["--set", "data.limit=300", "--set", "export=[]", "--set", "checkpoint.e
 JOBS = ["train", "depgraph", "otov2", "gate-decorator", "on-the-fly"]
 
 
-def command(job: str, work: Path, name: str, dense: Path) -> tuple[list[str], Path]:
+def command(job: str, work: Path, name: str, dense: Path, options: list[str]) -> tuple[list[str], Path]:
     """Return the command of a job, and the file whose weights are compared."""
     start = [sys.executable, "-m", "dpm_cli"]
     if job == "train":
         out = work / f"{name}.pt"
-        return [*start, "train", "-r", "digits", "-o", str(out), "--resume", "--quiet", *SMALL], out
+        return [*start, "train", "-r", "digits", "-o", str(out), "--resume", "--quiet", *SMALL, *options], out
     out = work / name
     base = ["--set", f"prune.base={job}"]
     if job == "on-the-fly":
         base += ["--set", "prune.target.sparsity=0.5", "--set", "finetune.epochs=0"]
     if job == "otov2":
         base += ["--set", "prune.rounds=1", "--set", "train.epochs=30"]
-    return [*start, "prune", str(dense), "-r", "digits", "-o", str(out), "--resume", "--quiet", *base, *SMALL], (
-        out / "slim.pt"
-    )
+    return [
+        *start,
+        "prune",
+        str(dense),
+        "-r",
+        "digits",
+        "-o",
+        str(out),
+        "--resume",
+        "--quiet",
+        *base,
+        *SMALL,
+        *options,
+    ], (out / "slim.pt")
 
 
 def weights(path: Path) -> dict[str, torch.Tensor]:
@@ -46,9 +59,11 @@ def weights(path: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def is_same(left: Path, right: Path) -> bool:
+def is_same(left: Path, right: Path, *, bits: bool) -> bool:
     ours, theirs = weights(left), weights(right)
-    return ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+    return ours.keys() == theirs.keys() and all(
+        torch.equal(ours[name], theirs[name]) if bits else ours[name].shape == theirs[name].shape for name in ours
+    )
 
 
 class Tally:
@@ -67,11 +82,11 @@ class Tally:
         return self.of.get(job, {}).get(what, 0)
 
 
-def run_killed(job: str, kills: int, work: Path, dense: Path, tally: Tally) -> bool:
-    """Kill a job until it was killed so often. Returns whether all bits were equal."""
+def run_killed(job: str, kills: int, work: Path, dense: Path, tally: Tally, options: list[str], *, bits: bool) -> bool:
+    """Kill a job until it was killed so often. Returns whether all bits were equal, or all shapes."""
     if tally.get(job, "kills") >= kills and tally.get(job, "compared"):
         return True
-    line, whole = command(job, work, f"{job}-whole", dense)
+    line, whole = command(job, work, f"{job}-whole", dense, options)
     started = time.monotonic()
     if not whole.exists():
         subprocess.run(line, check=True, capture_output=True)
@@ -81,7 +96,7 @@ def run_killed(job: str, kills: int, work: Path, dense: Path, tally: Tally) -> b
     is_new = True
     while is_new or tally.get(job, "kills") < kills:
         is_new = False
-        line, killed = command(job, work, f"{job}-killed", dense)
+        line, killed = command(job, work, f"{job}-killed", dense, options)
         shutil.rmtree(work / f"{job}-killed", ignore_errors=True)
         for old in work.glob(f"{job}-killed*.pt"):
             old.unlink()
@@ -101,7 +116,7 @@ def run_killed(job: str, kills: int, work: Path, dense: Path, tally: Tally) -> b
                 return False
             break
         tally.add(job, "compared")
-        if not is_same(whole, killed):
+        if not is_same(whole, killed, bits=bits):
             print(f"{job}: {killed} differs from {whole}")
             return False
     return True
@@ -112,17 +127,22 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20, help="per job")
     parser.add_argument("--jobs", nargs="+", default=JOBS, choices=JOBS)
     parser.add_argument("--work", type=Path, default=Path("kills"))
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--deterministic", action="store_true", help="the same bits on CUDA, too")
     given = parser.parse_args()
+    options = ["--device", given.device, *(["--set", "engine.deterministic=true"] if given.deterministic else [])]
+    bits = given.deterministic or given.device == "cpu"
     given.work.mkdir(parents=True, exist_ok=True)
     dense, tally, held = given.work / "dense.pt", Tally(given.work / "kills.json"), True
-    if not dense.exists():
+    if not dense.exists() and given.jobs != ["train"]:
         subprocess.run(
             [sys.executable, "-m", "dpm_cli", "train", "-r", "digits", "-o", str(dense), "--quiet"], check=True
         )
     for job in given.jobs:
-        is_equal = run_killed(job, given.kills, given.work, dense, tally)
+        is_equal = run_killed(job, given.kills, given.work, dense, tally, options, bits=bits)
         kills, compared = tally.get(job, "kills"), tally.get(job, "compared")
-        print(f"{job}: {kills} kills, {compared} finished runs compared, {'equal' if is_equal else 'NOT equal'}")
+        found = f"{'bits' if bits else 'widths'} {'equal' if is_equal else 'NOT equal'}"
+        print(f"{job}: {kills} kills, {compared} finished runs compared, {found}")
         held &= is_equal
     return 0 if held else 1
 

@@ -13,6 +13,7 @@ import argparse
 import json
 import math
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -53,11 +54,21 @@ class Scale:
 
 SCALES = {
     "cpu": Scale("resnet20", 10_000, (Net(10, 77), Net(7, 0)), epochs=6, decay_steps=70, budgets=(0.25, 0.5), seeds=5),
+    "rehearsal": Scale("resnet20", 128, (Net(1, 0),), epochs=4, decay_steps=1, budgets=(0.5,), seeds=1),
+    "rehearsal-vit": Scale("small_vit:small_vit", 128, (Net(1, 0),), epochs=4, decay_steps=1, budgets=(0.5,), seeds=1),
     "gpu": Scale(
         "resnet56", None, (Net(160, 0), Net(80, 77)), epochs=60, decay_steps=1000, budgets=(0.47, 0.25), seeds=5
     ),
     "gpu-vgg16": Scale(
         "vgg16_bn", None, (Net(160, 0), Net(80, 77)), epochs=60, decay_steps=1000, budgets=(0.265, 0.1), seeds=5
+    ),
+    # For a GPU that is lent for minutes; --epochs says how many fit.
+    "gpu-short": Scale("resnet56", None, (Net(20, 0),), epochs=10, decay_steps=1000, budgets=(0.47, 0.25), seeds=5),
+    "gpu-short-vgg16": Scale(
+        "vgg16_bn", None, (Net(20, 0),), epochs=10, decay_steps=1000, budgets=(0.265, 0.1), seeds=5
+    ),
+    "gpu-short-vit": Scale(
+        "small_vit:small_vit", None, (Net(20, 0),), epochs=10, decay_steps=1000, budgets=(0.5, 0.25), seeds=5
     ),
 }
 RELEASE = {"criterion": "significance", "rate": 2.0, "length": 1.0, "start": 0.3}
@@ -178,8 +189,14 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
 def train_net(net: Net, scale: Scale, data: Path, path: Path) -> None:
     recipe = make_recipe(scale, data, Trial("depgraph", "cut", scale.budgets[0], net, net.seed))
     recipe["data"] |= {"limit": None}
-    recipe["dense"] = {"epochs": net.epochs, "lr": 0.1, "nesterov": True, "warmup_epochs": 1}
-    dpm_cli.train(recipe, output=path, resume=True)
+    recipe["dense"] = {"epochs": net.epochs, "lr": 0.1, "nesterov": True, "warmup_epochs": min(1, net.epochs / 2)}
+    while not path.exists():
+        try:
+            dpm_cli.train(recipe, output=path, resume=True, trust=True)
+        except OutputError as error:
+            if "in use" not in str(error):
+                raise
+            time.sleep(1)  # another process is at it
 
 
 def run(trial: Trial, scale: Scale, data: Path, dense: Path, folder: Path) -> None:
@@ -187,7 +204,7 @@ def run(trial: Trial, scale: Scale, data: Path, dense: Path, folder: Path) -> No
     if trial.base == "soft":
         prune_softly(dense, recipe, epochs=scale.epochs, asymptotic=trial.arm == "ASFP", output=folder)
     else:
-        dpm_cli.prune(dense, recipe, output=folder, resume=True)
+        dpm_cli.prune(dense, recipe, output=folder, resume=True, trust=True)
 
 
 def fill(folder: Path, run: Callable[[], object]) -> bool:
@@ -273,6 +290,8 @@ def main() -> None:
     parser.add_argument("--bases", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--arms", nargs="+", default=[], help="only these; default: all")
     parser.add_argument("--seeds", type=int, help="fewer or more than the scale's own")
+    parser.add_argument("--epochs", type=int, help="of every pruning run, in place of the scale's own")
+    parser.add_argument("--dense-epochs", type=int, help="of every dense net, in place of the scale's own")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--table", action="store_true", help="run nothing")
     arguments = parser.parse_args()
@@ -280,10 +299,16 @@ def main() -> None:
     scale, work = SCALES[arguments.scale], arguments.work
     if arguments.seeds:
         scale = replace(scale, seeds=arguments.seeds)
+    if arguments.epochs:
+        steps = arguments.epochs * ((scale.images or 50_000) // 128)
+        decay_steps = min(scale.decay_steps, steps // 4)  # a scale's own decays take a fifth of a cifar run or less
+        scale = replace(scale, epochs=arguments.epochs, decay_steps=decay_steps)
+    if arguments.dense_epochs:
+        scale = replace(scale, nets=tuple(replace(net, epochs=arguments.dense_epochs) for net in scale.nets))
     trials = list(list_trials(scale, arguments.bases, arguments.arms))
     work.mkdir(parents=True, exist_ok=True)
     if not arguments.table:
-        dense = {net: work / f"{scale.arch}-{net.seed}.pt" for net in scale.nets}
+        dense = {net: work / f"{scale.arch.partition(':')[0]}-{net.seed}.pt" for net in scale.nets}
         for net, path in dense.items():
             if not path.exists():
                 train_net(net, scale, arguments.data, path)

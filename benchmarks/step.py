@@ -47,7 +47,12 @@ PRECISIONS = (
     ("torchvision:resnext50_32x4d", 224, 2),
 )
 ALLOCATIONS = (("resnet20", 32, 128), ("resnet56", 32, 128), ("torchvision:resnet50", 224, 16))
-CASES = {"resnet56": ("resnet56", (3, 32, 32), 128), "resnet50": ("torchvision:resnet50", (3, 224, 224), 16)}
+CASES = {
+    "resnet56": ("resnet56", (3, 32, 32), 128),
+    "resnet50": ("torchvision:resnet50", (3, 224, 224), 16),
+    "resnet50-128": ("torchvision:resnet50", (3, 224, 224), 128),  # for a GPU
+    "digits": ("digits", (1, 8, 8), 8),  # only to see that it runs
+}
 
 
 def cross_entropy(outputs: object, labels: Tensor) -> Tensor:
@@ -126,11 +131,14 @@ def measure(case: str, turns: int, device: torch.device) -> dict[str, object]:
     }
 
 
-def compare_penalties(turns: int) -> dict[str, object]:
+def compare_penalties(turns: int, device: torch.device) -> dict[str, object]:
+    """Time both on one thread's own clock on the CPU, on CUDA by the wall clock with a wait for the device."""
     import torch_pruning as tp  # type: ignore[import-untyped]
 
     model = build("resnet56", classes=10, shape=(3, 32, 32)).train()
     example = torch.zeros(2, 3, 32, 32)
+    groups = find_groups(model, example)
+    model, example = model.to(device), example.to(device)
     importance = tp.importance.GroupMagnitudeImportance(p=2)
     peer = tp.pruner.GroupNormPruner(
         model, example, importance=importance, reg=5e-4, ignored_layers=[model.linear], global_pruning=True
@@ -138,16 +146,17 @@ def compare_penalties(turns: int) -> dict[str, object]:
     peer.update_regularizer()
     twin = copy.deepcopy(model)
     twin.to(memory_format=torch.channels_last)  # each as it runs in training
-    ours = GroupImportance(find_groups(twin, example), twin)
+    ours = GroupImportance(groups, twin)
     for parameter in [*model.parameters(), *twin.parameters()]:
         parameter.grad = torch.zeros_like(parameter)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     calls = {"peer": lambda: peer.regularize(model), "ours": lambda: ours.penalise_(5e-4)}
-    times = time_in_turns(calls, turns=turns, warm_up=10, clock=time.thread_time)
+    clock = time.thread_time if device.type == "cpu" else time.perf_counter
+    times = time_in_turns(calls, turns=turns, warm_up=min(turns, 10), clock=clock)
     torch.set_num_threads(threads)
     return {
-        "penalty": "group norm, resnet56, one thread, CPU time",
+        "penalty": f"group norm, resnet56, {'one thread, CPU time' if device.type == 'cpu' else device.type}",
         "torch-pruning ms": 1e3 * statistics.median(times["peer"]),
         "dpm ms": 1e3 * statistics.median(times["ours"]),
         "times faster": paired_ratio(times, "peer", "ours"),
@@ -234,12 +243,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--turns", type=int, default=30)
     parser.add_argument("--only", choices=("step", "penalty", "precision", "allocator", "width"))
-    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=CASES)
+    parser.add_argument("--cases", nargs="+", default=["resnet56", "resnet50"], choices=CASES)
     arguments = parser.parse_args()
     device, turns = torch.device("cuda" if torch.cuda.is_available() else "cpu"), arguments.turns
     parts = {
         "step": lambda: [measure(case, turns, device) for case in arguments.cases],
-        "penalty": lambda: [compare_penalties(turns)],
+        "penalty": lambda: [compare_penalties(turns, device)],
         "precision": lambda: [compare_precisions(*net, turns=min(turns, 5)) for net in PRECISIONS],
         "allocator": lambda: [compare_allocators(*net, turns=min(turns, 5)) for net in ALLOCATIONS],
         "width": lambda: compare_widths("resnet56", turns=min(turns, 10)),

@@ -1,11 +1,12 @@
 """Training throughput of the defaults against the plain loop that users write, over the same image folder.
 
     python benchmarks/throughput.py --root FOLDER              FOLDER holds train/<class>/… of 32×32 images
+    python benchmarks/throughput.py --root FOLDER --compiled   with torch.compile, which takes its time
     python benchmarks/throughput.py --root FOLDER --accuracy   bf16 against fp32, 3 seeds; goes on where it was stopped
 
 The plain loop: fp32, contiguous, a DataLoader with two workers and torchvision's transforms. Ours: that of `dpm train`.
 In turns of some steps in one process; the loader's workers rest during our turns. On a CPU ResNet-20, on CUDA
-ResNet-56, there also with torch.compile, without and with CUDA graphs.
+ResNet-56, there also without the CUDA graphs that ours uses if they are faster.
 """
 
 import argparse
@@ -35,13 +36,12 @@ from dpm_cli.models import build
 from dpm_cli.recipe import Recipe, parse_recipe
 
 BATCH = 128
-SETTLE = 2.0  # seconds in which the loader's workers fill their queues, so that they rest while others are timed
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.247, 0.243, 0.261)
 Batches = Iterator[tuple[Tensor, Tensor]]
 
 
-def recipe(root: Path, arch: str, *, limit: int | None = None, **changes: Any) -> Recipe:
-    data = {"name": "folder", "root": str(root), "batch": BATCH, "mean": MEAN, "std": STD, "limit": limit}
+def recipe(root: Path, arch: str, *, batch: int = BATCH, limit: int | None = None, **changes: Any) -> Recipe:
+    data = {"name": "folder", "root": str(root), "batch": batch, "mean": MEAN, "std": STD, "limit": limit}
     return parse_recipe({"model": {"arch": arch}, "data": data, "prune": {"target": {"macs": 0.5}}} | changes)
 
 
@@ -52,12 +52,12 @@ def endless(epochs: Callable[[int], Batches]) -> Batches:
         epoch += 1
 
 
-def plain_batches(root: Path, device: torch.device) -> Batches:
+def plain_batches(root: Path, device: torch.device, batch: int) -> Batches:
     change = [transforms.RandomCrop(32, 4), transforms.RandomHorizontalFlip(), transforms.ToTensor()]
     images = ImageFolder(str(root / "train"), transforms.Compose([*change, transforms.Normalize(MEAN, STD)]))
     on_cuda = device.type == "cuda"
     loader = DataLoader(
-        images, BATCH, shuffle=True, num_workers=2, drop_last=True, pin_memory=on_cuda, persistent_workers=True
+        images, batch, shuffle=True, num_workers=2, drop_last=True, pin_memory=on_cuda, persistent_workers=True
     )
     for images, labels in endless(lambda _: iter(loader)):
         yield images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
@@ -76,8 +76,8 @@ def plain_step(model: nn.Module) -> Callable[[Tensor, Tensor], object]:
 
 def our_batches(settings: Recipe, device: torch.device) -> Batches:
     train = load_splits(settings, device).train
-    augment = settings.data.augment
-    return endless(lambda epoch: train.batches(BATCH, seed=0, epoch=epoch, augment=augment, drop_last=True))
+    augment, batch = settings.data.augment, settings.data.batch
+    return endless(lambda epoch: train.batches(batch, seed=0, epoch=epoch, augment=augment, drop_last=True))
 
 
 def our_step(settings: Recipe, model: nn.Module, device: torch.device) -> Callable[[Tensor, Tensor], object]:
@@ -87,28 +87,37 @@ def our_step(settings: Recipe, model: nn.Module, device: torch.device) -> Callab
         precision=choose_precision("auto", device),
         steps_per_epoch=1000,
         seed=0,
+        engine=settings.engine,
     )
     return lambda images, labels: learner.step_(images, labels, step=1)
 
 
-def measure(root: Path, device: torch.device, turns: int, steps: int) -> list[dict[str, Any]]:
-    arch = "resnet56" if device.type == "cuda" else "resnet20"
-    settings = recipe(root, arch)
+def our_loops(arch: str, settings: Recipe, device: torch.device, backend: str | None) -> dict[str, Any]:
+    """Return the steps to compare, by name. backend: of torch.compile, which is compared only if it is given."""
 
-    def model() -> nn.Module:
-        return build(arch, classes=10, shape=(3, 32, 32)).to(device).train()
-
-    def ours() -> nn.Module:
-        network = model()
+    def make() -> nn.Module:
+        network = build(arch, classes=10, shape=(3, 32, 32)).to(device).train()
         network.to(memory_format=torch.channels_last)
         return network
 
-    taken = {"plain": plain_step(model()), "dpm": our_step(settings, ours(), device)}
+    plainly = settings.model_copy(update={"engine": settings.engine.model_copy(update={"compile": "off"})})
+    loops = {"dpm": our_step(settings, make(), device)}
     if device.type == "cuda":
-        taken["dpm, compiled"] = our_step(settings, torch.compile(ours()), device)  # type: ignore[arg-type]
-        graphed = torch.compile(ours(), mode="reduce-overhead")
-        taken["dpm, CUDA graphs"] = our_step(settings, graphed, device)  # type: ignore[arg-type]
-    data = {"plain": plain_batches(root, device)} | {
+        loops["dpm, without CUDA graphs"] = our_step(plainly, make(), device)
+    if backend:
+        loops["dpm, compiled"] = our_step(plainly, torch.compile(make(), backend=backend), device)  # type: ignore[arg-type]
+    if backend and device.type == "cuda":
+        graphed = torch.compile(make(), mode="reduce-overhead")
+        loops["dpm, compiled with CUDA graphs"] = our_step(plainly, graphed, device)  # type: ignore[arg-type]
+    return loops
+
+
+def measure(root: Path, device: torch.device, given: argparse.Namespace) -> list[dict[str, Any]]:
+    arch = given.arch or ("resnet56" if device.type == "cuda" else "resnet20")
+    settings, steps, batch = recipe(root, arch, batch=given.batch), given.steps, given.batch
+    plain = plain_step(build(arch, classes=10, shape=(3, 32, 32)).to(device).train())
+    taken = {"plain": plain} | our_loops(arch, settings, device, given.backend if given.compiled else None)
+    data = {"plain": plain_batches(root, device, batch)} | {
         name: our_batches(settings, device) for name in taken if name != "plain"
     }
 
@@ -123,7 +132,7 @@ def measure(root: Path, device: torch.device, turns: int, steps: int) -> list[di
 
     def settle() -> None:
         """The workers fill their queues; then memory is handled as in a run of ours, whose first step fetches it."""
-        time.sleep(SETTLE)
+        time.sleep(given.settle)
         allocator.enter_context(keeping_freed_memory())
         taken["dpm"](*next(data["dpm"]))
 
@@ -131,13 +140,13 @@ def measure(root: Path, device: torch.device, turns: int, steps: int) -> list[di
     calls = {"plain": calls.pop("plain"), "settle": settle} | calls
     calls["data alone"] = several(lambda images, labels: None, data["dpm"])
     calls["release"] = allocator.close
-    times = time_in_turns(calls, turns=turns)
+    times = time_in_turns(calls, turns=given.turns)
     return [
         {
             "model": arch,
             "device": device.type,
             "loop": name,
-            "images / s": BATCH * steps / statistics.median(times[name]),
+            "images / s": batch * steps / statistics.median(times[name]),
             "times plain": paired_ratio(times, "plain", name),
             "times dpm": paired_ratio(times, "dpm", name),
         }
@@ -170,6 +179,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--arch")
+    parser.add_argument("--settle", type=float, default=2.0, help="seconds in which the loader's workers come to rest")
+    parser.add_argument("--compiled", action="store_true")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--accuracy", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=8)
@@ -179,9 +193,10 @@ def main() -> None:
         print_table(measure_accuracy(arguments.root, arguments.seeds, arguments.epochs, arguments.limit))
         return
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = measure(arguments.root, device, arguments.turns, arguments.steps)
+    rows = measure(arguments.root, device, arguments)
     print_table(rows)
-    save(f"throughput-{device.type}", rows, turns=arguments.turns, steps=arguments.steps)
+    name = f"throughput-{device.type}{'-compiled' if arguments.compiled else ''}"
+    save(name, rows, turns=arguments.turns, steps=arguments.steps)
 
 
 if __name__ == "__main__":
