@@ -1,6 +1,7 @@
 """Reduce over all units at once: the norms, inner products and scalings that every training step needs."""
 
 from collections.abc import Collection, Sequence
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -19,12 +20,23 @@ class Units:
         units.scale_(factor)  # factor: (units,); a unit is exactly zero after a factor of 0
     """
 
-    def __init__(self, groups: Groups, model: nn.Module, only: Collection[str] | None = None) -> None:
-        """Find the parameters in the model. only: names of those to use instead of the whole producer side."""
+    def __init__(
+        self, groups: Groups, model: nn.Module, only: Collection[str] | None = None, *, joined: bool | None = None
+    ) -> None:
+        """Find the parameters in the model. only: names of those to use instead of the whole producer side.
+
+        joined: whether parameters of one shape share their kernels, as they do by default on a GPU, where launching one
+        takes longer than a copy. On a CPU the copies would take longer.
+        """
         parts = [part for part in groups.slices if part.role.is_scaled and (only is None or part.tensor in only)]
-        # Vectors first: they are joined into one tensor before any arithmetic.
         self.parameters: list[Tensor] = [model.get_parameter(part.tensor) for part in parts]
-        order = sorted(range(len(parts)), key=lambda i: self.parameters[i].dim() > 1)
+        self.device = self.parameters[0].device if parts else torch.device("cpu")
+        self.joined = self.device.type != "cpu" if joined is None else joined
+        # Vectors first: they are joined into one tensor before any arithmetic.
+        kinds = [
+            _kind(p, part.axis) if self.joined or p.dim() == 1 else (1,) for p, part in zip(self.parameters, parts)
+        ]
+        order = sorted(range(len(parts)), key=lambda i: (self.parameters[i].dim() > 1, kinds.index(kinds[i])))
         parts, self.parameters = [parts[i] for i in order], [self.parameters[i] for i in order]
         self.names = [part.tensor for part in parts]
         self.count = groups.units
@@ -34,7 +46,9 @@ class Units:
         self._shapes = [
             [-1 if axis == k else 1 for k in range(p.dim())] for p, axis in zip(self.parameters, self._axes)
         ]  # a vector along its axis, to be broadcast over the parameter
-        self.device = self.parameters[0].device if parts else torch.device("cpu")
+        alike = [[*same] for _, same in groupby(range(self._vectors, len(parts)), key=lambda i: kinds[order[i]])]
+        self._piles = [(same[0], len(same)) for same in alike] if self.joined else []  # first parameter, count
+        self._blocks: list[Tensor] = []  # (count, …) factors of a pile, laid out as its parameters
         self._units = torch.cat(
             [torch.from_numpy(part.units) for part in parts] or [torch.zeros(0, dtype=torch.int64)]
         ).to(self.device)  # (entries,) every index along every axis -> its unit, `count` for those that always stay
@@ -83,7 +97,7 @@ class Units:
     def scale_(self, factor: Tensor) -> None:
         """Multiply each unit's entries by its factor; exactly 1 leaves the bits alone. factor: (units,)"""
         if self.parameters:
-            torch._foreach_mul_(self.parameters, self.spread(factor, rest=1.0))
+            torch._foreach_mul_(self.parameters, self._laid_out(factor, rest=1.0))
 
     @torch.no_grad()
     def add_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -92,7 +106,7 @@ class Units:
         factor: (units,)
         """
         if self.parameters:
-            torch._foreach_addcmul_(self.parameters, list(tensors), self.spread(factor, rest=0.0))
+            torch._foreach_addcmul_(self.parameters, list(tensors), self._laid_out(factor, rest=0.0))
 
     def entries(self) -> Tensor:
         """Count the scalars that each unit owns on its producer side: (units,)."""
@@ -109,10 +123,32 @@ class Units:
             for part, shape, p in zip(torch.split(spread, self._sizes), self._shapes, self.parameters)
         ]
 
+    def _laid_out(self, values: Tensor, *, rest: float) -> list[Tensor]:
+        """Return `spread`; if kernels are shared, with the shapes and strides of the parameters, which that takes."""
+        if not self._piles:
+            return self.spread(values, rest=rest)
+        first = [self.parameters[i] for i, _ in self._piles]
+        if [block.stride()[1:] for block in self._blocks] != [p.stride() for p in first]:
+            self._blocks = [
+                torch.empty_strided((count, *p.shape), (p.numel(), *p.stride()), dtype=p.dtype, device=p.device)
+                for p, (_, count) in zip(first, self._piles)
+            ]
+        spread = torch.cat([values, values.new_full((1,), rest)])[self._units]
+        sizes = [sum(self._sizes[i : i + count]) for i, count in self._piles]
+        vectors, *piles = torch.split(spread, [sum(self._sizes[: self._vectors]), *sizes])
+        for block, entries, (i, count) in zip(self._blocks, piles, self._piles):
+            block.copy_(entries.view(count, *self._shapes[i]))  # each index's factor, over all its entries
+        factors = [factor for block in self._blocks for factor in block.unbind()]
+        return [*torch.split(vectors, self._sizes[: self._vectors]), *factors]
+
     def _matrices(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Reshape all tensors but vectors to one row per index: (size, rest)."""
+        """Reshape all tensors but vectors to one row per index: (size, rest). Piles are joined."""
         matrices = slice(self._vectors, None)
-        return [_rows(*each) for each in zip(tensors[matrices], self._axes[matrices], self.parameters[matrices])]
+        rows = [_rows(*each) for each in zip(tensors[matrices], self._axes[matrices], self.parameters[matrices])]
+        if not self._piles:
+            return rows
+        starts = [(first - self._vectors, count) for first, count in self._piles]
+        return [torch.cat(rows[first : first + count]) if count > 1 else rows[first] for first, count in starts]
 
     def _joined_vectors(self, tensors: Sequence[Tensor]) -> Tensor:
         vectors = list(tensors[: self._vectors])
@@ -129,6 +165,13 @@ class Units:
 
 
 CACHED = 1 << 18  # entries that are read at once: 1 MB
+
+
+def _kind(parameter: Tensor, axis: int) -> tuple[object, ...]:
+    """Say which matrices can be joined: those of one shape whose rows belong to units along the same axis."""
+    if parameter.dim() == 1:
+        return (parameter.dtype,)
+    return parameter.dtype, parameter.shape, axis, parameter.is_contiguous()
 
 
 def _rows(tensor: Tensor, axis: int, like: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import torch
 from exactness import cast, randomise_
 from topologies import TOPOLOGIES
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dpm_cli.graph import Role, Units, find_groups
 from dpm_cli.graph.units import CACHED
@@ -117,3 +118,68 @@ def test_a_gradient_that_is_missing_counts_as_zero(bound):
     for parameter in model.parameters():
         parameter.grad = None
     assert not units.dot(units.gradients(), units.weights()).any()
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_joined_kernels_compute_what_single_ones_do(layout):
+    layers = [layer for _ in range(3) for layer in (nn.Conv2d(6, 6, 3, padding=1), nn.BatchNorm2d(6), nn.ReLU())]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 6, 1), *layers, nn.ConvTranspose2d(6, 4, 2), nn.Flatten(), nn.Linear(324, 2))
+    groups = find_groups(model, torch.zeros(2, 3, 8, 8))
+    model.to(memory_format=layout)
+    single, joined = Units(groups, model, joined=False), Units(groups, model, joined=True)
+    others = {name: torch.randn_like(parameter) for name, parameter in model.named_parameters()}
+    mine, theirs = ([others[name] for name in units.names] for units in (joined, single))
+    for got, expected in zip(joined.compare(joined.weights(), mine), single.compare(single.weights(), theirs)):
+        torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(joined.norm(), single.norm())
+    torch.testing.assert_close(joined.total(mine), single.total(theirs))
+    factor = torch.rand(groups.units).masked_fill_(torch.arange(groups.units) % 3 == 0, 0)
+    before = [parameter.detach().clone() for parameter in single.parameters]
+    single.add_(theirs, factor)
+    single.scale_(factor)
+    expected = {name: p.detach().clone() for name, p in zip(single.names, single.parameters)}
+    for parameter, was in zip(single.parameters, before):
+        parameter.data.copy_(was)
+    for _ in range(2):  # what is kept between calls is filled anew
+        for parameter, was in zip(single.parameters, before):
+            parameter.data.copy_(was)
+        joined.add_(mine, factor)
+        joined.scale_(factor)
+    for name, parameter in zip(joined.names, joined.parameters):
+        assert torch.equal(parameter, expected[name])
+
+
+class Calls(TorchDispatchMode):
+    """Counts operators; one for many tensors counts once, as on a GPU if these agree in shape and strides."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        self.count += not operator.is_view
+        if operator is torch.ops.aten._foreach_mul_.List:
+            shares = [(p.shape, p.stride()) == (factor.shape, factor.stride()) for p, factor in zip(*args)]
+            self.count += 0 if all(shares) else len(shares)
+        return operator(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_joined_kernels_do_not_grow_with_the_depth(layout):
+    calls = {}
+    for depth in (2, 12):
+        layers = [layer for _ in range(depth) for layer in (nn.Conv2d(4, 4, 3, padding=1), nn.BatchNorm2d(4))]
+        model = nn.Sequential(nn.Conv2d(3, 4, 1), *layers, nn.Flatten(), nn.Linear(64, 2))
+        groups = find_groups(model, torch.zeros(2, 3, 4, 4))
+        model.to(memory_format=layout)
+        for joined in (False, True):
+            units = Units(groups, model, joined=joined)
+            units.scale_(torch.ones(groups.units))  # the first one makes room
+            with Calls() as counter:
+                units.compare(units.weights(), units.weights())
+                units.norm()
+                units.scale_(torch.ones(groups.units))
+            calls[joined, depth] = counter.count
+    assert calls[True, 12] == calls[True, 2]
+    assert calls[True, 12] < 40 < calls[False, 12]
