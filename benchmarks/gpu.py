@@ -41,8 +41,7 @@ import dpm_cli.jobs.train  # noqa: E402, F401
 GRACE = 2.0  # seconds between SIGTERM and SIGKILL
 SPARE = 8.0  # seconds of the budget for writing and packing
 TAIL = 15  # lines of a log in the summary
-KEPT = ("*.json", "*.jsonl", "*.xml", "*.pt", "*.gz")  # of the results and runs
-MOST = 3 << 20  # bytes of a kept file
+LARGEST, MOST = 6 << 20, 15 << 20  # bytes of a kept file, and of all of them
 
 
 def run_job(job: Job, place: Place, log: Path) -> None:
@@ -166,12 +165,21 @@ class Runner:
         self._keep(self.out / "kept.tar.gz")
 
     def _keep(self, archive: Path) -> None:
-        work = self.place.work
-        with tarfile.open(archive.with_suffix(".tmp"), "w:gz", compresslevel=3) as packed:
-            for folder in (self.place.results, self.place.runs):
-                for path in sorted({path for pattern in KEPT for path in folder.rglob(pattern)}):
-                    if path.is_file() and path.stat().st_size <= MOST * (2 if path.suffix == ".pt" else 1):
-                        packed.add(path, path.relative_to(work))
+        """Pack what a later call and RESULTS.md need, the most wanted first, as far as it is small."""
+        place = self.place
+        patterns = (
+            (place.results, "*"),
+            (place.runs, "*/*/report.json"),
+            (place.runs, "*/*.pt"),
+            (place.runs, "*/*/metrics.jsonl"),
+        )
+        with (
+            archive.with_suffix(".tmp").open("wb") as file,
+            tarfile.open(fileobj=file, mode="w:gz", compresslevel=3) as packed,
+        ):
+            for path in (path for folder, pattern in patterns for path in sorted(folder.glob(pattern))):
+                if path.is_file() and path.stat().st_size <= LARGEST and file.tell() <= MOST - LARGEST:
+                    packed.add(path, path.relative_to(place.work))
         os.replace(archive.with_suffix(".tmp"), archive)
 
 

@@ -121,22 +121,20 @@ def unpack_images(place: Place, limit: float) -> list[Job]:
 def see_it_work(place: Place, limit: float) -> list[Job]:
     """Run the tests, a launcher's among them, the demo, kill and resume: what must be right before anything is fast."""
     rehearses, device = place.rehearses, place.device
-    tests = ("-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", ROOT / "pyproject.toml")
-    some = [ROOT / "tests/engine/test_schedule.py"] if rehearses else [ROOT / "tests"]
+    tests = ("-p", "xdist.plugin", "-p", "no:cacheprovider", f"--rootdir={ROOT}", "-c", ROOT / "pyproject.toml")
+    alone = (("PYTEST_DISABLE_PLUGIN_AUTOLOAD", "1"),)  # whatever else is installed there
+    on_cuda: tuple[object, ...] = ("-rA", "--tb=short", "--junitxml", place.results / "gpu.xml", ROOT / "tests")
+    some: tuple[object, ...] = ("-n", 8, ROOT / "tests")
+    if rehearses:
+        on_cuda, some = ("--collect-only", ROOT / "tests/engine"), ("-n", 1, ROOT / "tests/engine/test_schedule.py")
     jobs = [
         Job(
             "demo",
             "dpm_cli",
             ("demo", "--device", device, "-o", place.runs / "demo", *(("--help",) if rehearses else ())),
         ),
-        Job(
-            "gpu tests",
-            "pytest",
-            (*tests, "-m", "gpu", "--junitxml", place.results / "gpu.xml", ROOT / "tests", "-rA")
-            if not rehearses
-            else (*tests, "-m", "gpu", "--collect-only", ROOT / "tests" / "engine"),
-        ),
-        Job("tests", "pytest", (*tests, *(("-n", 8) if not rehearses else ()), "-rf", "--tb=short", *some)),
+        Job("gpu tests", "pytest", (*tests, "-m", "gpu", *on_cuda), alone),
+        Job("tests", "pytest", (*tests, "-rf", "--tb=short", *some), alone),
         Job(
             "resume",
             "kills.py",
@@ -190,7 +188,7 @@ def profile(place: Place, limit: float) -> list[Job]:
 
 
 def measure_memory(place: Place, limit: float) -> list[Job]:
-    small = ("--arch", "resnet20", "--images", 8) if place.rehearses else ()
+    small = ("--arch", "resnet20", "--images", 120, "--batch", 16) if place.rehearses else ()
     return [Job("memory", "memory.py", ("--root", place.images, *small))]
 
 

@@ -20,10 +20,10 @@ from common import print_table, save
 KINDS = ("plain", "prune")
 
 
-def recipe(root: Path, arch: str, images: int) -> dict[str, Any]:
+def recipe(root: Path, arch: str, images: int, batch: int) -> dict[str, Any]:
     return {
         "model": {"arch": arch},
-        "data": {"name": "folder", "root": str(root), "limit": images},
+        "data": {"name": "folder", "root": str(root), "limit": images, "batch": batch},
         "prune": {"target": {"macs": 0.5}, "rounds": 2, "end": 0.6},
         "decay": {"steps": 2},
         "train": {"epochs": 3},
@@ -32,7 +32,7 @@ def recipe(root: Path, arch: str, images: int) -> dict[str, Any]:
     }
 
 
-def run(kind: str, root: Path, arch: str, images: int) -> dict[str, Any]:
+def run(kind: str, root: Path, arch: str, *sizes: int) -> dict[str, Any]:
     """In this process."""
     import torch
 
@@ -41,10 +41,10 @@ def run(kind: str, root: Path, arch: str, images: int) -> dict[str, Any]:
 
     with TemporaryDirectory() as folder:
         if kind == "plain":
-            dpm_cli.train(recipe(root, arch, images), output=Path(folder) / "model.pt")
+            dpm_cli.train(recipe(root, arch, *sizes), output=Path(folder) / "model.pt")
         else:
             torch.manual_seed(0)
-            dpm_cli.prune(build(arch, classes=10, shape=(3, 32, 32)), recipe(root, arch, images), output=folder)
+            dpm_cli.prune(build(arch, classes=10, shape=(3, 32, 32)), recipe(root, arch, *sizes), output=folder)
     peak = {"MB": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}
     if torch.cuda.is_available():
         peak["device MB"] = torch.cuda.max_memory_allocated() / 2**20
@@ -56,10 +56,11 @@ def main() -> None:
     parser.add_argument("--root", type=Path, required=True)
     parser.add_argument("--arch", default="resnet56")
     parser.add_argument("--images", type=int, default=1280)
+    parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--one", choices=KINDS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.one:
-        print(json.dumps(run(arguments.one, arguments.root, arguments.arch, arguments.images)))
+        print(json.dumps(run(arguments.one, arguments.root, arguments.arch, arguments.images, arguments.batch)))
         return
     peaks = {}
     for kind in KINDS:
