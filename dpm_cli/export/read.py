@@ -62,6 +62,11 @@ def open_exported(
             return open_confined(path, runtime, threads)
         return read_onnx(path, runtime, threads)
     choose_runtime("torchscript", runtime, path)
+    return _open_archive(path, trust=trust)
+
+
+def _open_archive(path: Path, *, trust: bool) -> ExportedModel:
+    """Open TorchScript or torch.export, which hold code. Raises ModelFileError for what needs trust."""
     if not trust and (excess := _ask(find_excess, path)):
         raise ModelFileError(f"{path} is no archive that a model needs: {excess}")
     if _ask(torchscript.is_torchscript, path):
