@@ -24,12 +24,12 @@ def trace_groups(
 
     example: inputs as the model takes them, with a batch of 2 or more.
     keep: layers whose outputs stay whole, by name or pattern; a name covers the layers below it.
-    prune_embedding: let channels go that layer norms average over.
+    prune_embedding: let channels of residual streams go that layer norms average over.
     Raises UnsupportedModelError if the model cannot be exported, RecipeError if a pattern names no layer.
     """
     aliases = _aliases(model)
     first = {name: names[0] for names in aliases.values() for name in names}
-    norms = {name for name, module in model.named_modules() if prune_embedding and can_lose_channels(module)}
+    norms = {name for name, module in model.named_modules() if can_lose_channels(module)}
     ties, parameters = Ties(_batch_of(example), _held_numbers(model), norms), dict[str, Value]()
     program = export(model, example)
     used = label(program, ties, parameters, first)
@@ -39,6 +39,8 @@ def trace_groups(
         inference_costs = list(ties.costs)
         used |= label(export(model, example, training=True), ties, parameters, first)
         ties.costs[:] = inference_costs
+    if not prune_embedding:
+        ties.keep_residual()
     unused = [name for name in parameters if name not in used]
     for name in unused:
         ties.keep_all(parameters[name], UNUSED)

@@ -193,6 +193,8 @@ class Ties:
         self._kept: list[tuple[Ids, str]] = []
         self._roles: list[tuple[Ids, Role]] = []
         self._relied: list[Ids] = []
+        self._residual: list[Ids] = []
+        self._averaged: list[tuple[Ids, int]] = []  # labels, and the reason that waits for them among those of `_kept`
 
     def new(self, size: int) -> Ids:
         """Make labels that no parameter owns."""
@@ -215,6 +217,24 @@ class Ties:
         """Keep these labels and with them their units: they cannot be removed."""
         if labels is not None and _ids(labels).size:
             self._kept.append((np.unique(_ids(labels)), f"{self.layer}: {reason}" if self.layer else reason))
+
+    def keep_if_residual(self, labels: Labels | Ids, reason: str) -> None:
+        """Note labels that are kept if their units turn out to be the width of a residual stream."""
+        self._averaged.append((_ids(labels).ravel(), len(self._kept)))
+        self._kept.append((np.zeros(0, np.int64), f"{self.layer}: {reason}" if self.layer else reason))
+
+    def mark_residual(self, value: Value) -> None:
+        """Note that this value is added to another that depends on the input, too."""
+        self._residual += [labels.ids.ravel() for labels in value.labels.values()]
+
+    def keep_residual(self) -> None:
+        """Keep what `keep_if_residual` noted. Call once all graphs are walked."""
+        components = self.components()
+        is_residual = np.zeros(int(components.max(initial=-1)) + 1, bool)
+        for ids in self._residual:
+            is_residual[components[ids]] = True
+        for ids, slot in self._averaged:
+            self._kept[slot] = (np.unique(ids[is_residual[components[ids]]]), self._kept[slot][1])
 
     def keep_all(self, values: object, reason: str) -> None:
         """Keep every label of a value, or of all values in nested sequences."""

@@ -630,6 +630,31 @@ class ConvNeXt(Net):
         return self.blocks(self.stem(x))
 
 
+@topology(groups={"blocks.0.widen": 12, "blocks.1.widen": 12}, kept={"stem": "layer norm"}, retrace=False)
+class NormWithinMlp(Net):
+    """A norm over an inner width goes on counting what it lost; one over the residual stream keeps it."""
+
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.widen, self.inner, self.narrow = (
+                nn.LayerNorm(6),
+                nn.Linear(6, 12),
+                nn.LayerNorm(12),
+                nn.Linear(12, 6),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.narrow(self.inner(F.gelu(self.widen(self.norm(x)))))
+
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.stem, self.blocks = nn.Conv2d(3, 6, 2, stride=2), nn.Sequential(self.Block(), self.Block())
+
+    def trunk(self, x: Tensor) -> Tensor:
+        return self.blocks(self.stem(x).permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 @topology(groups={"stem": 8, "middle": 8, "last": 6})
 class PReLUs(Net):
     def __init__(self) -> None:

@@ -81,6 +81,9 @@ def prelu(ties: Ties, call: Call) -> Value:
 @rule("add", "sub", "rsub", "maximum", "minimum", "where", "copy")
 def needs_all_zero(ties: Ties, call: Call) -> Value:
     operands = call.args[1:3] if call.name == "where" else call.args[:2]
+    added = [value for value in walk_values(call.args[:2]) if not value.constant]
+    if call.name == "add" and len(added) == 2:
+        ties.mark_residual(added[0])
     shifts = any(isinstance(operand, int | float) and operand != 0 for operand in operands)
     zero = "never" if shifts else "all"
     return combine(ties, call.shape, list(walk_values(call.args)), zero=zero, judged=list(walk_values(operands)))

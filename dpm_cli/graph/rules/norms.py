@@ -54,8 +54,12 @@ def layer_norm(ties: Ties, call: Call) -> Value:
 
 
 def _normalise_remaining(ties: Ties, x: Value, weight: Value, bias: Value) -> Value:
-    """Let a layer norm go on counting lost channels, which is exact because they are zero."""
+    """Let a layer norm go on counting lost channels, which is exact because they are zero.
+
+    The width of a residual stream is kept nevertheless, unless the user wants it pruned: every norm would count.
+    """
     channels = x.labels[(x.rank - 1,)]
+    ties.keep_if_residual(channels, "layer norm: losing a channel changes the statistics of the others")
     ties.consume(channels)
     for parameter, role in ((weight, Role.NORM), (bias, Role.BIAS)):
         ties.tie(channels, parameter.labels[(0,)])
