@@ -50,7 +50,7 @@ OPTIONS = {
     "predict": {"--top", "--arch", "--trust", "--json"},
     "benchmark": {"--runtime", "--batch", "--threads", "--seconds", "--recipe", "--trust", "--csv", "--json"},
     "compare": {"--csv", "--json"},
-    "demo": {"--output", "--json", "--quiet"},
+    "demo": {"--output", "--device", "--json", "--quiet"},
     "report": set(),
     "doctor": {"--json"},
     "recipes": set(),
