@@ -85,6 +85,7 @@ def make_model_file(kind: str, path: Path, dense: Path) -> None:
         "number",
     ],
 )
+@pytest.mark.every(2)
 def test_a_bad_model_file_is_named_in_one_line(dpm: Any, dense: Path, tmp_path: Path, kind: str) -> None:
     path = tmp_path / "model.pt"
     make_model_file(kind, path, dense)

@@ -198,6 +198,7 @@ class WithFunction(nn.Module):
         return Clamp.apply(images).flatten(1)  # type: ignore[no-any-return,no-untyped-call]
 
 
+@pytest.mark.thorough
 def test_a_function_of_the_models_own_is_named_where_a_file_cannot_hold_it(image: Tensor, tmp_path: Path) -> None:
     said = r"model.ts was not written: TorchScript cannot hold Clamp, a torch.autograd.Function .*; ONNX can"
     with pytest.raises(FormatError, match=said):

@@ -45,6 +45,7 @@ def test_slim_file_that_names_every_tensor_of_a_huge_architecture(
     assert attack_slim(attacker, originals, tmp_path, **changes, state_dict=tensors).code == 2
 
 
+@pytest.mark.thorough
 def test_slim_file_that_names_a_huge_image(attacker: Attacker, originals: Path, tmp_path: Path) -> None:
     assert attack_slim(attacker, originals, tmp_path, shape=[1, 2048, 2048]).code == 2
 

@@ -87,6 +87,7 @@ def command_of(found: Examined) -> list[str]:
     )
 
 
+@pytest.mark.thorough
 def test_stopped_run_goes_on_by_the_command_that_is_told(stopped: Path) -> None:
     found = examine_unchanged(stopped)
     assert (found.state, found.problem) == ("unfinished", None)

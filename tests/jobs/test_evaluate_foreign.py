@@ -38,6 +38,7 @@ def test_file_with_other_outputs_than_the_recipe_is_named(net: nn.Module, said: 
         dpm_cli.evaluate(tmp_path / "model.ts", recipe(), latency=False)
 
 
+@pytest.mark.thorough
 def test_onnx_that_cannot_be_loaded_has_the_runtimes_own_reason(tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"\x08\x07\x12\x07pytorch" + bytes(100))
     with pytest.raises(ModelFileError, match="no ONNX file that can be run") as error:

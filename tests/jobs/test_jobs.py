@@ -419,6 +419,7 @@ def test_run_killed_while_it_writes_its_results_ends_with_the_same_bits(finished
 # -------------------------------------------------------------------------------------------- evaluate, export, plan
 
 
+@pytest.mark.thorough
 def test_evaluating_a_slim_and_an_exported_file_agrees_with_the_report(finished):
     folder, report = finished
     slim = dpm_cli.evaluate(folder / "slim.pt", recipe())

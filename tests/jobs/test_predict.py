@@ -137,6 +137,7 @@ def test_damaged_metadata_is_named(key: str) -> None:
 
 
 @pytest.mark.parametrize("folder", ["cover"], indirect=True)
+@pytest.mark.thorough
 def test_wrong_files_and_pictures_are_refused_in_one_line(folder: Path, tmp_path: Path) -> None:
     model = onnx.load(folder / "model.onnx")
     bare, newer = tmp_path / "bare.onnx", tmp_path / "newer.onnx"

@@ -61,6 +61,7 @@ def test_resized_operators_read_what_their_layers_would() -> None:
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "torch"])
+@pytest.mark.thorough
 def test_narrow_structure_takes_less_than_the_dense_one_in_turns(net: nn.Module, runtime: str) -> None:
     groups = find_groups(net, torch.zeros(2, 3, 64, 64))
     stopwatch = Stopwatch(net, groups, Latency.model_validate({"runtime": runtime, "batch": 4}), (3, 64, 64))

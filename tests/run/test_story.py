@@ -690,6 +690,7 @@ def test_export_that_fails_costs_no_training(tmp_path, splits, whole, monkeypatc
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("plain")))
 
 
+@pytest.mark.thorough
 def test_what_a_format_cannot_hold_costs_only_that_file(tmp_path, splits, monkeypatch):
     def export_one(slim, image, format, *args, **settings):
         if format == "torchscript":
