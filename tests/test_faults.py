@@ -132,6 +132,7 @@ def test_disk_full_while_metrics_are_written(model, whole, tmp_path, size):
 
 
 @pytest.mark.parametrize("format", ["torchscript", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.thorough
 def test_disk_full_while_an_export_is_written(model, whole, tmp_path, format):
     settings = recipe(export=[format])
     name = {"torchscript": r"model\.ts", "onnx": r"model\.onnx"}[format]

@@ -174,6 +174,7 @@ RECIPES = {
 
 
 @pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.every(2)
 def test_hostile_recipe(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     (tmp_path / "recipe.yaml").write_bytes(RECIPES[name])
     assert_refused(capsys, "prune", originals / "model.pt", "-r", "recipe.yaml", "--quiet", codes=(2, 3))
@@ -413,7 +414,7 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any]], bytes]] = {
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_hostile_checkpoint(originals: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str) -> None:
     state = torch.load(io.BytesIO((originals / "checkpoint.pt").read_bytes()[len(MAGIC) + 32 :]), weights_only=True)
     (tmp_path / "out").mkdir()

@@ -67,6 +67,7 @@ def test_recipe_among_the_files_of_a_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize("name", sorted({*MARKS, CHECKPOINT, "checkpoint.previous.pt"}))
+@pytest.mark.every(4)
 def test_file_without_our_mark_is_never_replaced(name: str) -> None:
     path = Path("out") / name.replace("*", "0.5")
     path.parent.mkdir()
@@ -137,6 +138,7 @@ def assert_refused_and_kept(what: str, capsys: pytest.CaptureFixture[str]) -> No
 
 @pytest.mark.parametrize("name", [LOCK, "metrics.jsonl", "report.json", "slim.pt", "recipe.yaml", "checkpoint.pt"])
 @pytest.mark.parametrize("target", ["mine", "nowhere"])
+@pytest.mark.every(3)
 def test_no_link_is_followed(name: str, target: str, capsys: pytest.CaptureFixture[str]) -> None:
     Path("out").mkdir()
     Path("mine").write_text(PRECIOUS)
@@ -185,6 +187,7 @@ def test_training_does_not_follow_a_link(model: Path) -> None:
 
 @pytest.mark.parametrize("name", [LOCK, "checkpoint.pt", "checkpoint.previous.pt", "report.json", "metrics.jsonl"])
 @pytest.mark.parametrize("kind", ["pipe", "folder", "socket"])
+@pytest.mark.every(3)
 def test_only_regular_files_are_opened(name: str, kind: str, capsys: pytest.CaptureFixture[str]) -> None:
     path = Path("out") / name
     path.parent.mkdir()

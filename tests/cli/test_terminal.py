@@ -87,6 +87,7 @@ READINGS = ["epoch 4/10", "loss 0.412", "validation 91.2 %", "512 images/s", "wa
 
 
 @pytest.mark.parametrize(("columns", "shown"), [(60, 2), (80, 3), (100, 4), (140, 5)])
+@pytest.mark.every(3)
 def test_bar_percentage_and_time_stand_at_every_width(columns: int, shown: int) -> None:
     _, screen = run_on_terminal(scene(), columns)
     (line,) = (line for line in screen.splitlines() if line.startswith("finetune"))

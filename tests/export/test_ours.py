@@ -113,6 +113,7 @@ def test_exports_of_all_kinds_of_architecture_are_ours(tmp_path: Path, arch: str
 
 
 @pytest.mark.parametrize("name", ["extra/dpm.json", "code/bomb.py", "data/0"])
+@pytest.mark.thorough
 def test_archive_that_unpacks_to_far_more_is_refused(own: bytes, tmp_path: Path, name: str) -> None:
     path = changed(own, tmp_path / "model.ts", "", "")
     with zipfile.ZipFile(path) as archive:

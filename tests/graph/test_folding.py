@@ -71,6 +71,7 @@ PLACES = [
 
 
 @pytest.mark.parametrize(("settings", "place"), PLACES)
+@pytest.mark.every(3)
 def test_constant_channels_are_folded_exactly(settings, place):
     net = make(**settings)
     assert find_shifts(net, EXAMPLE)["body"] == place
@@ -99,7 +100,7 @@ def body_outputs(net, batches):
 @pytest.mark.parametrize("padding", [0, 1])
 @pytest.mark.parametrize(("settings", "place"), PLACES)
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.every(3)
+@pytest.mark.every(8)
 def test_folding_never_increases_the_error_of_the_layers_that_read(settings, place, padding, count):
     net = make(padding=padding, **settings)
     alive = victims_of(find_groups(net, EXAMPLE), "stem", count)

@@ -27,7 +27,7 @@ def prune_half(name: str, dtype: torch.dtype) -> None:
 
 
 @pytest.mark.parametrize("name", TOPOLOGIES)
-@pytest.mark.every(3)
+@pytest.mark.every(6)
 def test_half_of_every_group_is_removed_exactly(name):
     prune_half(name, torch.float64)
 

@@ -58,6 +58,7 @@ def pictures(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.jpg"))
 
 
+@pytest.mark.every(2)
 def test_all_files_say_the_same_about_pictures_of_odd_sizes(folder: Path) -> None:
     slim, *others = (dpm_cli.predict(folder / file, pictures(folder)) for file in ("slim.pt", "model.ts", "model.onnx"))
     assert len({each.classes for each in slim}) > 1

@@ -222,6 +222,7 @@ def refuse(path, match, settings=None, **more):
         ({"dense": {"epochs": 3}}, "dense: null there, dense: here"),
     ],
 )
+@pytest.mark.thorough
 def test_resume_with_another_recipe_is_refused(tmp_path, whole, change, said):
     path = tmp_path / "model.pt"
     interrupt(path, 2)
@@ -300,6 +301,7 @@ def interrupted(course):
 
 @pytest.mark.parametrize("when", [1, 4])  # before the first checkpoint, and after it
 @pytest.mark.parametrize("settings", [{}, {"resume": True}, {"overwrite": True}])
+@pytest.mark.every(3)
 def test_a_second_training_of_the_same_file_is_refused_and_harms_nothing(tmp_path, whole, settings, when):
     path, refusals = tmp_path / "model.pt", []
 

@@ -68,7 +68,7 @@ def test_slim_layer_norm_counts_lost_channels_as_zeros():
         lambda: SwinTransformer([4, 4], 16, [2], [4], [2, 2], num_classes=5),
     ],
 )
-@pytest.mark.every(3)
+@pytest.mark.every(9)
 def test_a_transformer_that_lost_heads_is_exact_and_reloads(build, prune_embedding, tmp_path):
     torch.manual_seed(0)
     dense = build().eval()

@@ -347,6 +347,7 @@ def change(path: Path, **changed: Any) -> None:
         ({"format": "dpm-slum"}, "is not a slim.pt"),
     ],
 )
+@pytest.mark.every(4)
 def test_hostile_value_is_one_line(tmp_path: Path, digits: nn.Module, changed: dict[str, Any], message: str) -> None:
     path = save(tmp_path / "slim.pt", digits, arch="digits", classes=10)
     change(path, **changed)

@@ -546,7 +546,7 @@ def resume_to_the_end(folder, recipe, splits, should_stop):
 
 
 @pytest.mark.parametrize("variant", often(VARIANTS, "plain", "rectify", "gate-decorator"))
-@pytest.mark.every(2)
+@pytest.mark.every(5)
 def test_stopped_runs_end_with_the_bits_of_an_uninterrupted_one(tmp_path, splits, whole, variant):
     recipe = make_recipe(*VARIANTS[variant])
     stops = np.random.default_rng(len(variant)).integers(1, 7, 100).tolist()  # steps between interruptions
@@ -659,6 +659,7 @@ def test_resume_with_other_weights_is_refused(tmp_path, splits):
         ({"pixel": 3}, r"training images: 230 images, but not the same"),
     ],
 )
+@pytest.mark.thorough
 def test_resume_with_other_data_is_refused(tmp_path, splits, monkeypatch, change, said):
     with pytest.raises(Interrupted):
         go(tmp_path, make_recipe(), splits, should_stop=stop_after(2))
@@ -850,7 +851,7 @@ def test_going_back_prunes_no_more_and_leaves_a_plain_model(tmp_path, splits, ac
 
 
 @pytest.mark.parametrize("variant", often(["plain", "rectify", "otov2", "gate-decorator"], "plain"))
-@pytest.mark.every(2)
+@pytest.mark.thorough
 def test_stopped_run_breaks_its_floor_with_the_same_bits(tmp_path, splits, whole, accuracy, variant):
     recipe = make_recipe(*VARIANTS[variant], *FLOOR)
     first, *_ = units_after_rounds(whole(variant))

@@ -57,9 +57,8 @@ def waits_of_steps(changes: dict[str, Any], folder: Path) -> tuple[list[list[str
     return steps, decayed
 
 
-@pytest.mark.parametrize(
-    "case", [case if case == "depgraph" else pytest.param(case, marks=pytest.mark.thorough) for case in CASES]
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("case", CASES)
 def test_steps_of_a_run_do_not_wait(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("dpm_cli.run.lives.LOOKS", 1)  # 20 in a decay as short as here would be one in every step
     steps, decayed = waits_of_steps(CASES[case], tmp_path)

@@ -398,7 +398,7 @@ def zero_(parameters, dead):
     (["train.optimizer=adam", "train.lr=0.01"], 10.0, False),
     (["train.optimizer=adamw", "train.lr=0.01", "train.weight_decay=0.1"], 1.0, True),
 ])  # fmt: skip
-@pytest.mark.every(2)
+@pytest.mark.every(4)
 def test_one_step_without_rectifying_is_dhspg(tmp_path, splits, training, strength, topped_up):
     recipe = make_recipe(*training, f"prune.otov2.strength={strength}", "prune.end=0.7")
     run, _, report = go(tmp_path, recipe, splits)
@@ -411,6 +411,7 @@ def test_one_step_without_rectifying_is_dhspg(tmp_path, splits, training, streng
 
 
 @pytest.mark.parametrize(("kept", "rounds"), [(0.7, 1), (0.45, 3), (0.3, 4)])
+@pytest.mark.thorough
 def test_hesso_prunes_the_share_of_each_period_and_all_it_was_asked_for_in_the_end(tmp_path, splits, kept, rounds):
     """R units over the periods, R // P at each but for rounding, none of them twice (HESSO's reference code)."""
     recipe = make_recipe(
