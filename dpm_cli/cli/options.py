@@ -101,11 +101,15 @@ def collect_overrides(overrides: list[str] | None, seed: int | None = None) -> l
     return [*(overrides or []), *([] if seed is None else [f"seed={seed}"])]
 
 
+def _has_changes(overrides: list[str], shortcuts: Given) -> bool:
+    return bool(overrides) or any(each is not None for each in shortcuts)
+
+
 def read_training_settings(
     recipe: str | None, overrides: list[str], shortcuts: Given, model: Path | None, resumed: Path | None
 ) -> "dpm_cli.Recipe":
     """Read the settings of `dpm train`. resumed: checkpoint whose settings hold if none are given."""
-    if resumed is not None and recipe is None and not overrides and all(each is None for each in shortcuts):
+    if resumed is not None and recipe is None and not _has_changes(overrides, shortcuts):
         from dpm_cli.run.resume import read_begun
 
         if begun := read_begun(resumed):
@@ -124,7 +128,7 @@ def _resume_settings(
     from dpm_cli.recipe.reader import read_recipe
     from dpm_cli.run.resolved import NAME, read_changes
 
-    if overrides or any(each is not None for each in shortcuts) or not (folder / NAME).is_file():
+    if _has_changes(overrides, shortcuts) or not (folder / NAME).is_file():
         return None
     if recipe is None:
         return read_recipe((folder / NAME).read_text(encoding="utf-8"), name=str(folder / NAME))

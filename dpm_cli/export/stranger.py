@@ -7,7 +7,6 @@ import contextlib
 import os
 import re
 import sys
-from collections.abc import Iterator
 from io import FileIO, RawIOBase
 from pathlib import Path
 from typing import IO, Any
@@ -44,13 +43,13 @@ def main() -> None:
         except Broken:
             return  # nobody needs the file any more
         try:
-            with _limited_time(float(request["seconds"]) * threads):
-                if model is None:
-                    model = read_onnx(path, runtime, threads)
-                    _try(model)
-                    if before:
-                        _limit_memory(before + opening + RUNNING)
-                write_frame(answers, *_answer(model, request, arrays))
+            _limit_time(float(request["seconds"]) * threads)
+            if model is None:
+                model = read_onnx(path, runtime, threads)
+                _try(model)
+                if before:
+                    _limit_memory(before + opening + RUNNING)
+            write_frame(answers, *_answer(model, request, arrays))
         except Exception as error:
             write_frame(answers, _describe(error, path))
 
@@ -98,19 +97,14 @@ def _limit_memory(most: int) -> None:
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
 
 
-@contextlib.contextmanager
-def _limited_time(seconds: float) -> Iterator[None]:
-    """End this process by SIGXCPU when it takes so many seconds of processor time in this context."""
-    try:
+def _limit_time(seconds: float) -> None:
+    """End this process by SIGXCPU when it takes so many more seconds of processor time."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
         import resource
-    except ImportError:
-        yield
-        return
-    used = resource.getrusage(resource.RUSAGE_SELF)
-    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime + seconds) + 1, hard))
-    yield
+
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        most = int(used.ru_utime + used.ru_stime + seconds) + 1
+        resource.setrlimit(resource.RLIMIT_CPU, (most, resource.getrlimit(resource.RLIMIT_CPU)[1]))
 
 
 def _used(field: str) -> int:
