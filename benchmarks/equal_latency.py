@@ -110,7 +110,7 @@ def compare(arguments: argparse.Namespace, seed: int, latency: Report, equal: Re
         module = load_model(arguments.dense, arch=arguments.arch, classes=10, shape=SHAPE).module.eval()
         export_model(module, torch.randn(1, *SHAPE), format="onnx", path=dense, metadata={})
     files = [dense, work / f"{stem}-latency-{seed}" / "model.onnx", work / f"{stem}-macs-{seed}" / "model.onnx"]
-    _, first, second = dpm_cli.benchmark(files, threads=[1], seconds=arguments.seconds, turns=20)
+    _, first, second = dpm_cli.benchmark(files, threads=[1], seconds=arguments.seconds, turns=20, trust=True)
     return {
         "model": arguments.arch,
         "seed": seed,

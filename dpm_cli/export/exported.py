@@ -9,8 +9,8 @@ from torch import Tensor
 
 from dpm_cli.errors import RunError, UsageError
 from dpm_cli.layers.images import Shape
+from dpm_cli.measure import read_clocks
 
-CONFINED = "it runs in a process of its own, and handing it images takes time; --trust measures without that"
 EXTRA = "dpm.json"  # in archives of TorchScript and torch.export: the metadata and the shape of one image
 
 
@@ -24,7 +24,7 @@ class ExportedModel:
     shape: Shape | None  # (C, H, W) of one image; None if a foreign file does not say
     outputs: Callable[[Tensor], list[Tensor]]  # every output, in order
     cost: Callable[[Shape], tuple[int | None, int | None]]  # image shape -> MACs and weights, where they can be counted
-    is_confined: bool = False  # it runs in a process of its own
+    read_clocks: Callable[[], tuple[float, float]] = read_clocks  # as `Clocked`: of the process that it runs in
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return the first output, on the device of the images. Raises UsageError if they have the wrong shape."""

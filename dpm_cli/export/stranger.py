@@ -18,6 +18,7 @@ from dpm_cli.errors import DpmError, ModelFileError, RunError, UsageError, one_l
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.frames import Broken, read_frame, write_frame
 from dpm_cli.export.read import read_onnx
+from dpm_cli.measure import read_clocks
 
 TIMES, MORE = 4, 300 << 20  # memory to open a file: times its size, plus bytes
 RUNNING = 4 << 30  # bytes to run it
@@ -63,7 +64,9 @@ def _answer(model: ExportedModel, request: dict[str, Any], arrays: list[Any]) ->
             macs, params = model.cost((channels, height, width))
             return {"macs": macs, "params": params}, []
         case _:
-            return {}, [output.numpy() for output in model.outputs(torch.from_numpy(np.array(arrays[0])))]
+            images, before = torch.from_numpy(np.array(arrays[0])), read_clocks()
+            outputs = [output.numpy() for output in model.outputs(images)]
+            return {"took": [now - then for now, then in zip(read_clocks(), before)]}, outputs
 
 
 def _try(model: ExportedModel) -> None:

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from dpm_cli.errors import UsageError
-from dpm_cli.export import CONFINED, RUNS, ExportedModel, choose_runtime, open_exported, require_runtime
+from dpm_cli.export import RUNS, choose_runtime, open_exported, require_runtime
 from dpm_cli.jobs.loading import AnyRecipe, open_deployed, resolve_recipe
 from dpm_cli.layers.images import Shape
-from dpm_cli.measure import Latency, Run, measure_in_turns
+from dpm_cli.measure import Clocked, Latency, Run, measure_in_turns, read_clocks
 from dpm_cli.models import load_model, load_slim
 from dpm_cli.models.read import read_model_file
 from dpm_cli.models.slim_content import is_slim
@@ -54,11 +54,8 @@ def benchmark(
                 run = subject.open(runtime, count, trust)
                 for batch in batches:
                     name = f"{len(rows)}"
-                    contenders[name] = _hold(run, subject.images(batch), count)
-                    doubt = CONFINED if isinstance(run, ExportedModel) and run.is_confined else None
-                    rows[name] = Benchmarked(
-                        str(subject.path), subject.format, subject.bytes, runtime, batch, count, doubt=doubt
-                    )
+                    contenders[name] = _Contender(run, subject.images(batch), count)
+                    rows[name] = Benchmarked(str(subject.path), subject.format, subject.bytes, runtime, batch, count)
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(1)  # each contender sets its own number
@@ -106,17 +103,23 @@ def _look_at(path: Path, recipe: AnyRecipe | None, trust: bool) -> _Subject:
     return _Subject(path, "weights", spec.input, size, loaded.module.eval())
 
 
-def _hold(run: Run, images: Tensor, threads: int) -> Run:
-    """Return a call that ignores its argument. Torch computes with its threads, others were opened with theirs."""
+@dataclass(frozen=True)
+class _Contender:
+    """Runs on images of its own. Torch computes with so many threads, others were opened with theirs."""
 
-    def call(_: Tensor) -> object:
-        torch.set_num_threads(threads)
+    run: Run
+    images: Tensor
+    threads: int
+
+    def __call__(self, _: Tensor) -> object:
+        torch.set_num_threads(self.threads)
         try:
-            return run(images)
+            return self.run(self.images)
         finally:
             torch.set_num_threads(1)
 
-    return call
+    def read_clocks(self) -> tuple[float, float]:
+        return self.run.read_clocks() if isinstance(self.run, Clocked) else read_clocks()
 
 
 def _fill(row: Benchmarked, latency: Latency) -> Benchmarked:
@@ -127,7 +130,7 @@ def _fill(row: Benchmarked, latency: Latency) -> Benchmarked:
         high=latency.high_ms,
         processor=latency.processor_ms,
         images_per_second=1000 * row.batch / latency.median_ms,
-        doubt=row.doubt or latency.doubt,
+        doubt=latency.doubt,
     )
 
 

@@ -14,7 +14,7 @@ from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.errors import ModelFileError, UsageError
-from dpm_cli.export import CONFINED, ExportedModel, require_runtime
+from dpm_cli.export import ExportedModel, require_runtime
 from dpm_cli.jobs.loading import AnyRecipe, load_splits, open_deployed, resolve_recipe
 from dpm_cli.measure import Run, count_bytes, count_macs, count_parameters, measure_latency
 from dpm_cli.models import load_model
@@ -121,5 +121,4 @@ def _with_latency(result: Evaluated, run: Run, runtime: str, splits: Splits, bat
 
 def _measure(run: Run, images: Tensor) -> Milliseconds:
     measured = measure_latency(run, images.cpu())
-    doubt = CONFINED if isinstance(run, ExportedModel) and run.is_confined else measured.doubt
-    return Milliseconds(measured.median_ms, measured.low_ms, measured.high_ms, measured.threads, doubt)
+    return Milliseconds(measured.median_ms, measured.low_ms, measured.high_ms, measured.threads, measured.doubt)
