@@ -167,18 +167,24 @@ def _training(figure: Figure, report: Report, history: History) -> tuple[str, st
         return None
     axes = figure.add_subplot()
     steps, losses = ([epoch[key] for epoch in history.epochs] for key in ("at", "loss"))
-    axes.plot(steps, losses, color=SLIM, marker="o", markersize=3, label="training loss")
+    axes.plot(steps, losses, color=SLIM, marker="o", markersize=3, clip_on=False, label="training loss")
     axes.set_ylabel("loss")
     handles = axes.get_lines()[:1]
     scored = [epoch for epoch in history.epochs if epoch.get("validation_accuracy") is not None]
-    text = f"The training loss went from {losses[0]:.3f} to {losses[-1]:.3f}."
+    text = f"The training loss was {losses[0]:.3f} in the first epoch, {losses[-1]:.3f} in the last."
     if scored:
         right = axes.twinx()
         right.grid(visible=False)
         right.spines["right"].set_visible(True)
         accuracies = [epoch["validation_accuracy"] for epoch in scored]
         handles += right.plot(
-            [epoch["at"] for epoch in scored], accuracies, color=WARM, marker="s", markersize=3, label="validation"
+            [epoch["at"] for epoch in scored],
+            accuracies,
+            color=WARM,
+            marker="s",
+            markersize=3,
+            clip_on=False,
+            label="validation",
         )
         right.set_ylabel("validation accuracy, %")
         text += (

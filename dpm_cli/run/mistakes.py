@@ -19,17 +19,20 @@ LOSSLESS = 48  # pixels; larger ones may lose a little
 
 
 def find_mistakes(dense: nn.Module, slim: nn.Module, splits: Splits, *, batch: int) -> Iterator[Mistaken]:
-    """Yield the first few. dense, slim: in eval mode on the device of the images. Call after the test accuracy."""
+    """Yield a few of all classes. dense, slim: in eval mode on the device of the images. Call after the test accuracy."""
     if not splits.labelled or splits.shape[0] not in (1, 3):
         return
     found = seen = 0
-    for images, labels in splits.test.batches(batch, seed=0, epoch=0, augment=None):
+    drawn = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(0))[
+        :IMAGES
+    ]  # folders are in order
+    for images, labels in splits.test.select(drawn).batches(batch, seed=0, epoch=0, augment=None):
         with torch.inference_mode():
             right, wrong = (main_output(model(images)).float().softmax(1) for model in (dense, slim))  # (B, classes)
         said, instead = right.argmax(1), wrong.argmax(1)
         for index in ((said == labels) & (instead != labels)).nonzero()[:, 0].tolist():
             yield Mistaken(
-                image=seen + index,
+                image=int(drawn[seen + index]),
                 label=_name(splits, int(labels[index])),
                 slim=_name(splits, int(instead[index])),
                 dense_confidence=round(float(right[index].max()), 4),
@@ -40,8 +43,6 @@ def find_mistakes(dense: nn.Module, slim: nn.Module, splits: Splits, *, batch: i
             if found == MOST:
                 return
         seen += len(labels)
-        if seen >= IMAGES:
-            return
 
 
 def draw(image: Tensor, splits: Splits) -> str:
