@@ -245,7 +245,8 @@ class FilesDecoded(Event):
 class Mistaken(Event):
     """The slim model gets this test image wrong, the dense one right.
 
-    image: its number in the test set, if all of that can be read. label: what it shows. slim: what the slim model says. picture: a data URL.
+    image: its number in the test set, if all of that can be read. label: what it shows. slim: what the slim model says.
+    picture: a data URL.
     """
 
     kind: ClassVar[str] = "mistake"

@@ -19,7 +19,10 @@ LOSSLESS = 48  # pixels; larger ones may lose a little
 
 
 def find_mistakes(dense: nn.Module, slim: nn.Module, splits: Splits, *, batch: int) -> Iterator[Mistaken]:
-    """Yield a few of all classes. dense, slim: in eval mode on the device of the images. Call after the test accuracy."""
+    """Yield a few of all classes. Call after the test accuracy.
+
+    dense, slim: in eval mode on the device of the images.
+    """
     if not splits.labelled or splits.shape[0] not in (1, 3):
         return
     found = seen = 0
