@@ -14,7 +14,8 @@ from dpm_cli.graph.labels import Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.numbering import UNUSED, number_groups
 from dpm_cli.graph.program import Example, export, output_shapes, split_example
 from dpm_cli.graph.trace import label
-from dpm_cli.layers.attention import can_lose_channels, fit_transformer_layer_
+from dpm_cli.layers.attention import fit_slim_class_
+from dpm_cli.layers.counting import can_lose_channels
 
 
 def trace_groups(
@@ -93,7 +94,7 @@ def _tie_numbers(model: nn.Module, ties: Ties) -> None:
     counted: dict[tuple[str, str, str], tuple[Ids, ...]] = {}
     for number in ties.numbers:
         layer = model.get_submodule(number.layer)
-        if number.counts == "width" or fit_transformer_layer_(layer):
+        if number.counts == "width" or fit_slim_class_(layer):
             continue
         sizes = tuple(len(labels) for labels in number.parts)
         for name in holders(layer, sizes, number.counts):
@@ -118,12 +119,15 @@ def _keep_named(model: nn.Module, ties: Ties, patterns: Sequence[str]) -> None:
 
 
 def _keep_buffers(model: nn.Module, ties: Ties) -> None:
-    """Keep buffers other than a norm's statistics: they cannot shrink, and need not follow their unit."""
-    buffers = {name for name, _ in model.named_buffers(remove_duplicate=False)}
-    roles = ties.roles()
+    """Keep buffers that are indices or make values; others follow their units, though they never shrink to zero."""
+    buffers = dict(model.named_buffers(remove_duplicate=False))
+    roles, made = ties.roles(), ties.made()
     for owner in ties.owners:
         if owner.tensor in buffers and owner.size and roles[owner.start] != Role.BUFFER:
-            ties.keep(owner.ids, f"{owner.tensor}: a buffer of fixed size")
+            if buffers[owner.tensor].is_floating_point() and not made[owner.start]:
+                ties.mark(owner.ids, Role.BUFFER)
+            else:
+                ties.keep(owner.ids, f"{owner.tensor}: a buffer of fixed size")
 
 
 def _keep_shared_axes(ties: Ties) -> None:
@@ -131,7 +135,7 @@ def _keep_shared_axes(ties: Ties) -> None:
     roles, axes = ties.roles(), dict[str, list[Owner]]()
     touched = ties.touched()
     for owner in ties.owners:
-        scales = owner.size > 1 and Role(roles[owner.start]).is_scaled
+        scales = owner.size > 1 and Role(roles[owner.start]).is_producing
         if scales and touched[owner.start]:
             axes.setdefault(owner.tensor, []).append(owner)
     several = {tensor: owners for tensor, owners in axes.items() if len(owners) > 1}

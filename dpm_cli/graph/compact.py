@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dpm_cli.graph.groups import Groups, NumberChange
 from dpm_cli.graph.labels import Counts, Flags, Ids
-from dpm_cli.layers.attention import fit_transformer_layer_
+from dpm_cli.layers.attention import fit_slim_class_
+from dpm_cli.layers.counting import note_count_
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
 
@@ -30,21 +31,26 @@ def compact_(model: nn.Module, groups: Groups, alive: Flags) -> KeptPositions:
     """
     kept = groups.kept_positions(alive)
     replaced: dict[int, Tensor] = {}
-    touched: dict[str, nn.Module] = {}
+    touched: dict[nn.Module, str] = {}
+    done: set[tuple[nn.Module, str]] = set()
     for name, axes in kept.items():
         path, _, attribute = name.rpartition(".")
         module = model.get_submodule(path)
+        if (module, attribute) in done:  # a shared layer has several names
+            continue
+        done.add((module, attribute))
+        note_count_(module)
         old = getattr(module, attribute)
         if id(old) not in replaced:  # a shared parameter stays shared
             new = take(old.detach(), axes)
             replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         setattr(module, attribute, replaced[id(old)])
-        touched[path] = module
-    for path, module in touched.items():
+        touched[module] = path
+    for module, path in touched.items():
         fit_layer_(module, kept.get(f"{path}.weight".lstrip("."), {}).get(0))
     for name, changes in groups.new_numbers(alive).items():
         layer = model.get_submodule(name)
-        if not fit_transformer_layer_(layer):
+        if not fit_slim_class_(layer) and not (isinstance(layer, nn.GroupNorm) and layer.weight is not None):
             _resize_numbers_(layer, changes)
     return kept
 
@@ -100,7 +106,7 @@ def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
     rows_kept: which rows of the weight stayed; None if all did. A depthwise layer loses conv groups, any other grouped
     layer rows of every group; when one input channel per group is left, the shapes alone do not tell which it is.
     """
-    if fit_transformer_layer_(module):
+    if fit_slim_class_(module):
         return
     match module:
         case nn.modules.conv._ConvTransposeNd():
@@ -120,7 +126,9 @@ def fit_layer_(module: nn.Module, rows_kept: Ids | None) -> None:
             if sized is not None:
                 module.num_features = sized.shape[0]
         case nn.GroupNorm() if module.weight is not None:
-            module.num_channels = module.num_groups = module.weight.shape[0]
+            per_group = module.num_channels // module.num_groups
+            module.num_channels = module.weight.shape[0]
+            module.num_groups = module.num_channels // per_group
         case nn.PReLU():
             module.num_parameters = module.weight.shape[0]
         case nn.Embedding():

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.graph.groups import Groups
-from dpm_cli.graph.labels import Flags, Ids, Role
+from dpm_cli.graph.labels import Flags, Ids
 from dpm_cli.graph.program import Example, find_layer_calls
 from dpm_cli.layers.modes import in_mode
 
@@ -120,7 +120,7 @@ def _consumers(groups: Groups) -> dict[str, ReadAxes]:
     for part in groups.slices:
         for name in groups.aliases.get(part.tensor, (part.tensor,)):
             layer, _, leaf = name.rpartition(".")
-            if part.role is Role.CONSUMER and leaf == "weight":
+            if part.role.is_consuming and leaf == "weight":
                 consumers.setdefault(layer, []).append((part.axis, part.units))
     return consumers
 

@@ -27,11 +27,22 @@ class Role(IntEnum):
     BIAS = 2  # of either; dies with the producers
     CONSUMER = 3  # reads the unit's values: its entries multiply zeros once the unit is dead
     BUFFER = 4  # running statistics, slopes: removed with the unit, never scaled
+    READER = 5  # a consumer that must shrink, too: it reads what a dead unit leaves behind, or counts in a sum
+
+    @property
+    def is_producing(self) -> bool:
+        """Whether it is on the producer side."""
+        return self in (Role.PRODUCER, Role.NORM, Role.BIAS)
+
+    @property
+    def is_consuming(self) -> bool:
+        """Whether it reads the unit's values."""
+        return self in (Role.CONSUMER, Role.READER)
 
     @property
     def is_scaled(self) -> bool:
-        """Whether it is on the producer side and shrinks with its unit."""
-        return self in (Role.PRODUCER, Role.NORM, Role.BIAS)
+        """Whether it shrinks with its unit."""
+        return self.is_producing or self is Role.READER
 
 
 @dataclass(frozen=True)
@@ -60,6 +71,13 @@ class Labels:
         """Drop an axis that does not tell units apart. The result is zero where everything along it was."""
         taken = self.taken(0, axis)
         return Labels(taken.ids, np.asarray(self.zero.all(axis)), taken.unit_axis)
+
+    def resized(self, axis: int, size: int) -> "Labels":
+        """Give another size to an axis that does not tell units apart: along it, all labels are tied anyway."""
+        one = self.reduced(axis)
+        shape = (*self.ids.shape[:axis], size, *self.ids.shape[axis + 1 :])
+        ids = np.broadcast_to(np.expand_dims(one.ids, axis), shape)
+        return Labels(ids, np.broadcast_to(np.expand_dims(one.zero, axis), shape), self.unit_axis)
 
     def spread(self, axes: "Axes", block: "Labels", block_axes: "Axes") -> "Labels":
         """Repeat the labels along the other axes of a block that contains these."""
@@ -109,6 +127,18 @@ class Value:
         shape = tuple(1 if axis in gone else size for axis, size in enumerate(self.shape))
         return Value(shape, {axes: labels for axes, labels in self.labels.items() if not set(axes) & set(gone)})
 
+    def resized(self, axis: int, size: int) -> "Value":
+        """Give one axis another size. Labels that tell units apart along it are dropped: keep them first."""
+        axis %= self.rank
+        shape = tuple(size if k == axis else old for k, old in enumerate(self.shape))
+        labels: dict[Axes, Labels] = {}
+        for axes, block in self.labels.items():
+            if axis not in axes:
+                labels[axes] = block
+            elif axes[block.unit_axis] != axis:
+                labels[axes] = block.resized(axes.index(axis), size)
+        return Value(shape, labels)
+
     def reordered(self, order: Sequence[int]) -> "Value":
         """Permute the axes: axis `order[i]` becomes axis i."""
         position = {old: new for new, old in enumerate(order)}
@@ -144,6 +174,7 @@ class CostTerm:
         return self.coefficient * math.prod(len(ids) for ids in self.factors)
 
 
+NOT_ZERO = "reads values that are not zero when their channel is (sigmoid, +1 …)"
 Counts = Literal["heads", "width", "parts"]
 
 
@@ -213,6 +244,11 @@ class Ties:
         self._left.append(pair[0].ravel())
         self._right.append(pair[1].ravel())
 
+    def are_tied_along(self, ids: Ids, axis: int) -> bool:
+        """Tell whether labels along an axis are tied already, like those of a head that was split off before."""
+        components = self.components()[ids]
+        return bool((components == components.take([0], axis)).all())
+
     def keep(self, labels: Labels | Ids | None, reason: str) -> None:
         """Keep these labels and with them their units: they cannot be removed."""
         if labels is not None and _ids(labels).size:
@@ -263,9 +299,17 @@ class Ties:
             self.keep_axis(value, axis, reason)
 
     def consume(self, labels: Labels | None) -> None:
-        """Keep what is not zero when its unit is dead, because these values are contracted with weights."""
+        """Keep what is not zero when its unit is dead, because these values are summed."""
         if labels is not None and not labels.zero.all():
-            self.keep(labels.ids[~labels.zero], "reads values that are not zero when their channel is (sigmoid, +1 …)")
+            self.keep(labels.ids[~labels.zero], NOT_ZERO)
+
+    def read(self, labels: Labels, columns: Labels) -> None:
+        """Tie values to the weights that read them, which die with the unit if the values do not."""
+        self.tie(labels, columns)
+        self.mark(columns, Role.CONSUMER)
+        ids, zero, reads_zero = np.broadcast_arrays(columns.ids, columns.zero, labels.zero)
+        self.mark(ids[~reads_zero & zero], Role.READER)
+        self.keep(ids[~reads_zero & ~zero], NOT_ZERO)
 
     def cost(self, coefficient: int, *factors: Labels | Ids | int) -> None:
         """Count coefficient x product of factors multiply-accumulates."""
@@ -310,7 +354,7 @@ class Ties:
         number = np.full(int(components.max(initial=-1)) + 1, -1)
         makes, reads = np.zeros(self.size, bool), np.zeros(self.size, bool)
         for ids, role in self._roles:
-            (reads if role is Role.CONSUMER else makes)[ids] = True
+            (reads if role.is_consuming else makes)[ids] = True
         for ids in self._relied:
             makes[ids] = True
         both = (np.flatnonzero(makes & reads), "the same weights make and read it")

@@ -13,7 +13,7 @@ PRODUCTS = frozenset("scaled_dot_product_attention matmul bmm baddbmm".split())
 RESHAPES = frozenset("view reshape unflatten _unsafe_view".split())
 HEAD_LAYOUT = RESHAPES | frozenset(
     "permute transpose select unbind getitem contiguous clone mul div squeeze unsqueeze expand alias "
-    "layer_norm rms_norm chunk split".split()
+    "layer_norm rms_norm chunk split add sub neg cat stack slice flatten to _to_copy type_as".split()
 )
 RETURNS_ITS_INPUT = frozenset(("dropout", "feature_dropout", "alpha_dropout"))  # in eval mode; not in their schemas
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
+import numpy.typing as npt
 from torch import nn
 
 from dpm_cli.graph.cost import build_cost, parameter_term
@@ -41,7 +42,8 @@ def number_groups(
         owners.setdefault(owner.tensor, []).append(owner)
         own = unit_of_label[owner.start : owner.start + owner.size]
         if (own >= 0).any():
-            slices.append(Slice(owner.tensor, owner.axis, Role(roles[owner.start]), np.where(own >= 0, own, units)))
+            role = _role_of(roles[owner.start : owner.start + owner.size])
+            slices.append(Slice(owner.tensor, owner.axis, role, np.where(own >= 0, own, units)))
     return Groups(
         groups=tuple(
             _name_groups(group_of, slices, made_tensors={owner.tensor for owner in ties.owners if made[owner.start]})
@@ -71,6 +73,11 @@ def number_groups(
         ),
         layer_macs=_macs_by_layer(ties),
     )
+
+
+def _role_of(roles: npt.NDArray[np.int8]) -> Role:
+    """Return the role of an axis: if any index must shrink to be read no more, all do."""
+    return Role.READER if (roles == Role.READER).any() else Role(roles[0])
 
 
 def _macs_by_layer(ties: Ties) -> dict[str, int]:

@@ -17,6 +17,7 @@ from torch.export.graph_signature import InputKind, OutputKind
 
 from dpm_cli.errors import UnsupportedModelError, one_line
 from dpm_cli.graph.nodes import layer_of, name_of
+from dpm_cli.layers.counting import counting_form
 from dpm_cli.layers.modes import in_mode, plain_attention
 
 Example = Tensor | tuple[Any, ...] | Mapping[str, Any]
@@ -52,7 +53,8 @@ def export(model: nn.Module, example: Example, *, training: bool = False) -> Exp
     try:
         return _export(model, example, training=training)
     except Exception as error:
-        place = _place_of(error, model)
+        layer = layer_that_raised(error, model)
+        place = f"{layer}: " if layer else ""
         raise UnsupportedModelError(
             f"the model cannot be exported to a graph, so it cannot be analysed: {place}{_reason_of(error)}"
         ) from None
@@ -63,6 +65,7 @@ def _export(model: nn.Module, example: Example, *, training: bool) -> ExportedPr
     with ExitStack() as stack:
         for context in (in_mode(model, training=training), plain_attention(), _set_momentum(model), _restored(model)):
             stack.enter_context(context)
+        stack.enter_context(counting_form(model))
         stack.enter_context(_silenced())
         return torch.export.export(model, args, kwargs, strict=False)
 
@@ -130,8 +133,8 @@ def _differs(table: Any, before: Any) -> bool:
     return any(table.get(name) is not value for name, value in before.items())
 
 
-def _place_of(error: BaseException, model: nn.Module) -> str:
-    """Name the innermost layer whose forward was running when an error was raised: "blocks.1.attn: "."""
+def layer_that_raised(error: BaseException, model: nn.Module) -> str:
+    """Name the innermost layer whose forward was running when an error was raised: "blocks.1.attn"."""
     names = {id(module): name for name, module in model.named_modules()}
     while error.__cause__ is not None:
         error = error.__cause__
@@ -139,7 +142,7 @@ def _place_of(error: BaseException, model: nn.Module) -> str:
     while trace is not None:
         place = names.get(id(trace.tb_frame.f_locals.get("self"))) or place
         trace = trace.tb_next
-    return f"{place}: " if place else ""
+    return place
 
 
 def output_shapes(program: ExportedProgram) -> tuple[tuple[int, ...], ...]:

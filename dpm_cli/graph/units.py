@@ -39,6 +39,9 @@ class Units:
         order = sorted(range(len(parts)), key=lambda i: (self.parameters[i].dim() > 1, kinds.index(kinds[i])))
         parts, self.parameters = [parts[i] for i in order], [self.parameters[i] for i in order]
         self.names = [part.tensor for part in parts]
+        # What shrinks along two axes is scaled once after the other: kernels over several tensors assume distinct ones.
+        turns = [self.names[:i].count(name) for i, name in enumerate(self.names)]
+        self._apart = [[i for i, turn in enumerate(turns) if turn == now] for now in sorted(set(turns))]
         self.count = groups.units
         self._axes = [part.axis for part in parts]
         self._vectors = sum(parameter.dim() == 1 for parameter in self.parameters)
@@ -97,7 +100,9 @@ class Units:
     def scale_(self, factor: Tensor) -> None:
         """Multiply each unit's entries by its factor; exactly 1 leaves the bits alone. factor: (units,)"""
         if self.parameters:
-            torch._foreach_mul_(self.parameters, self._laid_out(factor, rest=1.0))
+            factors = self._laid_out(factor, rest=1.0)
+            for chosen in self._apart:
+                torch._foreach_mul_([self.parameters[i] for i in chosen], [factors[i] for i in chosen])
 
     @torch.no_grad()
     def add_(self, tensors: Sequence[Tensor], factor: Tensor) -> None:
@@ -106,7 +111,10 @@ class Units:
         factor: (units,)
         """
         if self.parameters:
-            torch._foreach_addcmul_(self.parameters, list(tensors), self._laid_out(factor, rest=0.0))
+            factors = self._laid_out(factor, rest=0.0)
+            for chosen in self._apart:
+                to, added, times = ([each[i] for i in chosen] for each in (self.parameters, tensors, factors))
+                torch._foreach_addcmul_(to, added, times)
 
     def entries(self) -> Tensor:
         """Count the scalars that each unit owns on its producer side: (units,)."""

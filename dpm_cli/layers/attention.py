@@ -1,9 +1,8 @@
-"""Run transformer layers that have lost heads or channels.
+"""Run attention layers that have lost heads.
 
 PyTorch's own attention takes the width of its heads from the width of its input, so it cannot run with fewer heads
-than it was built with, and a layer norm that lost channels would average over fewer. Each gets a subclass with the same
-parameters whose forward takes its sizes from the weights; a layer becomes one in place when it is compacted, or rebuilt
-from a slim file.
+than it was built with. It gets a subclass with the same parameters whose forward takes its sizes from the weights; a
+layer becomes one in place when it is compacted, or rebuilt from a slim file.
 """
 
 from typing import Any
@@ -12,25 +11,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-def can_lose_channels(module: nn.Module) -> bool:
-    """Tell whether a `SlimLayerNorm` can replace this layer norm: PyTorch's own, or timm's, which computes the same."""
-    kind = type(module)
-    is_plain = kind is nn.LayerNorm or (kind.__name__ == "LayerNorm" and kind.__module__.startswith("timm."))
-    if not is_plain or not isinstance(module, nn.LayerNorm) or len(module.normalized_shape) != 1:
-        return False
-    return module.weight is not None and module.bias is not None
+from dpm_cli.layers.counting import fit_counting_layer_
 
 
-def fit_transformer_layer_(module: nn.Module) -> bool:
-    """Turn a compacted attention layer or layer norm into one that runs with its remaining weights.
+def fit_slim_class_(module: nn.Module) -> bool:
+    """Give a compacted layer the class that runs with its remaining weights, if it has one.
 
-    Returns whether the module is such a layer, compacted or not.
+    Returns whether it takes its sizes from its weights then, so that nothing else needs to change.
     """
-    if can_lose_channels(module) or isinstance(module, SlimLayerNorm):
-        assert isinstance(module, nn.LayerNorm)
-        if module.weight.shape != module.normalized_shape:
-            module.__class__ = SlimLayerNorm
+    if fit_counting_layer_(module):
         return True
     if isinstance(module, nn.MultiheadAttention) and module.in_proj_weight is not None:
         rows, width = module.in_proj_weight.shape
@@ -48,16 +37,6 @@ def fit_transformer_layer_(module: nn.Module) -> bool:
             module.__class__ = _window_attention_class() if rows != 3 * width else ShiftedWindowAttention
             return True
     return False
-
-
-class SlimLayerNorm(nn.LayerNorm):
-    """Averages over `normalized_shape` channels; those that have lost their weight count as zeros."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (..., channels left)"""
-        left, all_channels = x.shape[-1], self.normalized_shape[0]
-        x, weight, bias = (F.pad(each, (0, all_channels - left)) for each in (x, self.weight, self.bias))
-        return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)[..., :left]
 
 
 class SlimMultiheadAttention(nn.MultiheadAttention):

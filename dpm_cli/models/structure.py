@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.errors import ModelFileError, UnsupportedModelError, listing
-from dpm_cli.layers.attention import SlimLayerNorm, fit_transformer_layer_
+from dpm_cli.layers.attention import fit_slim_class_
+from dpm_cli.layers.counting import SlimCounting, note_count_
 
 Size = int | list[int]
 Edits = dict[str, dict[str, Size]]  # module name -> attribute -> value in the slim module
@@ -47,6 +48,8 @@ def apply_edits_(module: nn.Module, edits: Edits, tensors: Mapping[str, Tensor])
     Raises ModelFileError if they do not belong to this architecture; `module` is unusable then.
     """
     layers = dict(module.named_modules())
+    for layer in layers.values():
+        note_count_(layer)
     for name, sizes in edits.items():
         if name not in layers:
             raise ModelFileError(f"there is no layer {name!r}")
@@ -54,7 +57,7 @@ def apply_edits_(module: nn.Module, edits: Edits, tensors: Mapping[str, Tensor])
     _add_biases_(module, tensors)
     _replace_tensors_(module, tensors)
     for layer in layers.values():
-        fit_transformer_layer_(layer)
+        fit_slim_class_(layer)
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -118,7 +121,7 @@ def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
     if other := slim_layers.keys() ^ dense_layers.keys():
         return f"{listing(sorted(other), shown=5)} exists in only one of the model and its architecture"
     for name, layer in slim_layers.items():
-        fits = type(layer) is type(dense_layers[name]) or isinstance(layer, SlimLayerNorm)
+        fits = type(layer) is type(dense_layers[name]) or isinstance(layer, SlimCounting)
         if next(layer.children(), None) is None and not fits:
             return f"{name} is a {type(layer).__name__}, in the architecture a {type(dense_layers[name]).__name__}"
     slim_tensors, dense_tensors = dict(named_tensors(slim)), dict(named_tensors(dense))

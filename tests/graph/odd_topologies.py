@@ -89,7 +89,7 @@ class SoftmaxOverPlaces(Trunk):
         return x * self.gate(x).flatten(2).softmax(-1).view_as(x)
 
 
-@topology(groups={"last.0": 6}, kept={"stem.0": "norm"})
+@topology(groups={"stem.0": 8, "last.0": 6})
 class NormalisedOverChannels(Trunk):
     def between(self, x: Tensor) -> Tensor:
         return F.normalize(x, dim=1)
@@ -101,10 +101,16 @@ class DividedByItsSum(Trunk):
         return x / (x.sum(1, keepdim=True) + 1)
 
 
-@topology(groups={"last.0": 6}, kept={"stem.0": "divide"})
+@topology(groups={"stem.0": 8, "last.0": 6})
 class DividedByChannels(Trunk):
     def between(self, x: Tensor) -> Tensor:
         return x / (x.abs().mean((2, 3), keepdim=True) + 0.1)
+
+
+@topology(groups={"last.0": 6}, kept={"stem.0": "divides by values"})
+class DividedByItself(Trunk):
+    def between(self, x: Tensor) -> Tensor:
+        return x / x.abs().mean((2, 3), keepdim=True)
 
 
 @topology(groups={"last.0": 6}, kept={"stem": "would become zero"})
@@ -142,7 +148,7 @@ class WhereAbove(Trunk):
         return torch.where(x > 0.5, x, x * 0.1)
 
 
-@topology(groups={"last.0": 6}, kept={"stem.0": "not zero"})
+@topology(groups={"stem.0": 8, "last.0": 6})
 class WhereWithConstant(Trunk):
     def between(self, x: Tensor) -> Tensor:
         return torch.where(x > 0.5, x, 0.3)
@@ -154,7 +160,7 @@ class MaskFilledWithZero(Trunk):
         return x.masked_fill(x < 0.2, 0.0)
 
 
-@topology(groups={"last.0": 6}, kept={"stem.0": "not zero"})
+@topology(groups={"stem.0": 8, "last.0": 6})
 class MaskFilledWithNumber(Trunk):
     def between(self, x: Tensor) -> Tensor:
         return x.masked_fill(x < 0.2, -1.0)
@@ -282,7 +288,7 @@ class FourierTransform(Trunk):
         return torch.fft.rfft2(x, norm="ortho").abs()
 
 
-@topology(groups={"last.0": 6}, kept={"stem.0": "buffer"})
+@topology(groups={"stem.0": 8, "last.0": 6})
 class MaskBuffer(Trunk):
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +298,7 @@ class MaskBuffer(Trunk):
         return x * self.mask
 
 
-@topology(groups={"last.0": 6}, kept={"stem.0": "not zero"})
+@topology(groups={"stem.0": 8, "last.0": 6})
 class HandWrittenStatistics(Trunk):
     """A buffer called running_mean that no batch norm reads."""
 
@@ -421,7 +427,7 @@ class TimeShift(Trunk):
         return F.pad(x, (0, 0, 0, 0, 1, -1))
 
 
-@topology(groups={"mix": 8, "last.0": 6}, kept={"stem": "not zero"})
+@topology(groups={"mix": 8, "stem": 8, "last.0": 6})
 class SigmoidIntoMatrixProduct(Trunk):
     """The columns of a bare weight stay as they are when what they read dies."""
 
@@ -496,7 +502,7 @@ class ModulatedConvolution(Trunk):
         return out.view(batch, -1, height, width)
 
 
-@topology(groups={"last.0": 6}, kept={"stem.0.parametrizations.weight": "_weight_norm"})
+@topology(groups={"stem.0.parametrizations.weight": 8, "last.0": 6})
 class WeightNorm(Trunk):
     def __init__(self) -> None:
         super().__init__()

@@ -204,7 +204,7 @@ class ImageIsConcatenated(Net):
         return self.last(torch.cat([y, x], 1))
 
 
-@topology(groups={"inner.0": 6}, kept={"stem.0": "padded", "body.1": "fixed size"})
+@topology(groups={"stem.0": 4, "inner.0": 6})
 class PaddedShortcut(Net):
     """Option A of CIFAR ResNets: the missing channels of the shortcut are zeros."""
 
@@ -282,7 +282,7 @@ class LinearSqueezeAndExcitation(Net):
         return self.last(x * gate.expand_as(x))
 
 
-@topology(groups={"last.0": 6}, kept={"stem": "sigmoid"})
+@topology(groups={"stem": 8, "last.0": 6})
 class SigmoidIntoConv(Net):
     def __init__(self) -> None:
         super().__init__(6)
@@ -292,7 +292,7 @@ class SigmoidIntoConv(Net):
         return self.last(torch.sigmoid(self.stem(x)))
 
 
-@topology(groups={"last.0": 6}, kept={"stem": "not zero"})
+@topology(groups={"stem": 8, "last.0": 6})
 class PlusOneIntoConv(Net):
     def __init__(self) -> None:
         super().__init__(6)
@@ -302,9 +302,9 @@ class PlusOneIntoConv(Net):
         return self.last(self.stem(x) + 1)
 
 
-@topology(groups={"last.0": 6}, kept={"stem": "not zero"})
+@topology(groups={"stem": 8, "last.0": 6})
 class BatchNormWithoutAffine(Net):
-    """Its running mean leaves a constant behind."""
+    """Its running mean leaves a constant behind, which the columns that read it lose."""
 
     def __init__(self) -> None:
         super().__init__(6)
@@ -314,7 +314,7 @@ class BatchNormWithoutAffine(Net):
         return self.last(self.norm(self.stem(x)))
 
 
-@topology(groups={"last.0": 6}, kept={"stem": "not zero"})
+@topology(groups={"stem": 8, "last.0": 6})
 class PaddingIsNotZero(Net):
     def __init__(self) -> None:
         super().__init__(6)
@@ -474,6 +474,18 @@ class SharedModule(Net):
         return x
 
 
+@topology(groups={"stem.0": 4, "a.0": 3, "last.0": 6}, kept={"head": "output"})
+class LayersUnderTwoNames(Net):
+    def __init__(self) -> None:
+        super().__init__(6)
+        self.stem, self.last = conv_bn(3, 8), conv_bn(6, 6)
+        self.a = self.b = nn.Sequential(nn.Conv2d(8, 6, 3, padding=1, groups=2), nn.BatchNorm2d(6))
+
+    def trunk(self, x: Tensor) -> Tensor:
+        x = self.stem(x)
+        return self.last(F.relu(self.a(x)) + self.b(-x))
+
+
 @topology(groups={"stem.0": 8, "a": 8, "last.0": 6})
 class SharedParameters(Net):
     """Two layers, one weight: it stays one weight."""
@@ -572,7 +584,7 @@ class Frozen(Net):
 # --------------------------------------------------------------------------------- norms, bare parameters
 
 
-@topology(groups={"stem": 8, "last": 6}, kept={"middle": "group norm"})
+@topology(groups={"stem": 8, "middle": 4, "last": 6})
 class GroupNorms(Net):
     def __init__(self) -> None:
         super().__init__(6)
@@ -678,7 +690,7 @@ class BareScaleAndBias(Net):
         return self.last(self.branch(x) * self.scale.view(-1, 1, 1) + self.shift)
 
 
-@topology(groups={"last.0": 6}, kept={"stem": ""})
+@topology(groups={"stem": 8, "last.0": 6})
 class WeightStandardised(Net):
     class Conv(nn.Conv2d):
         def forward(self, x: Tensor) -> Tensor:

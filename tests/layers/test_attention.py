@@ -9,7 +9,7 @@ from torchvision.models.swin_transformer import ShiftedWindowAttention, SwinTran
 
 from dpm_cli.export import export_model
 from dpm_cli.graph import Units, compact_, find_groups
-from dpm_cli.layers.attention import SlimMultiheadAttention, _window_attention_class, fit_transformer_layer_
+from dpm_cli.layers.attention import SlimMultiheadAttention, _window_attention_class, fit_slim_class_
 from dpm_cli.layers.images import Framing
 from dpm_cli.models import Metadata, load_slim, save_slim
 
@@ -56,7 +56,7 @@ def test_slim_layer_norm_counts_lost_channels_as_zeros():
     left = torch.tensor([0, 3, 4, 6])
     x[..., [1, 2, 5, 7]] = 0
     slim.weight, slim.bias = nn.Parameter(dense.weight[left]), nn.Parameter(dense.bias[left])
-    assert fit_transformer_layer_(slim)
+    assert fit_slim_class_(slim)
     torch.testing.assert_close(slim(x[..., left]), dense(x)[..., left])
 
 

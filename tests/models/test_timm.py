@@ -22,6 +22,8 @@ IMAGES = torch.randn(2, *SHAPE, generator=torch.Generator().manual_seed(0))
 ARCHITECTURES = [
     "mobilenetv3_small_100",
     "vit_tiny_patch16_224",
+    "test_nfnet",
+    "test_convnext2",
     *(
         pytest.param(name, marks=pytest.mark.slow)
         for name in ("resnet18", "efficientnet_b0", "convnext_atto", "deit_tiny_patch16_224", "mobilevit_xxs")

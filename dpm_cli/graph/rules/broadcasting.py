@@ -26,15 +26,12 @@ def combine(
         for axes, labels in value.labels.items():
             if axes in ids:
                 ties.tie(ids[axes], labels)
-            elif any(set(axes) & set(other) for other in ids):
-                ties.keep(labels, "axes are grouped differently in two operands")
-                for other in [other for other in ids if set(axes) & set(other)]:
-                    ties.keep(ids[other], "axes are grouped differently in two operands")
-            else:
+            elif _is_free_beside(ties, axes, labels, ids):
                 ids[axes] = labels
     for axes, labels in ids.items():
+        axis = axes[labels.unit_axis]  # the others lose no index
         for value in aligned:
-            if any(value.shape[axis] == shape[axis] > 1 and value.axes_of(axis) is None for axis in axes):
+            if value.shape[axis] == shape[axis] > 1 and value.axes_of(axis) is None:
                 ties.keep(labels, "meets an axis of fixed size")
     out: dict[Axes, Labels] = {}
     for axes, labels in ids.items():
@@ -51,6 +48,22 @@ def combine(
             case _:
                 out[axes] = labels.with_zero(False)
     return Value(shape, out)
+
+
+def _is_free_beside(ties: Ties, axes: Axes, labels: Labels, ids: dict[Axes, Labels]) -> bool:
+    """Tell whether a block shares no axis with others; else keep, and drop, those that lose indices of a shared axis.
+
+    A weight for every head dimension, say, is kept, but not the heads that it meets.
+    """
+    reason = "axes are grouped differently in two operands"
+    clashing = [other for other in ids if set(axes) & set(other)]
+    for other in clashing:
+        if other[ids[other].unit_axis] in axes:
+            ties.keep(ids.pop(other), reason)
+    clashing = [other for other in clashing if other in ids]
+    if clashing:
+        ties.keep(labels, reason)
+    return not clashing
 
 
 def _align_blocks(values: list[Value]) -> list[Value]:

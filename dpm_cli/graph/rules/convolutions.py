@@ -81,9 +81,7 @@ def _convolve(
         # Every conv group must lose the same index, of its inputs and of its outputs.
         if channels and columns:
             grouped = Labels(channels.ids.reshape(groups, -1), channels.zero.reshape(groups, -1))
-            ties.tie(grouped.ids, columns.ids[None])
-            ties.consume(grouped)
-            ties.mark(columns, Role.CONSUMER)
+            ties.read(grouped, Labels(columns.ids[None], columns.zero[None]))
         else:
             keep_both(ties, channels, columns, "grouped convolution over a fixed number of channels")
         if rows:

@@ -94,12 +94,25 @@ def multiply(ties: Ties, call: Call) -> Value:
     return combine(ties, call.shape, list(walk_values(call.args[:2])), zero="any")
 
 
+@rule("addcmul")
+def add_product(ties: Ties, call: Call) -> Value:
+    x, left, right = call.args[:3]
+    product = combine(ties, call.shape, [left, right], zero="any")
+    return combine(ties, call.shape, [x, product], zero="all")
+
+
+@rule("lerp")
+def interpolate(ties: Ties, call: Call) -> Value:
+    return combine(ties, call.shape, list(walk_values(call.args)), zero="all", judged=list(walk_values(call.args[:2])))
+
+
 @rule("div", "true_divide")
 def divide(ties: Ties, call: Call) -> Value:
     numerator, denominator = call.args[:2]
     if not isinstance(numerator, Value) or (isinstance(denominator, Value) and denominator.labels):
         # 0 / 0 is not 0: a channel that dies in the denominator must stay.
-        ties.keep_all(denominator, "divides by values that would become zero")
+        for value in walk_values(denominator):
+            _keep_zeros(ties, value, "divides by values that would become zero")
     return combine(ties, call.shape, list(walk_values(call.args[:2])), zero="all", judged=list(walk_values(numerator)))
 
 

@@ -13,6 +13,9 @@ from dpm_cli.graph.rules.registry import Call, rule
 def concatenate(ties: Ties, call: Call) -> Value:
     axis = (call.args[1] if len(call.args) > 1 else 0) % len(call.shape)
     parts = [part for part in call.args[0] if part.shape != (0,)]  # torch lets such a one be concatenated to anything
+    within = {part.axes_of(axis) for part in parts}
+    if len(within) == 1 and None not in within and not any(part.tells_units_along(axis) for part in parts):
+        return combine(ties, call.shape, [part.resized(axis, call.shape[axis]) for part in parts], zero="all")
     ids, zero, labelled = [], [], False
     for part in parts:
         labels = part.along(axis)
@@ -51,8 +54,9 @@ def split(ties: Ties, call: Call) -> list[Value]:
     sizes = [shape[axis] for shape in call.shapes]
     labels = x.along(axis)
     if labels is None:
-        ties.keep_axis(x, axis, "a block of axes is split")
-    elif len(sizes) > 1 and (ties.layer, tuple(sizes)) in ties.held and call.name.startswith("split"):
+        ties.fix_axis(x, axis, "a block of axes is split")
+        return [x.resized(axis, size) for size in sizes]
+    if len(sizes) > 1 and (ties.layer, tuple(sizes)) in ties.held and call.name.startswith("split"):
         ties.numbers.append(Number(ties.layer, tuple(np.split(labels.ids, np.cumsum(sizes)[:-1]))))
     elif len(set(sizes)) > 1 and all((ties.layer, (size,)) in ties.held for size in sizes):
         ties.numbers += [Number(ties.layer, (part,)) for part in np.split(labels.ids, np.cumsum(sizes)[:-1])]
@@ -67,8 +71,7 @@ def split(ties: Ties, call: Call) -> list[Value]:
     outputs, start = [], 0
     for shape, size in zip(call.shapes, sizes):
         own = dict(rest)
-        if labels:
-            own[(axis,)] = Labels(labels.ids[start : start + size], labels.zero[start : start + size])
+        own[(axis,)] = Labels(labels.ids[start : start + size], labels.zero[start : start + size])
         outputs.append(Value(shape, own))
         start += size
     return outputs
@@ -113,5 +116,5 @@ def slice_axis(ties: Ties, call: Call) -> Value:
     axis = (call.args[1] if len(call.args) > 1 else 0) % x.rank
     if call.shape[axis] == x.shape[axis]:
         return Value(x.shape, x.labels)
-    ties.keep_axis(x, axis, "sliced by numbers")
-    return Value(call.shape, {axes: labels for axes, labels in x.labels.items() if axis not in axes})
+    ties.fix_axis(x, axis, "sliced by numbers")
+    return x.resized(axis, call.shape[axis])

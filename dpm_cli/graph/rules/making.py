@@ -15,25 +15,30 @@ def embedding(ties: Ties, call: Call) -> Value:
 
 @rule("index")
 def index(ties: Ties, call: Call) -> Value:
-    x, indices = call.args[:2]
+    x: Value = call.args[0]
+    indices = call.args[1]
     ties.keep_all([i for i in indices if i is not None], "used as an index")
     indexed = [axis for axis, i in enumerate(indices) if i is not None]
     for axis in indexed:
-        ties.keep_axis(x, axis, "indexed by numbers")
+        ties.fix_axis(x, axis, "indexed by numbers")
     rest = {axes: labels for axes, labels in x.labels.items() if not set(axes) & set(indexed)}
+    if len(indexed) == 1 and indices[indexed[0]].rank == 1:
+        return x.resized(indexed[0], call.shape[indexed[0]])
     if len(indexed) == 1:
+        ties.keep_axis(x, indexed[0], "indexed by numbers")
         extra = indices[indexed[0]].rank - 1
         return Value(x.shape, rest).renamed(call.shape, {a: a + extra * (a > indexed[0]) for a in range(x.rank)})
-    ties.keep_all(Value(x.shape, rest), "indexed by several tensors")
+    ties.keep_all(x, "indexed by several tensors")
     return Value(call.shape)
 
 
 @rule("index_select")
 def index_select(ties: Ties, call: Call) -> Value:
-    x, axis, indices = call.args[:3]
+    x: Value = call.args[0]
+    axis, indices = call.args[1:3]
     ties.keep_all(indices, "used as an index")
-    ties.keep_axis(x, axis, "indexed by numbers")
-    return Value(call.shape, {axes: labels for axes, labels in x.labels.items() if axis % x.rank not in axes})
+    ties.fix_axis(x, axis, "indexed by numbers")
+    return x.resized(axis, call.shape[axis])
 
 
 MAKERS = """

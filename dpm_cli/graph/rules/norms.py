@@ -2,8 +2,8 @@
 
 from dataclasses import replace
 
-from dpm_cli.graph.labels import Role, Ties, Value
-from dpm_cli.graph.rules.registry import Call, first_of, rule
+from dpm_cli.graph.labels import Number, Role, Ties, Value
+from dpm_cli.graph.rules.registry import Call, first_of, keep_whole, rule
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_native_batch_norm_legit")
@@ -35,8 +35,13 @@ def _keep_but_channels(ties: Ties, x: Value) -> None:
 @rule("group_norm")
 def group_norm(ties: Ties, call: Call) -> Value:
     x, groups, weight, bias = call.args[:4]
-    if groups != x.shape[1]:
-        ties.keep_axis(x, 1, "group norm: losing a channel changes its group's statistics")
+    channels = x.along(1)
+    if groups == 1 or channels is None:
+        ties.keep_axis(x, 1, "group norm: losing a channel changes the statistics of the others")
+    elif groups != x.shape[1]:  # whole groups can go
+        by_group = channels.ids.reshape(groups, -1)
+        ties.tie(by_group[:, :1], by_group)
+        ties.numbers.append(Number(ties.layer, (by_group[:, 0],)))
     return _normalise_channels(ties, call, x, weight, bias, stays_zero=True)
 
 
@@ -108,3 +113,20 @@ def softmax(ties: Ties, call: Call) -> Value:
     axis = call.args[1]
     ties.fix_axis(x, axis, "softmax over this axis")
     return x.without_zeros()
+
+
+@rule("_weight_norm")
+def weight_norm(ties: Ties, call: Call) -> Value | list[Value]:
+    """Label g · v / ‖v‖, with a norm for every index of one axis (arXiv 1602.07868)."""
+    direction, gain, axis = call.args[:3]
+    rows, gains = direction.along(axis), gain.along(axis)
+    if rows is None or gains is None:
+        return keep_whole(ties, call, "weight norm over all axes")
+    ties.tie(rows, gains)
+    ties.mark(gains, Role.PRODUCER)
+    ties.mark(rows, Role.BUFFER)  # a row dies by its gain, because 0 / 0 is not 0
+    for axes, labels in direction.labels.items():
+        if axes != (axis % direction.rank,):
+            ties.consume(labels)
+            ties.mark(labels, Role.READER)  # or the norm would change
+    return Value(call.shape, direction.labels)

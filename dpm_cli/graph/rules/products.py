@@ -51,13 +51,15 @@ def _matmul(ties: Ties, shape: tuple[int, ...], left: Value, right: Value) -> Va
     """Label (…, m, k) @ (…, k, n): k is contracted; the rest broadcasts like an element-wise product."""
     inner_left, inner_right = left.along(-1), right.along(-2)
     if inner_left and inner_right:
-        ties.tie(inner_left, inner_right)
-        # The columns of a weight do not die with what they read, so only activations count as zero.
-        dies = (inner_left.zero & (not left.constant)) | (inner_right.zero & (not right.constant))
-        ties.consume(inner_left.with_zero(dies))
-        for value, labels in ((left, inner_left), (right, inner_right)):
-            if value.constant:
-                ties.mark(labels, Role.CONSUMER)
+        match left.constant, right.constant:
+            case False, False:
+                ties.tie(inner_left, inner_right)
+                ties.consume(inner_left.with_zero(inner_left.zero | inner_right.zero))
+            case True, False:
+                ties.read(inner_right, inner_left)
+            case _:  # of two weights, either could be the one that dies
+                ties.read(inner_left.with_zero(inner_left.zero & (not left.constant)), inner_right)
+                ties.mark(inner_left if left.constant else None, Role.CONSUMER)
         if right.constant:
             ties.mark(right.along(-1), Role.PRODUCER)
         if left.constant:

@@ -1,5 +1,7 @@
 """Entries moved to other positions, and padding around them."""
 
+import numpy as np
+
 from dpm_cli.graph.labels import Axes, Labels, Ties, Value
 from dpm_cli.graph.rules.registry import Call, rule
 
@@ -7,9 +9,11 @@ from dpm_cli.graph.rules.registry import Call, rule
 @rule("roll", "flip")
 def moves_positions(ties: Ties, call: Call) -> Value:
     x: Value = call.args[0]
+    out = Value(x.shape, x.labels)
     for axis in call.args[-1] or range(x.rank):
-        ties.keep_axis(x, axis, f"{call.name} along this axis")
-    return Value(x.shape, x.labels)
+        ties.fix_axis(x, axis, f"{call.name} along this axis")
+        out = out.resized(axis, x.shape[axis])
+    return out
 
 
 @rule("pad", "constant_pad_nd")
@@ -21,11 +25,23 @@ def pad(ties: Ties, call: Call) -> Value:
     labels: dict[Axes, Labels] = {}
     for axes, block in x.labels.items():
         if set(axes) & padded:
-            ties.keep(block, "its axis is padded")
+            amounts = call.args[1][2 * (x.rank - 1 - axes[0]) :][:2]
+            if len(axes) > 1 or not constant or min(amounts) < 0:
+                ties.keep(block, "its axis is padded")
+                continue
+            labels[axes] = _between_fixed(ties, block.with_zero(block.zero & (not value or len(padded) == 1)), *amounts)
         else:
             # The padded border of a dead channel is not zero, and removing the channel removes the border.
             labels[axes] = block.with_zero(False) if constant and value else block
     return Value(call.shape, labels)
+
+
+def _between_fixed(ties: Ties, labels: Labels, before: int, after: int) -> Labels:
+    """Surround the labels of an axis by some that stay: what is put there has a fixed size."""
+    fixed = ties.new(before + after)
+    ties.keep(fixed, "meets padding of fixed size")
+    ids = np.concatenate([fixed[:before], labels.ids, fixed[before:]])
+    return Labels(ids, np.concatenate([np.zeros(before, bool), labels.zero, np.zeros(after, bool)]))
 
 
 @rule("pixel_shuffle")

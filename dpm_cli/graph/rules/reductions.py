@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 
-from dpm_cli.graph.labels import Axes, Labels, Ties, Value
+from dpm_cli.graph.labels import Axes, Labels, Role, Ties, Value
 from dpm_cli.graph.rules.elementwise import needs_all_zero
 from dpm_cli.graph.rules.registry import Call, first_of, rule
 
@@ -39,7 +39,7 @@ def pool(ties: Ties, call: Call) -> Value | list[Value]:
     return first_of(call, Value(call.shape, {axes: block for axes, block in x.labels.items() if max(axes) < first}))
 
 
-@rule("mean", "amax", "amin", "linalg_vector_norm", "var", "std", "prod", "norm", "any", "all")
+@rule("mean", "amax", "amin", "var", "std", "prod", "any", "all")
 def reduce(ties: Ties, call: Call) -> Value:
     return _reduce(ties, call, lambda labels: ties.keep(labels, f"{call.name} over this axis"))
 
@@ -56,7 +56,22 @@ def extreme(ties: Ties, call: Call) -> Value | list[Value]:
 
 @rule("sum")
 def reduce_sum(ties: Ties, call: Call) -> Value:
-    return _reduce(ties, call, ties.consume)
+    return _reduce(ties, call, lambda labels: _count_zeros(ties, call, labels))
+
+
+@rule("linalg_vector_norm", "norm")
+def reduce_norm(ties: Ties, call: Call) -> Value | list[Value]:
+    order = call.args[1] if call.args[1] is not None else 2
+    if isinstance(order, int | float) and order > 0:
+        return _reduce(ties, call, lambda labels: _count_zeros(ties, call, labels))
+    return reduce(ties, call)
+
+
+def _count_zeros(ties: Ties, call: Call, labels: Labels) -> None:
+    """Let units go that add nothing to a sum. Of weights, these are those that shrink with their unit."""
+    ties.consume(labels)
+    if call.args[0].constant:
+        ties.mark(labels, Role.READER)
 
 
 def _reduce(ties: Ties, call: Call, lose: Callable[[Labels], None]) -> Value:

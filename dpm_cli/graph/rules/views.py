@@ -71,7 +71,7 @@ def _reshape_block(
         return {moved: Labels(ids, zero)}
     if len(axes) == 1:
         # An axis split in several must stay rectangular: whole heads go, or else the same trailing index everywhere.
-        makes_heads = shape[moved[-1]] in call.head_dims
+        makes_heads = shape[moved[-1]] in call.head_dims or ties.are_tied_along(ids, -1)
         unit_axis = len(moved) - (2 if makes_heads else 1)
         by_unit = np.moveaxis(ids, unit_axis, 0).reshape(ids.shape[unit_axis], -1)
         ties.tie(by_unit[:, :1], by_unit)

@@ -6,9 +6,7 @@ from dpm_cli.graph.labels import Labels, Role, Ties, Value
 def contract(ties: Ties, channels: Labels | None, columns: Labels | None) -> None:
     """Tie activations to the columns of the weight that reads them."""
     if channels and columns:
-        ties.tie(channels, columns)
-        ties.consume(channels)
-        ties.mark(columns, Role.CONSUMER)
+        ties.read(channels, columns)
     else:
         keep_both(ties, channels, columns, "reads a fixed number of channels")
 

@@ -36,7 +36,7 @@ class GroupImportance:
     """
 
     def __init__(self, groups: Groups, model: nn.Module) -> None:
-        counted = (Role.PRODUCER, Role.NORM, Role.CONSUMER)
+        counted = (Role.PRODUCER, Role.NORM, Role.CONSUMER, Role.READER)
         slices: dict[str, list[Slice]] = {}
         for part in groups.slices:
             # As in the reference, depthwise rows do not count, and vectors only count as normalisation weights.
