@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from dpm_cli.graph.compact import compact_
 from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags
-from dpm_cli.graph.program import Example, run_example
+from dpm_cli.graph.program import Example, layer_that_raised, run_example
 from dpm_cli.graph.shapes import ShapesAlone
 
 
@@ -43,6 +43,7 @@ class Rehearsal:
         self._mode: FakeTensorMode | None = None
         self._is_meta_enough: bool | None = None  # not known yet
         self._dense_trains: bool | None = None  # not known yet
+        self._failed_in = ""  # the layer that raised last
 
     def survives(self, groups: Groups, units_left: dict[int, int], *, trains: bool = False) -> bool:
         """Tell whether a forward pass still gives outputs of the same shapes.
@@ -50,6 +51,7 @@ class Rehearsal:
         units_left: group number -> how many of its units survive. trains: try forward and backward in train mode, too,
         unless the dense model fails there (detectors want targets).
         """
+        self._failed_in = ""
         if not units_left:
             return True
         alive: Flags = np.ones(groups.units, bool)
@@ -64,6 +66,14 @@ class Rehearsal:
             self._dense_trains = self._trains(groups, np.ones(groups.units, bool))
         return not self._dense_trains
 
+    def suspects(self, groups: Groups) -> set[int]:
+        """Return the numbers of the groups that have weights or sizes in the layer that raised last."""
+        inside = f"{self._failed_in}."
+        touched = [part.units for part in groups.slices if self._failed_in and part.tensor.startswith(inside)]
+        touched += [units for held in groups.numbers if held.layer == self._failed_in for units in held.parts]
+        units = np.unique(np.concatenate([each.ravel() for each in touched])) if touched else np.zeros(0, np.int64)
+        return set(groups.group_of_unit[units[units < groups.units]].tolist())
+
     def _gives_same_shapes(self, groups: Groups, alive: Flags) -> bool:
         if self._runs(groups, alive):
             return True
@@ -76,27 +86,31 @@ class Rehearsal:
 
     def _runs(self, groups: Groups, alive: Flags) -> bool:
         context: AbstractContextManager[Any] = self._mode or nullcontext()
+        slim = self._copy()
         try:
-            slim, example = self._copy(), tree_map_only(Tensor, self._without_data, self._example)
+            example = tree_map_only(Tensor, self._without_data, self._example)
             with context, torch.no_grad():
                 compact_(slim, groups, alive)
                 with ShapesAlone():
                     outputs = run_example(slim, example)
-        except Exception:  # whatever the model's own code raises about a size it does not expect
+        except Exception as error:  # whatever the model's own code raises about a size it does not expect
+            self._failed_in = layer_that_raised(error, slim)
             return False
         return [tuple(leaf.shape) for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor)] == self._wanted
 
     def _trains(self, groups: Groups, alive: Flags) -> bool:
         """Tell whether forward and backward run in train mode."""
         context: AbstractContextManager[Any] = self._mode or nullcontext()
+        slim = self._copy().train()
         try:
-            slim, example = self._copy().train(), tree_map_only(Tensor, self._without_data, self._example)
+            example = tree_map_only(Tensor, self._without_data, self._example)
             with context, torch.enable_grad():
                 compact_(slim, groups, alive)
                 outputs = run_example(slim, example)
                 tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
                 torch.autograd.backward(tensors, [torch.empty_like(tensor) for tensor in tensors])
-        except Exception:  # as above
+        except Exception as error:  # as above
+            self._failed_in = layer_that_raised(error, slim)
             return False
         return True
 

@@ -61,7 +61,8 @@ def rehearse_survivors(model: nn.Module, example: Example, groups: Groups, alive
         return rehearsal.survives(groups, {i: left[i] for i in chosen}, trains=True)
 
     losing = [i for i, group in enumerate(groups) if left[i] < group.size]
-    return groups.without(dict.fromkeys(find_broken(survives, losing, kinds=groups.kinds), BREAKS))
+    broken = find_broken(survives, losing, kinds=groups.kinds, suspects=lambda: rehearsal.suspects(groups))
+    return groups.without(dict.fromkeys(broken, BREAKS))
 
 
 def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Groups:
@@ -72,7 +73,11 @@ def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Grou
     def survives(chosen: Sequence[int]) -> bool:
         return rehearsal.survives(groups, {i: lefts[i] for i in chosen})
 
-    broken = find_broken(survives, [i for i, group in enumerate(groups) if group.size > 1], kinds=groups.kinds)
+    def suspects() -> set[int]:
+        return rehearsal.suspects(groups)
+
+    losing = [i for i, group in enumerate(groups) if group.size > 1]
+    broken = find_broken(survives, losing, kinds=groups.kinds, suspects=suspects)
     if broken:
         lefts = [left for i, left in enumerate(lefts) if i not in broken]
         groups = groups.without(dict.fromkeys(broken, BREAKS))
@@ -81,8 +86,9 @@ def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Grou
         return lambda chosen: rehearsal.survives(groups, {i: min(units, lefts[i]) for i in chosen})
 
     kinds = groups.kinds
-    fragile = find_broken(survives_with(1), [i for i, left in enumerate(lefts) if left > 1], kinds=kinds)
-    need_more = set(find_broken(survives_with(2), fragile, kinds=kinds))
+    losing = [i for i, left in enumerate(lefts) if left > 1]
+    fragile = find_broken(survives_with(1), losing, kinds=kinds, suspects=suspects)
+    need_more = set(find_broken(survives_with(2), fragile, kinds=kinds, suspects=suspects))
     return groups.bounded({i: lefts[i] if i in need_more else 2 for i in fragile})
 
 

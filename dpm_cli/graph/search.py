@@ -1,21 +1,27 @@
 """Find which of many candidates break something, with few tries."""
 
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Sequence
 
 Survives = Callable[[Sequence[int]], bool]  # tells whether these candidates can go together
+Suspects = Callable[[], Collection[int]]  # names candidates that may have caused the last failure
 TRIES = 64  # a model with more culprits than these find has a rule or a habit to blame, so it loses many at once
 SAMPLES = 4  # of one kind: if these break alone, all do
 
 
 def find_broken(
-    survives: Survives, candidates: Sequence[int], *, kinds: Sequence[Hashable] | None = None, tries: int = TRIES
+    survives: Survives,
+    candidates: Sequence[int],
+    *,
+    kinds: Sequence[Hashable] | None = None,
+    suspects: Suspects | None = None,
+    tries: int = TRIES,
 ) -> list[int]:
     """Find the candidates that do not survive alone; and of the others, as many as it takes until they do together.
 
     Assumes that what survives goes on surviving when a candidate less takes part. kinds: the kind of every number up to
     the largest candidate. What repeats in a model breaks in every repetition, so kinds are looked for first; if some
-    members of one break alone, the others are not tried. tries: after so many calls of `survives`, all candidates that
-    might be meant are taken to be broken.
+    members of one break alone, the others are not tried. suspects: asked after a failure, which saves most of the
+    search. tries: after this many calls of `survives`, all candidates that might be meant are taken to be broken.
     """
     left = iter(range(tries))
 
@@ -27,17 +33,39 @@ def find_broken(
     members: dict[Hashable, list[int]] = {}
     for i in candidates:
         members.setdefault(i if kinds is None else kinds[i], []).append(i)
-    return sorted(_find_broken_of_kinds(survives_in_time, list(members.values())))
+    fine: list[list[int]] = list(members.values())
+    doubtful = _drop_suspects(survives_in_time, fine, suspects) if suspects else fine
+    return sorted(_find_broken_of_kinds(survives_in_time, doubtful, sorted(_all_of(fine)) if suspects else []))
 
 
-def _find_broken_of_kinds(survives: Survives, kinds: Sequence[list[int]]) -> Iterable[int]:
-    """Find the broken ones among candidates that do not survive together."""
+def _all_of(kinds: Iterable[list[int]]) -> list[int]:
+    return sorted(i for kind in kinds for i in kind)
 
-    def all_of(chosen: Sequence[int]) -> list[int]:
-        return sorted(i for kind in chosen for i in kinds[kind])
 
-    broken = _find_broken(lambda chosen: survives(all_of(chosen)), range(len(kinds)))
-    fine = all_of([kind for kind in range(len(kinds)) if kind not in broken])
+def _drop_suspects(survives: Survives, fine: list[list[int]], suspects: Suspects) -> list[list[int]]:
+    """Move kinds out of `fine`, which has just failed, until the rest survives. Returns these kinds.
+
+    If a failure names none, all are moved.
+    """
+    dropped: list[list[int]] = []
+    while fine:
+        named = set(suspects())
+        dropping = [kind for kind in fine if named & set(kind)] or list(fine)
+        dropped += dropping
+        fine[:] = [kind for kind in fine if kind not in dropping]
+        if fine and survives(_all_of(fine)):
+            break
+    return dropped
+
+
+def _find_broken_of_kinds(survives: Survives, kinds: Sequence[list[int]], fine: list[int]) -> Iterable[int]:
+    """Find the broken ones among candidates that do not survive together, beside others that do."""
+
+    def with_fine(chosen: Sequence[int]) -> list[int]:
+        return sorted([*fine, *(i for kind in chosen for i in kinds[kind])])
+
+    broken = _find_broken(lambda chosen: survives(with_fine(chosen)), range(len(kinds)))
+    fine = with_fine([kind for kind in range(len(kinds)) if kind not in broken])
     for kind in broken:
         found = _find_broken_members(survives, kinds[kind], fine)
         yield from found
