@@ -17,7 +17,7 @@ LAYOUT = "<class>/*.jpg"
 TEST_PART = 10  # without test images, every tenth of each class
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Entry:
     """One image file. `size` in bytes and `modified` in nanoseconds tell a changed file from the old one."""
 

@@ -1,14 +1,16 @@
 """List image files and labels from a table: CSV with a path and a label per line, or JSON lines."""
 
 import csv
+import itertools
 import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TextIO
 
 from dpm_cli.data.listing import Entry, Listing
-from dpm_cli.errors import DataError, listing
+from dpm_cli.errors import DataError, flatten, listing
 
 PATHS, LABELS, SPLITS = ("path", "file", "filename", "file_name", "image"), ("label", "class", "target"), ("split",)
 TRAIN = ("train", "training")
@@ -16,9 +18,12 @@ TEST = ("test", "val", "valid", "validation")  # splits that are tested on; the 
 LINES = (".jsonl", ".ndjson", ".json")  # endings of JSON lines; all others are CSV
 EXPECTED = 'one image per line: path,label as CSV, or {"path": …, "label": …} as JSON lines (.jsonl)'
 MOST_BYTES = 1 << 30
+MOST_OF_A_LINE = 1 << 20  # characters
+MOST_MISSING = 1000  # files that are not there, before the rest of a table is left unread
+MOST_DIGITS = 18  # of a label that counts as a number
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Row:
     """One line of a table: a path relative to the table's folder or absolute, a label, and a split if it names one."""
 
@@ -34,36 +39,44 @@ def list_table(root: Path, classes: int | None, *, labels: bool) -> tuple[Listin
     that names the table, the line or the first missing files.
     """
     tables = _find_tables(root)
-    rows = [
-        (table, row if len(tables) == 1 else Row(row.path, row.label, split))
-        for split, table in tables.items()
-        for row in _read_rows(table, labels=labels)
-    ]
+    folder = root if root.is_dir() else root.parent
+    rows: list[tuple[Row, int, int]] = []  # with size and time, as for `Entry`
+    missing: list[str] = []
+    for split, table in tables.items():
+        for row in _read_rows(table, labels=labels):
+            try:
+                status = os.stat(os.path.join(folder, row.path))
+            except (OSError, ValueError):
+                missing.append(row.path)
+                if len(missing) > MOST_MISSING:
+                    break
+            else:
+                row = row if len(tables) == 1 else Row(row.path, row.label, split)
+                rows.append((row, status.st_size, status.st_mtime_ns))
+    if missing:
+        raise DataError(_tell_missing(root, folder, missing))
     if not rows:
         raise DataError(f"{root} lists no images; expected {EXPECTED}")
-    names = _sort_names({row.label for _, row in rows}) if labels else ()
-    number = {name: index for index, name in enumerate(names)}
-    folder = root if root.is_dir() else root.parent
-    test_split = next((split for split in TEST if any(row.split == split for _, row in rows)), None)
-    entries: dict[bool, list[Entry]] = {False: [], True: []}
-    missing = []
-    for _, row in rows:
-        entry = _find_entry(folder, row, number.get(row.label, 0))
-        if entry is None:
-            missing.append(row.path)
-        else:
-            entries[row.split in TEST and row.split == test_split].append(entry)
-    if missing:
-        raise DataError(
-            f"{root} names {len(missing)} files that are not there: {listing(missing)}; paths are relative to {folder}"
-        )
+    names = _sort_names({row.label for row, *_ in rows}) if labels else ()
     if labels and classes is not None and len(names) != classes:
-        shown = listing(names, shown=5)
+        shown = listing(map(flatten, names), shown=5)
         raise DataError(
             f"{root} has {len(names)} classes ({shown}) but model.classes is {classes}; set it to {len(names)}"
         )
+    number = {name: index for index, name in enumerate(names)}
+    test_split = next((split for split in TEST if any(row.split == split for row, *_ in rows)), None)
+    entries: dict[bool, list[Entry]] = {False: [], True: []}
+    for row, size, modified in rows:
+        is_test = row.split in TEST and row.split == test_split
+        entries[is_test].append(Entry(row.path, number.get(row.label, 0), size, modified))
     test = Listing(folder, tuple(entries[True])) if test_split and labels else None
     return Listing(folder, tuple(entries[False])), test, names
+
+
+def _tell_missing(root: Path, folder: Path, missing: Sequence[str]) -> str:
+    count = str(len(missing)) if len(missing) <= MOST_MISSING else f"more than {MOST_MISSING}"
+    shown = listing(map(flatten, missing))
+    return f"{root} names {count} files that are not there: {shown}; paths are relative to {folder}"
 
 
 def _find_tables(root: Path) -> dict[str, Path]:
@@ -86,17 +99,31 @@ def _read_rows(table: Path, *, labels: bool) -> Iterator[Row]:
         if table.stat().st_size > MOST_BYTES:
             raise DataError(f"{table} is larger than {MOST_BYTES} bytes: not a list of images")
         with table.open(encoding="utf-8-sig", newline="") as file:
-            lines = _read_json(table, file) if table.suffix in LINES else _read_csv(table, file)
-            for number, values in lines:
+            lines = _read_lines(table, file)
+            cells = _read_json(table, lines) if table.suffix in LINES else _read_csv(table, lines)
+            for number, values in cells:
                 path, label, split = (_pick(values, names) for names in (PATHS, LABELS, SPLITS))
                 if not path or (labels and not label):
                     what = "path" if not path else "label"
                     raise DataError(f"{table} line {number} has no {what}; expected {EXPECTED}")
                 if split.lower() not in ("", *TRAIN, *TEST):
-                    raise DataError(f"{table} line {number} has the split {split!r}; known: train, {', '.join(TEST)}")
+                    raise DataError(
+                        f"{table} line {number} has the split {flatten(split)!r}; known: train, {', '.join(TEST)}"
+                    )
                 yield Row(path, label, split.lower())
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{table} cannot be read as UTF-8 text: {error}") from None
+
+
+def _read_lines(table: Path, file: TextIO) -> Iterator[str]:
+    """Yield the lines, but none that would fill the memory. Raises DataError that names one which is too long."""
+    for number in itertools.count(1):
+        line = file.readline(MOST_OF_A_LINE + 1)
+        if len(line) > MOST_OF_A_LINE:
+            raise DataError(f"{table} line {number} has more than {MOST_OF_A_LINE} characters; expected {EXPECTED}")
+        if not line:
+            return
+        yield line
 
 
 def _read_json(table: Path, lines: Iterator[str]) -> Iterator[tuple[int, Mapping[str, object]]]:
@@ -128,19 +155,14 @@ def _read_csv(table: Path, file: Iterator[str]) -> Iterator[tuple[int, Mapping[s
 
 
 def _pick(values: Mapping[str, object], names: Sequence[str]) -> str:
-    """Return the value of the first of these columns that there is, as text."""
-    value = next((values[name] for name in names if values.get(name) is not None), "")
-    return str(value)
+    """Return the value of the first of these columns that there is, as text; none if it is a list or a mapping."""
+    for name in names:
+        if (value := values.get(name)) is not None:
+            return str(value) if isinstance(value, (str, int, float)) else ""
+    return ""
 
 
 def _sort_names(names: set[str]) -> tuple[str, ...]:
     """Sort class names: as numbers if all are, so that label 10 comes after 9."""
-    return tuple(sorted(names, key=int if all(name.isdecimal() for name in names) else None))
-
-
-def _find_entry(folder: Path, row: Row, label: int) -> Entry | None:
-    try:
-        status = os.stat(folder / row.path)
-    except (OSError, ValueError):
-        return None
-    return Entry(row.path, label, status.st_size, status.st_mtime_ns)
+    are_numbers = all(name.isdecimal() and len(name) <= MOST_DIGITS for name in names)
+    return tuple(sorted(names, key=lambda name: (int(name) if are_numbers else 0, name)))  # 1 and 01 are two names

@@ -10,7 +10,9 @@ import re
 import resource
 import subprocess
 import sys
+import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,8 +73,31 @@ def assert_held(answer: Answer, size: int, folder: Path) -> None:
     assert not (folder / "executed").exists()
 
 
-def _memory(field: str) -> int:
-    found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+@contextlib.contextmanager
+def bounded(size: int, more: int = 300 * MEGABYTE) -> Iterator[None]:
+    """Require that a block takes no more memory and time than the refusal of a file of `size` bytes may."""
+    reset_peak()
+    before, started = memory("VmRSS"), time.process_time()
+    try:
+        yield
+    finally:  # a refusal is an exception
+        took, seconds = memory("VmHWM") - before, time.process_time() - started
+        assert took < 4 * size + more, f"{took / MEGABYTE:.0f} MB for {size} bytes"
+        assert seconds < MOST_SECONDS, f"{seconds:.1f} s for {size} bytes"
+
+
+def reset_peak() -> None:
+    """Let the peak of this process's memory start here; only Linux can."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def memory(field: str) -> int:
+    """Return bytes of this process, as Linux counts them; 0 elsewhere."""
+    try:
+        found = re.search(rf"{field}:\s*(\d+) kB", Path("/proc/self/status").read_text())
+    except OSError:
+        return 0
     return 1024 * int(found[1]) if found else 0
 
 
@@ -83,10 +108,9 @@ def _attempt(request: dict[str, Any], place: Path) -> None:
     os.chdir(request["folder"])
     for number, name in ((1, "out"), (2, "err")):
         os.dup2(os.open(place / name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts here
-    before = _memory("VmRSS")
-    resource.setrlimit(resource.RLIMIT_DATA, (_memory("VmData") + request["limit"],) * 2)
+    reset_peak()
+    before = memory("VmRSS")
+    resource.setrlimit(resource.RLIMIT_DATA, (memory("VmData") + request["limit"],) * 2)
     resource.setrlimit(resource.RLIMIT_CPU, (request["seconds"],) * 2)
     code = 70
     try:
@@ -95,7 +119,7 @@ def _attempt(request: dict[str, Any], place: Path) -> None:
         traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    (place / "bytes").write_text(str(_memory("VmHWM") - before))
+    (place / "bytes").write_text(str(memory("VmHWM") - before))
     os._exit(code)
 
 
