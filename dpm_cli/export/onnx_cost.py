@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from dpm_cli.layers.images import Shape
 
 Shapes = dict[str, tuple[int, ...] | None]
@@ -38,9 +40,32 @@ def infer_shapes(model: Any, shape: Shape) -> tuple[Any, Shapes]:
     for output in model.graph.output:  # their old symbols would contradict the sizes that follow
         output.type.tensor_type.ClearField("shape")
     del model.graph.value_info[:]
+    _fold_sizes_(model.graph, (1, *shape))
     inferred = onnx.shape_inference.infer_shapes(model, data_prop=True).graph
     shapes: Shapes = {value.name: _sizes(value) for value in (*inferred.input, *inferred.value_info, *inferred.output)}
     return inferred, shapes | {each.name: tuple(each.dims) for each in inferred.initializer}
+
+
+def _fold_sizes_(graph: Any, sizes: tuple[int, ...]) -> None:
+    """Replace by constants what tells the sizes of the input: shape inference follows them, but not into Range."""
+    import onnx
+
+    folded = {graph.input[0].name: np.array(sizes)}  # and what Squeeze makes of them
+    for node in list(graph.node):
+        if not node.input or node.input[0] not in folded or len(node.output) != 1:
+            continue
+        numbers = folded[node.input[0]]
+        match node.op_type, node.input[0] == graph.input[0].name:
+            case "Shape", True:
+                bounds = {attribute.name: attribute.i for attribute in node.attribute}
+                numbers = numbers[bounds.get("start", 0) : bounds.get("end", len(sizes))]
+            case "Squeeze", False if numbers.size == 1:
+                numbers = numbers.reshape(())
+            case _:
+                continue
+        folded[node.output[0]] = numbers
+        graph.initializer.append(onnx.numpy_helper.from_array(numbers, node.output[0]))
+        graph.node.remove(node)
 
 
 def count_macs_of(graph: Any, shapes: Shapes) -> int | None:

@@ -89,6 +89,43 @@ def test_export_of_this_package_runs_in_this_process(ours: Path) -> None:
     assert find_foreign(ours) is None
 
 
+def count_images() -> list[Any]:
+    """Index the batch by its own numbers, as exports of a pooled channels-last tensor do."""
+    start, step = (helper.make_tensor(name, TensorProto.INT64, [], [number]) for name, number in (("s", 0), ("d", 1)))
+    return [
+        node("Shape", ["x"], ["sizes"], start=0, end=1),
+        node("Squeeze", ["sizes"], ["count"]),
+        node("Constant", [], ["s"], value=start),
+        node("Constant", [], ["d"], value=step),
+        node("Range", ["s", "count", "d"], ["numbers"]),
+        node("Gather", ["x", "numbers"], ["same"]),
+        node("Flatten", ["same"], ["flat"]),
+        node("MatMul", ["flat", "w"], ["y"]),
+    ]
+
+
+@pytest.mark.thorough
+def test_sizes_that_follow_from_the_batch_are_known(tmp_path: Path) -> None:
+    path = write(tmp_path / "m.onnx", count_images(), mark=True)
+    assert find_foreign(path) is None
+    model = open_exported(path, confined=True)
+    assert not model.is_confined
+    assert model.cost((1, 8, 8)) == (640, 640)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "arch",
+    ["vit_b_16", "swin_t", "convnext_tiny", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5", "googlenet"],
+)
+def test_exports_of_all_kinds_of_architecture_run_in_this_process(tmp_path: Path, arch: str) -> None:
+    module = build(f"torchvision:{arch}", classes=10, shape=(3, 224, 224)).eval()
+    path = tmp_path / "model.onnx"
+    path.write_bytes(onnx_files.serialise(module, torch.zeros(2, 3, 224, 224), {"dpm_recipe": "abc"}, opset=18))
+    assert find_foreign(path) is None
+    assert open_exported(path).cost((3, 224, 224))[0] is not None
+
+
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
