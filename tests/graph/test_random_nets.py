@@ -126,7 +126,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         tokens = x.flatten(2).mT
-        qkv = self.qkv(tokens).reshape(len(x), 36, 3, self.heads, 4).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(tokens).reshape(x.shape[0], 36, 3, self.heads, 4).permute(2, 0, 3, 1, 4)
         q, k, v = self.turned(qkv[0]), self.turned(qkv[1]), qkv[2]
         out = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return x + self.proj(out).mT.unflatten(2, x.shape[2:])
