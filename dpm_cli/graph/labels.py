@@ -5,6 +5,7 @@ units. A label can be *kept*: its whole component then stays, with the reason.
 """
 
 import math
+from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
@@ -311,15 +312,26 @@ class Ties:
         self.mark(ids[~reads_zero & zero], Role.READER)
         self.keep(ids[~reads_zero & ~zero], NOT_ZERO)
 
-    def cost(self, coefficient: int, *factors: Labels | Ids | int) -> None:
-        """Count coefficient x product of factors multiply-accumulates."""
+    def cost(self, coefficient: int, *factors: Labels | Ids | int, rows: Labels | None = None) -> None:
+        """Count coefficient x product of factors multiply-accumulates.
+
+        rows: of the weight that is used. Its layer bears the cost, even if another one reads it.
+        """
         arrays = []
         for factor in factors:
             if isinstance(factor, int):
                 coefficient *= factor
             else:
                 arrays.append(_ids(factor).ravel())
-        self.costs.append(CostTerm(coefficient, tuple(arrays), self.layer))
+        self.costs.append(CostTerm(coefficient, tuple(arrays), self._layer_of(rows) or self.layer))
+
+    def _layer_of(self, labels: Labels | None) -> str:
+        """Name the layer whose parameter or buffer has these labels; "" if none has."""
+        first = int(labels.ids.flat[0]) if labels is not None and labels.ids.size else -1
+        place = bisect_right(self.owners, first, key=lambda owner: owner.start) - 1
+        if place < 0 or first >= self.owners[place].start + self.owners[place].size:
+            return ""
+        return self.owners[place].tensor.rpartition(".")[0]
 
     def cost_without_batch(self, first: int) -> None:
         """Count the costs from number `first` on once per batch, not once per input."""

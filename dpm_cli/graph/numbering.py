@@ -172,4 +172,4 @@ def _explain_kept(
         if parameters[name].shape:
             found.setdefault(name.rpartition(".")[0] or name, UNUSED)
     macs = _macs_by_layer(ties)
-    return tuple(Kept(layer, reason, macs.get(layer, 0)) for layer, reason in found.items())
+    return tuple(Kept(layer, why, macs.get(layer, 0) if why != UNUSED else 0) for layer, why in found.items())

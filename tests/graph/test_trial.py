@@ -166,3 +166,19 @@ def test_a_reason_costs_the_macs_of_the_layers_that_it_keeps():
     groups = find_groups(Counting().eval(), EXAMPLE)
     assert sum(groups.layer_macs.values()) == groups.cost.macs(np.ones(groups.units, bool))
     assert groups.macs_kept() == {CHANGES: 36 * 8 * 8, "output of the model": 36 * 8 * 4}
+
+
+class ReadByItsParent(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mix, self.head = nn.Conv2d(3, 8, 3), nn.Linear(8, 8), nn.Linear(8, 4)
+
+    def forward(self, x):
+        x = self.stem(x).relu().mean((2, 3))
+        return self.head(nn.functional.linear(x, self.mix.weight, self.mix.bias).softmax(1))
+
+
+def test_the_layer_that_holds_a_weight_bears_its_cost():
+    groups = trace_groups(ReadByItsParent(), EXAMPLE)
+    assert groups.layer_macs == {"stem": 36 * 27 * 8, "mix": 64, "head": 32}
+    assert groups.macs_kept() == {"softmax over this axis": 64, "output of the model": 32}

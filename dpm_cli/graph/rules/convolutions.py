@@ -88,8 +88,7 @@ def _convolve(
             by_group = rows.ids.reshape(groups, -1)
             ties.tie(by_group[:1], by_group)
     positions = math.prod(call.shape[2:]) if positions is None else positions
-    ties.cost(
-        call.shape[0] * positions * math.prod(weight.shape[2:]), rows or weight.shape[0], columns or weight.shape[1]
-    )
+    places = call.shape[0] * positions * math.prod(weight.shape[2:])
+    ties.cost(places, rows or weight.shape[0], columns or weight.shape[1], rows=rows)
     ties.mark(rows, Role.NORM if groups > 1 and weight.shape[1] == 1 else Role.PRODUCER)
     return with_bias(ties, Value(call.shape, {(1,): rows} if rows else {}), bias, 1)

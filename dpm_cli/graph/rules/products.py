@@ -21,7 +21,7 @@ def linear(ties: Ties, call: Call) -> Value | list[Value]:
         ties.keep_axis(x, -1, "linear layer over a block of axes")
     contract(ties, channels, columns)
     ties.mark(rows, Role.PRODUCER)
-    ties.cost(1, *_sizes(x, range(x.rank - 1)), rows or weight.shape[0], columns or weight.shape[1])
+    ties.cost(1, *_sizes(x, range(x.rank - 1)), rows or weight.shape[0], columns or weight.shape[1], rows=rows)
     labels = {axes: block.with_zero(False) for axes, block in x.labels.items() if x.rank - 1 not in axes}
     out = Value(call.shape, {**labels, (x.rank - 1,): rows} if rows else labels)
     return with_bias(ties, out, bias, x.rank - 1)
