@@ -12,6 +12,7 @@ from dpm_cli.method.budget import (
     Measure,
     Scores,
     Several,
+    Weights,
     choose_victims,
     cost_of,
     find_limit,
@@ -38,6 +39,7 @@ class Plan:
         self.prune = prune = recipe.prune
         example = torch.zeros(2, *recipe.model.input)
         self.scores: Scores  # (units,) of the current weights
+        self.weights: Weights | None = None
         latency: Measure | None = None
         if prune.target.sparsity:  # all units stay
             self.module, self.groups, self.round_to = module, find_whole_groups(module, example, prune), 1
@@ -51,7 +53,7 @@ class Plan:
             self.module, self.groups = found.module, found.groups
             self.round_to, self.widths = found.round_to, found.widths
             base.bind(self.groups, self.module)
-            self.scores = base.scores()
+            self.scores, self.weights = base.scores(), base.weights()
         everything, lowest = np.ones(self.groups.units, bool), self.widths.lowest(self.groups)
         self.dense: dict[str, int] = {kind: cost_of(self.groups.cost, kind, everything) for kind in KINDS}
         self.lowest: dict[str, int] = {kind: cost_of(self.groups.cost, kind, lowest) for kind in KINDS}
@@ -75,7 +77,9 @@ class Plan:
         if not self.limits:
             return np.ones(self.groups.units, bool)
         kind = Several(tuple(self.limits.items()))
-        return ~choose_victims(self.groups, self.widths, self.scores, kind=kind, limit=Several.WHOLE)
+        return ~choose_victims(
+            self.groups, self.widths, self.scores, kind=kind, limit=Several.WHOLE, weights=self.weights
+        )
 
     def describe(self, arch: str | None) -> Inspected:
         """Describe the plan. arch: the architecture that the recipe names."""

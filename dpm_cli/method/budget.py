@@ -1,6 +1,7 @@
 """Choose which units to remove so that the cost just meets a limit. Nothing here touches the model."""
 
 import heapq
+import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
@@ -13,6 +14,7 @@ import numpy.typing as npt
 from dpm_cli.errors import TargetError, listing
 from dpm_cli.graph import Cost, Groups
 from dpm_cli.graph.labels import Flags, Ids
+from dpm_cli.method.trade import take_least_lost
 from dpm_cli.recipe.values import CostKind
 
 
@@ -25,6 +27,7 @@ class Measure(Protocol):
 Kind = CostKind | Measure
 BYTES = 4  # of a float32 weight
 Scores = npt.NDArray[np.floating]
+Weights = npt.NDArray[np.floating]
 
 
 @dataclass(frozen=True)
@@ -164,16 +167,19 @@ def choose_victims(
     limit: int,
     alive: Flags | None = None,
     eligible: Flags | None = None,
+    weights: Weights | None = None,
 ) -> Flags:
     """Choose (units,) low-scored units whose removal brings the cost to the limit, and no further than it must.
 
-    Ranks globally and takes the first set that meets the limit. Its last step of width may be a dear one, say of a
+    Ranks globally and takes the first set that meets the limit. For latency, whose steps of width save so differently,
+    takes those that lose least per time saved instead (`trade`). The last step of width may be a dear one, say of a
     residual stage, which leaves room below the limit: victims then come back, best scores first, while a step of width
-    fits. The result is compared with what leaving out that step would choose instead; the lower sum of scores wins.
+    fits. A ranked choice is compared with what leaving out that step would choose: the lower sum of scores wins.
     So one more unit in any group (or one step of `round_to`) would miss the limit. If the eligible units are too few,
     all removable ones are chosen. A group that releases left between two allowed widths always loses the excess.
 
     scores: (units,) low is redundant. alive: (units,) units still present. eligible: (units,) units that may be chosen.
+    weights: (groups,) what the scores of each group are multiplied by where they are summed to a loss.
     """
     alive = np.ones(groups.units, bool) if alive is None else alive
     eligible = alive if eligible is None else alive & eligible
@@ -181,9 +187,16 @@ def choose_victims(
     def fits(victims: Flags) -> bool:
         return cost_of(groups.cost, kind, alive & ~victims) <= limit
 
+    losses = scores - scores[eligible].min(initial=np.inf)
+    if _is_traded(kind):
+        losses = losses if weights is None else losses * weights[groups.group_of_unit]
+        steps, must_go = _find_steps(groups, widths, scores, alive, eligible)
+        victims = must_go | take_least_lost(
+            steps, losses, lambda left: _find_excess(groups.cost, kind, limit, left), alive & ~must_go
+        )
+        return _give_back(groups, widths, losses, fits, alive, victims)
     best, dear = _take_lowest(groups, widths, scores, fits, alive, eligible)
     best = _give_back(groups, widths, scores, fits, alive, best)
-    losses = scores - scores[eligible].min(initial=np.inf)
     for _ in range(MOST_SPARED):
         if not dear.any():
             break
@@ -196,6 +209,41 @@ def choose_victims(
     return best
 
 
+def _is_traded(kind: Kind) -> bool:
+    """Tell whether a cost changes so unevenly with the widths that units are chosen by what they save, too."""
+    kinds = [each for each, _ in kind.limits] if isinstance(kind, Several) else [kind]
+    return any(str(each) == "latency" for each in kinds)
+
+
+def _find_excess(cost: Cost, kind: Kind, limit: int, alive: Flags) -> float:
+    """Add up by how much of each limit the survivors are above it."""
+    limits = kind.limits if isinstance(kind, Several) else [(kind, limit)]
+    shares = (cost_of(cost, each, alive) / limit for each, limit in limits)
+    return sum(max(0.0, share - 1) for share in shares)
+
+
+def _find_steps(
+    groups: Groups, widths: WidthLimits, scores: Scores, alive: Flags, eligible: Flags
+) -> tuple[list[list[Ids]], Flags]:
+    """Return each group's candidates, lowest scores first, cut where a width is allowed; and (units,) what must go.
+
+    A group that releases left between two allowed widths loses the excess in any case.
+    """
+    present = np.bincount(groups.group_of_unit[alive], minlength=len(groups))
+    width_allowed, must_go = widths.are_widths_allowed(present), np.zeros(groups.units, bool)
+    found = []
+    for number, group in enumerate(groups):
+        own = group.start + np.flatnonzero(eligible[group.range])
+        own = own[np.argsort(scores[own], kind="stable")]
+        left = present[number] - np.arange(1, len(own) + 1)  # survivors after each removal
+        ends = np.flatnonzero((left % widths.step[number] == 0) & (left >= widths.least[number])) + 1
+        steps = np.split(own, ends)[:-1]
+        if steps and not width_allowed[number]:
+            must_go[steps.pop(0)] = True
+        found.append(steps)
+    return found, must_go
+
+
 def _take_lowest(
     groups: Groups, widths: WidthLimits, scores: Scores, fits: Callable[[Flags], bool], alive: Flags, eligible: Flags
 ) -> tuple[Flags, Flags]:
@@ -206,29 +254,22 @@ def _take_lowest(
     """
     candidates = np.flatnonzero(eligible)
     candidates = candidates[np.argsort(scores[candidates], kind="stable")]
-    group = groups.group_of_unit[candidates]
-    present = np.bincount(groups.group_of_unit[alive], minlength=len(groups))
+    rank = np.empty(groups.units, np.int64)
+    rank[candidates] = np.arange(len(candidates))
 
     # A unit goes once its group has lost enough others to reach an allowed width. Find the rank where that happens.
-    turn = np.full(len(candidates), len(candidates))
-    width_allowed = widths.are_widths_allowed(present)
-    for number in np.unique(group).tolist():
-        ranks = np.flatnonzero(group == number)  # in order of score
-        left = present[number] - np.arange(1, len(ranks) + 1)  # survivors after each removal
-        allowed = np.flatnonzero((left % widths.step[number] == 0) & (left >= widths.least[number]))
-        if len(allowed):
-            done_at = np.searchsorted(allowed, np.arange(len(ranks)))
-            goes = done_at < len(allowed)
-            turn[ranks[goes]] = ranks[allowed[done_at[goes]]]
-            if not width_allowed[number]:
-                turn[ranks[: allowed[0] + 1]] = -1
+    never = len(candidates)
+    turn = np.full(groups.units, never)
+    steps, must_go = _find_steps(groups, widths, scores, alive, eligible)
+    for units in itertools.chain.from_iterable(steps):
+        turn[units] = rank[units[-1]]
+    turn[must_go] = -1
 
     def taken(turns: int) -> Flags:
-        victims = np.zeros(groups.units, bool)
-        victims[candidates[turn <= turns]] = True
+        victims: Flags = turn <= turns
         return victims
 
-    turns = np.append(-1, np.unique(turn[(turn >= 0) & (turn < len(candidates))]))
+    turns = np.append(-1, np.unique(turn[(turn >= 0) & (turn < never)]))
     low, high = 0, len(turns) - 1
     while low < high:
         middle = (low + high) // 2
@@ -238,7 +279,7 @@ def _take_lowest(
             low = middle + 1
     victims, dear = taken(int(turns[low])), np.zeros(groups.units, bool)
     if low and fits(victims):
-        last = groups.group_of_unit == group[int(turns[low])]
+        last = groups.group_of_unit == groups.group_of_unit[candidates[int(turns[low])]]
         dear = last & eligible & ~taken(int(turns[low - 1]))
     return victims, dear
 

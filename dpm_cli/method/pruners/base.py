@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from dpm_cli.graph import Groups, Units
-from dpm_cli.method.budget import Scores
+from dpm_cli.method.budget import Scores, Weights
 from dpm_cli.method.rounds import Rounds
 from dpm_cli.recipe.sections import Decay
 from dpm_cli.recipe.stages import Stage
@@ -101,6 +101,10 @@ class BasePruner:
     def scores(self) -> Scores:
         """Score (units,): low is redundant. Called only at rounds; may wait for the device."""
         raise NotImplementedError
+
+    def weights(self) -> Weights | None:
+        """Return (groups,) what scores are multiplied by where those of several groups are summed; None: by one."""
+        return None
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs: tensors, numbers and strings."""
