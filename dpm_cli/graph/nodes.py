@@ -2,7 +2,7 @@
 
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -75,7 +75,7 @@ def find_head_dims(graph: torch.fx.Graph) -> dict[torch.fx.Node, frozenset[int]]
             queue, seen = [operand], {operand}
             while queue:
                 node = queue.pop()
-                if node.op != "call_function" or name_of(node) not in HEAD_LAYOUT:
+                if node.op != "call_function" or not (name_of(node) in HEAD_LAYOUT or _pools_heads(node, shape)):
                     continue
                 if name_of(node) in RESHAPES:
                     found.setdefault(node, set()).update(sizes)
@@ -83,6 +83,12 @@ def find_head_dims(graph: torch.fx.Graph) -> dict[torch.fx.Node, frozenset[int]]
                 seen.update(fresh)
                 queue.extend(fresh)
     return {node: frozenset(sizes) for node, sizes in found.items()}
+
+
+def _pools_heads(node: torch.fx.Node, shape: Sequence[int]) -> bool:
+    """Tell whether a convolution has heads as its batch. shape: (batch, …) of what attention reads."""
+    source = node.args[0] if name_of(node) in ("conv1d", "conv2d", "conv3d") else None
+    return isinstance(source, torch.fx.Node) and source.meta["val"].shape[0] != shape[0]
 
 
 def sharing_memory(write: torch.fx.Node) -> set[torch.fx.Node]:

@@ -610,3 +610,42 @@ class BatchStatisticsWithoutAffine(Trunk):
     def __init__(self) -> None:
         super().__init__(norm=False)
         self.stem = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8, affine=False, track_running_stats=False))
+
+
+@topology(groups={"stem": 8, "q": 3, "proj": 8, "last.0": 6}, retrace=False)
+class HeadsArePooledOneByOne(Trunk):
+    """A convolution whose batch is inputs times heads, as in multiscale transformers."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=False)
+        self.heads, self.dim = 3, 4
+        self.q, self.v, self.proj = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+        self.pool, self.norm = nn.Conv2d(4, 4, 3, 1, 1, groups=4, bias=False), nn.LayerNorm(4)
+
+    def between(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).mT
+        q, v = self.pooled(self.q(tokens), x), self.pooled(self.v(tokens), x)
+        out = F.scaled_dot_product_attention(q, q, v).transpose(1, 2).flatten(2)
+        return self.proj(out).mT.unflatten(2, x.shape[2:])
+
+    def pooled(self, tokens: Tensor, x: Tensor) -> Tensor:
+        maps = tokens.reshape(len(x), -1, self.heads, self.dim).permute(0, 2, 3, 1)  # (B, heads, D, N)
+        maps = self.pool(maps.reshape(-1, self.dim, *x.shape[2:]))
+        return self.norm(maps.reshape(len(x), -1, self.dim, maps.shape[-1] ** 2).transpose(2, 3))
+
+
+@topology(groups={"stem": 8, "qkv": 3, "proj": 8, "last.0": 6}, retrace=False)
+class AttentionWithinWindows(Trunk):
+    """Heads before windows: (batch, heads, windows, tokens, dimensions)."""
+
+    def __init__(self) -> None:
+        super().__init__(norm=False)
+        self.heads, self.dim = 3, 4
+        self.qkv, self.proj = nn.Linear(8, 36), nn.Linear(12, 8)
+        self.places = nn.Parameter(torch.randn(1, 4, 16, 8))
+
+    def between(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(2).mT.unflatten(1, (4, -1)) + self.places
+        qkv = self.qkv(tokens).reshape(*tokens.shape[:3], 3, self.heads, self.dim).permute(3, 0, 4, 1, 2, 5)
+        out = F.scaled_dot_product_attention(*qkv.unbind(0)).permute(0, 2, 3, 1, 4).flatten(3)
+        return self.proj(out).flatten(1, 2).mT.unflatten(2, x.shape[2:])

@@ -183,3 +183,34 @@ def test_joined_kernels_do_not_grow_with_the_depth(layout):
             calls[joined, depth] = counter.count
     assert calls[True, 12] == calls[True, 2]
     assert calls[True, 12] < 40 < calls[False, 12]
+
+
+class ReadsConstants(nn.Module):
+    """The middle weight makes units along its rows, and reads what a sigmoid leaves behind along its columns."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem, self.mid, self.head = nn.Linear(3, 5), nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.mid(self.stem(x).sigmoid()).sigmoid())
+
+
+@pytest.mark.parametrize("joined", [False, True])
+def test_weights_that_shrink_along_two_axes_are_scaled_along_both(joined):
+    model = ReadsConstants().double()
+    groups = find_groups(model, torch.randn(2, 3, dtype=torch.float64))
+    assert [(part.tensor, part.axis) for part in groups.slices if part.role is Role.READER] == [
+        ("mid.weight", 1),
+        ("head.weight", 1),
+    ]
+    units, before = Units(groups, model, joined=joined), model.mid.weight.detach().clone()
+    rows = torch.stack([model.mid.bias.square() + before.square().sum(1) + model.head.weight.square().sum(0)])
+    torch.testing.assert_close(units.norm()[5:], rows[0].sqrt())
+    added = [torch.ones_like(parameter) for parameter in units.parameters]
+    stem, mid = torch.rand(5, dtype=torch.float64), torch.rand(4, dtype=torch.float64)
+    units.scale_(torch.cat([stem, mid]))
+    torch.testing.assert_close(model.mid.weight.detach(), before * mid[:, None] * stem)
+    before = model.mid.weight.detach().clone()
+    units.add_(added, torch.cat([stem, mid]))
+    torch.testing.assert_close(model.mid.weight.detach(), before + mid[:, None] + stem)

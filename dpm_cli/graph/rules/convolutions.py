@@ -62,13 +62,13 @@ def _convolve(
 ) -> Value | list[Value]:
     if x.rank != weight.rank:
         return keep_whole(ties, call, "convolution of an input without a batch axis")
-    ties.keep_axis(x, 0, "a set of channels serves as the batch")
+    batch = _take_batch(ties, x)
     for axis in range(2, weight.rank):
         ties.keep_axis(weight, axis, "kernel size")
         ties.keep_axis(x, axis, "convolved along this axis")
     channels, rows, columns = x.along(1), weight.along(0), weight.along(1)
     if channels is None:
-        ties.keep_axis(x, 1, "convolution over a block of axes")
+        ties.fix_axis(x, 1, "convolution over a block of axes")
     if groups == 1:
         contract(ties, channels, columns)
     elif weight.shape[1] == 1:
@@ -88,7 +88,19 @@ def _convolve(
             by_group = rows.ids.reshape(groups, -1)
             ties.tie(by_group[:1], by_group)
     positions = math.prod(call.shape[2:]) if positions is None else positions
-    places = call.shape[0] * positions * math.prod(weight.shape[2:])
-    ties.cost(places, rows or weight.shape[0], columns or weight.shape[1], rows=rows)
+    places, inputs = positions * math.prod(weight.shape[2:]), batch or call.shape[0]
+    ties.cost(places, inputs, rows or weight.shape[0], columns or weight.shape[1], rows=rows)
     ties.mark(rows, Role.NORM if groups > 1 and weight.shape[1] == 1 else Role.PRODUCER)
-    return with_bias(ties, Value(call.shape, {(1,): rows} if rows else {}), bias, 1)
+    out = Value(call.shape, {(1,): rows} if rows else {})
+    if batch:
+        out.labels[(0,)] = batch.with_zero(batch.zero & (bias is None))
+    return with_bias(ties, out, bias, 1)
+
+
+def _take_batch(ties: Ties, x: Value) -> Labels | None:
+    """Return the labels along the batch axis of heads that are convolved one by one; others are kept."""
+    axes = x.axes_of(0)
+    if axes is None or not x.tells_units_along(0) or not set(axes) <= {0, 1}:
+        ties.keep_axis(x, 0, "a set of channels serves as the batch")
+        return None
+    return x.labels[axes].reduced(1) if len(axes) > 1 else x.labels[axes]

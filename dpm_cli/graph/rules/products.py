@@ -146,30 +146,36 @@ def _products(terms: Sequence[str], output: str) -> Iterator[str]:
 def attention(ties: Ties, call: Call) -> Value:
     query, key, value = call.args[:3]
     length, width = query.shape[-2] * key.shape[-2], query.shape[-1] + value.shape[-1]
-    per_head = [heads for operand in (query, key, value) if (heads := _heads_of(operand)) is not None]
-    if len(per_head) < 3 or len({operand.shape[:-2] for operand in (query, key, value)}) > 1:
+    heads = [_heads_of(operand) for operand in (query, key, value)]
+    places = {place for place, _ in heads}
+    if None in places or len(places) > 1 or len({operand.shape[:-2] for operand in (query, key, value)}) > 1:
         ties.keep_all(call.args, "layout of the attention heads")
         ties.cost(math.prod(query.shape[:-2]) * length, width)
         return Value(call.shape)
     ties.keep_all(call.args[3:], "attention mask")
-    for operand, heads in zip((query, key, value), per_head):
-        ties.tie(per_head[0], heads)
-        for axes, labels in operand.labels.items():
-            if operand.rank - 3 not in axes:
-                ties.keep(labels, "positions attend to one another")
-    ties.cost(math.prod(query.shape[:-3]) * length * width, per_head[0])
-    axes = value.axes_of(-3)
-    assert axes is not None
-    return Value(call.shape, {axes: value.labels[axes]})
+    place = places.pop()
+    assert place is not None
+    for operand, (_, labels) in zip((query, key, value), heads):
+        ties.tie(heads[0][1], labels)
+        for axes, block in operand.labels.items():
+            if place not in axes:
+                ties.keep(block, "positions attend to one another")
+    others = math.prod(size for axis, size in enumerate(query.shape[:-2]) if axis != place)
+    ties.cost(others * length * width, heads[0][1])
+    block = value.axes_of(place)
+    assert block is not None
+    return Value(call.shape, {block: value.labels[block]})
 
 
-def _heads_of(operand: Value) -> Ids | None:
-    """Return the labels of the heads of (…, heads, length, dimensions): (heads,). None if heads cannot go."""
-    axes = operand.axes_of(-3) if operand.rank > 2 else None
-    if axes is None or not operand.tells_units_along(-3):
-        return None
-    labels = operand.labels[axes]
-    return np.moveaxis(labels.ids, labels.unit_axis, 0).reshape(operand.shape[-3], -1)[:, 0]
+def _heads_of(operand: Value) -> tuple[int | None, Ids]:
+    """Return which axis of (…, length, dimensions) heads can go along, and their labels: (heads,)."""
+    with_dimensions_first = sorted(operand.labels.items(), key=lambda item: operand.rank - 1 not in item[0])
+    for axes, labels in with_dimensions_first:
+        place = axes[labels.unit_axis]
+        if place < operand.rank - 2 and operand.rank - 2 not in axes:
+            ids = np.moveaxis(labels.ids, labels.unit_axis, 0).reshape(operand.shape[place], -1)
+            return place, ids[:, 0]
+    return None, np.zeros(0, np.int64)
 
 
 def _summed(value: Value, axis: int) -> Value:
