@@ -45,6 +45,11 @@ class Clocked(Protocol):
     def read_clocks(self) -> tuple[float, float]: ...
 
 
+def clocks_of(run: Run) -> Callable[[], tuple[float, float]]:
+    """Return what reads the clocks of the process that a run computes in."""
+    return run.read_clocks if isinstance(run, Clocked) else read_clocks
+
+
 @dataclass(frozen=True)
 class Latency:
     """Milliseconds of one call: median and quartiles of `runs` warm calls."""
@@ -245,7 +250,7 @@ def keeping_denormals() -> Iterator[None]:
 def _time(run: Run, example: Tensor, *, seconds: float, least: int) -> list[Taken]:
     """Time calls until both limits are reached."""
     on_gpu = example.device.type == "cuda"
-    read = run.read_clocks if isinstance(run, Clocked) else read_clocks
+    read = clocks_of(run)
     times: list[Taken] = []
     if on_gpu:
         torch.cuda.synchronize(example.device)

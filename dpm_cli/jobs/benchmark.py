@@ -11,7 +11,7 @@ from dpm_cli.errors import UsageError
 from dpm_cli.export import RUNS, choose_runtime, open_exported, require_runtime
 from dpm_cli.jobs.loading import AnyRecipe, open_deployed, resolve_recipe
 from dpm_cli.layers.images import Shape
-from dpm_cli.measure import Clocked, Latency, Run, measure_in_turns, read_clocks
+from dpm_cli.measure import Latency, Run, clocks_of, measure_in_turns
 from dpm_cli.models import load_model, load_slim
 from dpm_cli.models.read import read_model_file
 from dpm_cli.models.slim_content import is_slim
@@ -119,7 +119,7 @@ class _Contender:
             torch.set_num_threads(1)
 
     def read_clocks(self) -> tuple[float, float]:
-        return self.run.read_clocks() if isinstance(self.run, Clocked) else read_clocks()
+        return clocks_of(self.run)()
 
 
 def _fill(row: Benchmarked, latency: Latency) -> Benchmarked:

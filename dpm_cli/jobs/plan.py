@@ -77,9 +77,7 @@ class Plan:
         if not self.limits:
             return np.ones(self.groups.units, bool)
         kind = Several(tuple(self.limits.items()))
-        return ~choose_victims(
-            self.groups, self.widths, self.scores, kind=kind, limit=Several.WHOLE, weights=self.weights
-        )
+        return ~choose_victims(self.groups, self.widths, self.scores, self.weights, kind=kind, limit=Several.WHOLE)
 
     def describe(self, arch: str | None) -> Inspected:
         """Describe the plan. arch: the architecture that the recipe names."""

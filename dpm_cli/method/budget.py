@@ -162,12 +162,12 @@ def choose_victims(
     groups: Groups,
     widths: WidthLimits,
     scores: Scores,
+    weights: Weights | None = None,
     *,
     kind: Kind,
     limit: int,
     alive: Flags | None = None,
     eligible: Flags | None = None,
-    weights: Weights | None = None,
 ) -> Flags:
     """Choose (units,) low-scored units whose removal brings the cost to the limit, and no further than it must.
 

@@ -18,7 +18,7 @@ from dpm_cli.graph import Groups, Kept, Units, compact_
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.program import Example
-from dpm_cli.method.budget import Kind, Scores, Several, Weights, WidthLimits, choose_victims, cost_of, show_cost
+from dpm_cli.method.budget import Kind, Scores, Several, WidthLimits, choose_victims, cost_of, show_cost
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners.base import BasePruner
 from dpm_cli.method.rectify import Rectifier
@@ -44,28 +44,6 @@ class Goal:
         if not self.asked:
             return f"{self.kind} <= {self.limit:,}"
         return " and ".join(f"{kind} <= {show_cost(kind, limit)}" for kind, (_, limit) in self.asked.items())
-
-    def choose(
-        self,
-        groups: Groups,
-        scores: Scores,
-        weights: Weights | None,
-        *,
-        limit: int,
-        alive: Flags | None = None,
-        eligible: Flags | None = None,
-    ) -> Flags:
-        """Choose (units,) victims. limit: of this round; the rest as `choose_victims` takes it."""
-        return choose_victims(
-            groups,
-            self.widths,
-            scores,
-            kind=self.kind,
-            limit=limit,
-            alive=alive,
-            eligible=eligible,
-            weights=weights,
-        )
 
     def describe(self, cost: int) -> str:
         """Write a cost of this kind; of several limits, the share that is used of the tightest."""
@@ -203,8 +181,10 @@ class Pruning:
         )
 
     def _choose(self, scores: Scores, *, limit: int, alive: Flags, eligible: Flags | None = None) -> Flags:
-        goal = self.goal
-        return goal.choose(self.groups, scores, self.base.weights(), limit=limit, alive=alive, eligible=eligible)
+        goal, weights = self.goal, self.base.weights()
+        return choose_victims(
+            self.groups, goal.widths, scores, weights, kind=goal.kind, limit=limit, alive=alive, eligible=eligible
+        )
 
     def before_step_(self) -> None:
         """Call between backward and the optimizer's step."""
