@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from architectures import KINDS
 from torch import nn
 
 from dpm_cli.errors import ModelFileError
@@ -102,10 +103,7 @@ def test_what_we_export_is_ours(own: bytes, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arch",
-    ["vit_b_16", "swin_t", "convnext_tiny", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5", "googlenet"],
-)
+@pytest.mark.parametrize("arch", KINDS)
 def test_exports_of_all_kinds_of_architecture_are_ours(tmp_path: Path, arch: str) -> None:
     module = build(f"torchvision:{arch}", classes=10, shape=(3, 224, 224)).eval()
     (tmp_path / "model.ts").write_bytes(torchscript.serialise(module, torch.zeros(2, 3, 224, 224), {}))

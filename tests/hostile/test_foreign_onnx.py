@@ -6,6 +6,7 @@ from typing import Any
 import onnx
 import pytest
 import torch
+from architectures import KINDS
 from digits_recipe import recipe
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
@@ -115,10 +116,7 @@ def test_sizes_that_follow_from_the_batch_are_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "arch",
-    ["vit_b_16", "swin_t", "convnext_tiny", "mobilenet_v3_small", "densenet121", "shufflenet_v2_x0_5", "googlenet"],
-)
+@pytest.mark.parametrize("arch", KINDS)
 def test_exports_of_all_kinds_of_architecture_run_in_this_process(tmp_path: Path, arch: str) -> None:
     module = build(f"torchvision:{arch}", classes=10, shape=(3, 224, 224)).eval()
     path = tmp_path / "model.onnx"
