@@ -9,14 +9,12 @@ import copy
 import hashlib
 import json
 import os
-import statistics
 import tempfile
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,12 +23,12 @@ from torch import nn
 from dpm_cli.engine.distributed import World
 from dpm_cli.errors import TargetError
 from dpm_cli.export import export_model, open_exported, require_runtime
-from dpm_cli.export.probe import CPU, Operator, clock_for, find_operators, time_operator, using_threads
+from dpm_cli.export.probe import CPU, Operator, find_operators, time_operator, using_threads
 from dpm_cli.files import write_text_atomic
 from dpm_cli.graph import Cost, Groups, compact_
 from dpm_cli.graph.labels import Flags, Ids
 from dpm_cli.layers.images import Shape
-from dpm_cli.measure import Run, flushing_denormals, hardware
+from dpm_cli.measure import Run, hardware, measure_in_turns
 from dpm_cli.method.budget import WidthLimits
 from dpm_cli.recipe.deployment import Latency
 from dpm_cli.run.latency_table import Grid, LatencyCost, Timed
@@ -39,7 +37,15 @@ SHARES = np.linspace(0, 1, 9)  # of the units that may leave each group, at whic
 WIDE, FEW, BLOCK = 64, 5, 16  # wider layers are timed at fewer widths, multiples of what runtimes compute at once
 ABOVE, BELOW = 0.01, 0.03  # of the target: a real export may take this much more or less than asked
 ATTEMPTS, FIRST_ATTEMPTS = 5, 2  # to make prediction and measurement agree; before training, scores will still change
-SECONDS, LEAST, CALLS = 2.0, 30, 5  # of one comparison, least calls of each, and calls of each in one turn
+SECONDS, LEAST, TURNS = 1.0, 30, 20  # of each of two exports that are compared, its least calls, and their turns
+
+
+class Compared(NamedTuple):
+    """What a slim export takes, by the lower quartile of the calls; of one thread on a CPU, in processor time."""
+
+    ratio: float  # to the dense one
+    dense: float  # nanoseconds of the dense one
+    doubt: str | None = None  # why the ratio may be wrong, in one clause
 
 
 class Stopwatch:
@@ -68,23 +74,18 @@ class Stopwatch:
         compact_(slim, self.groups, alive)
         return slim
 
-    def ratio(self, slim: nn.Module) -> tuple[float, float]:
-        """Return the latency of a slim model / of the dense one, and the nanoseconds of the latter, both in turns."""
+    def compare(self, slim: nn.Module) -> Compared:
+        """Measure the exports of a slim model and of the dense one in turns."""
         self._dense = self._dense or self._open(self.module)
-        runs, clock = (self._dense, self._open(slim)), clock_for(self.settings.threads, self.device)
-        times: tuple[list[int], list[int]] = ([], [])
-        end = time.perf_counter() + SECONDS
-        images = self.images.to(self.device)
-        with torch.inference_mode(), flushing_denormals(), using_threads(self.settings.threads):
-            while len(times[0]) < LEAST or time.perf_counter() < end:
-                for run, own in zip(runs, times):
-                    for number in range(CALLS + 1):
-                        start = clock()
-                        run(images)
-                        if number:  # the other one has emptied the caches
-                            own.append(clock() - start)
-        dense, took = (statistics.quantiles(own, n=4, method="inclusive")[0] for own in times)
-        return took / dense, dense
+        runs = {"dense": self._dense, "slim": self._open(slim)}
+        with using_threads(self.settings.threads):
+            measured = measure_in_turns(
+                runs, self.images.to(self.device), seconds=SECONDS, least=LEAST, turns=TURNS
+            ).values()
+        alone = self.settings.threads == 1 and self.device == CPU
+        dense, took = (latency.processor_ms if alone else latency.low_ms for latency in measured)
+        doubt = next((latency.doubt for latency in measured if latency.doubt), None)
+        return Compared(took / dense, dense * 1e6, doubt)
 
     def _open(self, module: nn.Module) -> Run:
         if self.settings.runtime == "torch":
@@ -111,8 +112,8 @@ class Stopwatch:
                     knots[1],
                     [[self._time(operator.resize(outputs, inputs)) for inputs in knots[1]] for outputs in knots[0]],
                 )
-        ratio, dense = self.ratio(self.shrink(widths.lowest(self.groups)))
-        return Timed(table, dense, ratio * dense)
+        lowest = self.compare(self.shrink(widths.lowest(self.groups)))
+        return Timed(table, lowest.dense, lowest.ratio * lowest.dense)
 
     def _time(self, operator: Operator | None) -> float:
         """Return nanoseconds of an operator beyond what every call takes; each kind is timed once."""
@@ -246,11 +247,13 @@ class Meter:
 
     def _measure(self, make: Callable[[], nn.Module]) -> float:
         """Return nanoseconds of an export, by its ratio to the dense one."""
-        ratio = self.world.share(self.stopwatch.ratio(make())[0] if self.world.is_main else 0.0)
+        compared = self.world.share(self.stopwatch.compare(make()) if self.world.is_main else None)
+        assert compared is not None
         dense, settings, device = self.cost.dense, self.settings, self.stopwatch.device
         where = f"{settings.threads} thread{'s' if settings.threads > 1 else ''}" if device == CPU else str(device)
         self.note = (
-            f"latency in {settings.runtime}, batch {settings.batch}, {where}: the export takes {ratio:.3f} of "
+            f"latency in {settings.runtime}, batch {settings.batch}, {where}: the export takes {compared.ratio:.3f} of "
             f"the dense one's {dense / 1e6:.3g} ms, measured in turns"
+            + (f"; this may be wrong: {compared.doubt}" if compared.doubt else "")
         )
-        return ratio * dense
+        return compared.ratio * dense

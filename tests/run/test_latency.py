@@ -22,7 +22,7 @@ from dpm_cli.models import build
 from dpm_cli.recipe import load_recipe
 from dpm_cli.recipe.deployment import Latency
 from dpm_cli.recipe.sections import Prune, Training
-from dpm_cli.run.latency import Stopwatch, load_or_time
+from dpm_cli.run.latency import Compared, Stopwatch, load_or_time
 from dpm_cli.run.latency_table import Grid, LatencyCost, Timed
 
 
@@ -66,7 +66,7 @@ def test_narrow_structure_takes_less_than_the_dense_one_in_turns(net: nn.Module,
     groups = find_groups(net, torch.zeros(2, 3, 64, 64))
     stopwatch = Stopwatch(net, groups, Latency.model_validate({"runtime": runtime, "batch": 4}), (3, 64, 64))
     narrow = stopwatch.shrink(np.isin(np.arange(groups.units), [0, 8]))
-    ratio, dense = stopwatch.ratio(narrow)
+    ratio, dense, _ = stopwatch.compare(narrow)
     assert 0 < ratio < 1
     assert dense > 0
 
@@ -78,7 +78,7 @@ def test_torch_on_cuda_is_timed_on_the_device_of_the_run(net: nn.Module) -> None
     stopwatch = Stopwatch(net, groups, Latency(runtime="torch", batch=8), (3, 64, 64), device)
     timed = stopwatch.time_all(find_width_limits(groups, round_to=4, min_keep=0.5))
     assert all(time > 0 for grid in timed.table.values() for row in grid.times for time in row)
-    assert stopwatch.ratio(stopwatch.shrink(np.isin(np.arange(groups.units), [0, 8])))[0] > 0
+    assert stopwatch.compare(stopwatch.shrink(np.isin(np.arange(groups.units), [0, 8])))[0] > 0
     assert next(net.parameters()).device == torch.device("cpu")  # the model itself stays where it is
 
 
@@ -156,7 +156,7 @@ def test_every_operator_is_timed_at_the_widths_that_it_can_have(
 ) -> None:
     groups = find_groups(net, torch.zeros(2, 3, 8, 8))
     stopwatch = Stopwatch(net, groups, Latency(), (3, 8, 8))
-    monkeypatch.setattr(stopwatch, "ratio", lambda slim: (0.5, 100.0))
+    monkeypatch.setattr(stopwatch, "compare", lambda slim: Compared(0.5, 100.0))
     timed = stopwatch.time_all(find_width_limits(groups, round_to=2, min_keep=0.5))
     assert {name: (grid.outputs, grid.inputs) for name, grid in timed.table.items()} == {
         "0.weight": ([4, 6, 8], [3]),
