@@ -161,6 +161,8 @@ def fork(arguments: list[str], environment: dict[str, str], output: int) -> int:
         os.environ.update(environment)
         os.dup2(output, 1)
         os.dup2(output, 2)
+        # A fork loses torch's pool of threads; when two threads renew it at once, the process aborts. This is one.
+        torch.set_num_threads(1)
         code = 70
         try:
             code = dpm(arguments)

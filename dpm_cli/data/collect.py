@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from dpm_cli.data.arrays import Arrays
-from dpm_cli.data.decode import MODES, Pixels, frame_image, open_image
+from dpm_cli.data.decode import Pixels, frame_image
+from dpm_cli.data.pictures import MODES, open_image
 from dpm_cli.errors import DataError, one_line
 from dpm_cli.layers.images import Framing
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -15,8 +14,8 @@ from torch.utils.data import DataLoader, Dataset
 
 from dpm_cli.data.augment import find_boxes
 from dpm_cli.data.corrupt import Corrupt
-from dpm_cli.errors import DataError, flatten
-from dpm_cli.files import open_regular
+from dpm_cli.data.pictures import open_image
+from dpm_cli.errors import DataError
 from dpm_cli.layers.images import Framing
 
 Pixels = NDArray[np.uint8]
@@ -24,46 +23,6 @@ Pixels = NDArray[np.uint8]
 WORTH_WORKERS = 16 << 20  # bytes of image files; below, starting processes takes longer than decoding
 LONGEST = 64  # times its short side
 CHUNK = 256  # images that a worker hands over at once
-MODES = {1: "L", 3: "RGB"}
-# What Pillow decodes itself; for others, such as EPS, it would start another program on a stranger's file.
-FORMATS = ("BMP", "GIF", "JPEG", "PNG", "PPM", "TIFF", "WEBP")
-BYTES = {"1": 1, "L": 1, "P": 1}  # of a pixel in memory; 4 of any other mode
-TIMES, MORE = 4, 280 << 20  # memory to decode a file: times its size, plus bytes
-
-
-class _TooLarge(Exception):
-    """The pixels would take much more memory than the size of the file tells."""
-
-
-def open_image(path: str, channels: int) -> Image.Image:
-    """Decode a file completely. Raises DataError naming the file."""
-    try:
-        with (
-            warnings.catch_warnings(action="ignore"),  # about EXIF data and palettes
-            open_regular(path) as file,
-            Image.open(file, formats=FORMATS) as image,
-        ):
-            mode = image.mode
-            wanted = MODES[channels]
-            _require_memory(image, wanted, os.fstat(file.fileno()).st_size)
-            image.load()
-            decoded = image if mode == wanted else image.convert(wanted)  # which would copy it
-    except _TooLarge as error:
-        raise DataError(f"{path} {error}: scale it down, or remove it") from None
-    except Exception as error:  # damaged files make PIL raise nearly anything, SyntaxError included
-        raise DataError(f"{path} is not a readable image ({flatten(error)}); repair or remove it") from None
-    if mode[0] in "IF":  # PIL clips these to white without a word
-        raise DataError(f"{path} has more than 8 bits per pixel (mode {mode}); convert it to 8 bits")
-    return decoded
-
-
-def _require_memory(image: Image.Image, mode: str, size: int) -> None:
-    """Raise _TooLarge for a picture of very many pixels in a very small file. size: bytes of the file."""
-    each = BYTES.get(image.mode, 4) * (2 if image.format == "WEBP" else 1)
-    each += BYTES.get(mode, 4) if image.mode != mode else 0
-    needed = image.width * image.height * each
-    if needed > TIMES * size + MORE:
-        raise _TooLarge(f"has {image.width}×{image.height} pixels, which take {needed >> 20} MB, in {size:,} bytes")
 
 
 def frame_image(image: Image.Image, framing: Framing) -> Image.Image:

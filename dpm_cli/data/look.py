@@ -1,14 +1,12 @@
 """Look at images without decoding them: classes, counts and sizes, to write a recipe by."""
 
 import statistics
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from dpm_cli.data.listing import TEST_PART, Listing, list_folder
+from dpm_cli.data.pictures import open_header
 from dpm_cli.data.tables import LINES, list_table
 from dpm_cli.errors import DataError
 from dpm_cli.recipe.values import DATASETS
@@ -79,7 +77,7 @@ def _open_some(paths: Sequence[str]) -> list[tuple[str, int, int]]:
     found = []
     for path in paths[:: max(1, len(paths) // OPENED)]:
         try:
-            with warnings.catch_warnings(action="ignore"), Image.open(path) as image:
+            with open_header(path) as (image, _):
                 found.append((image.mode, image.height, image.width))
         except Exception:  # damaged files make PIL raise nearly anything; the run will name them
             continue

@@ -1,6 +1,7 @@
 """Lists of images and pictures of strangers: read or refused in one line, within the bounds of a refusal."""
 
 import io
+import os
 import struct
 import zlib
 from collections.abc import Callable
@@ -11,7 +12,8 @@ from attack import bounded
 from PIL import Image
 
 from dpm_cli.data import load_data
-from dpm_cli.data.decode import open_image
+from dpm_cli.data.look import look_at
+from dpm_cli.data.pictures import open_image
 from dpm_cli.errors import DataError
 from dpm_cli.recipe.sections import Data
 
@@ -106,6 +108,29 @@ def tiff(width: int, height: int, entries: int = 0) -> bytes:
     return b"II*\0" + struct.pack("<IH", 8, len(fields)) + b"".join(fields) + bytes(4)
 
 
+def packed_tiff(block: int, *, tiled: bool) -> bytes:
+    """A TIFF of block x block pixels that are packed as one strip, or 16 x 16 pixels in a tile of that size."""
+    packer = zlib.compressobj()
+    data = b"".join(packer.compress(bytes(3 * block)) for _ in range(block)) + packer.flush()
+    side = 16 if tiled else block
+    tags = {256: side, 257: side, 258: 8, 259: 8, 262: 2, 277: 3}
+    tags |= {322: block, 323: block, 324: 0, 325: len(data)} if tiled else {273: 0, 278: block, 279: len(data)}
+    start = 8 + 2 + 12 * len(tags) + 4
+    fields = [struct.pack("<HHII", tag, 4, 1, start if tag in (273, 324) else n) for tag, n in sorted(tags.items())]
+    return b"II*\0" + struct.pack("<IH", 8, len(fields)) + b"".join(fields) + bytes(4) + data
+
+
+def flat(format: str, width: int, height: int, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (width, height)).save(buffer, format, **options)
+    return buffer.getvalue()
+
+
+def scan_per_colour(side: int) -> bytes:
+    """A baseline JPEG whose decoder must keep all colours before it can give a pixel, as a progressive one."""
+    return flat("JPEG", side, side, progressive=True, subsampling=0).replace(b"\xff\xc2", b"\xff\xc0", 1)
+
+
 PICTURES: dict[str, Callable[[], bytes]] = {
     "pixels without end": lambda: png(2**31 - 1, 2**31 - 1),
     "more pixels than Pillow takes": lambda: png(20_000, 20_000),
@@ -133,12 +158,26 @@ PICTURES: dict[str, Callable[[], bytes]] = {
     "random bytes": lambda: bytes(range(256)),
 }
 
+BUFFERED: dict[str, Callable[[], bytes]] = {  # whose decoders need much beside the pixels
+    "a TIFF of one packed strip": lambda: packed_tiff(8_000, tiled=False),
+    "a small TIFF in a huge tile": lambda: packed_tiff(10_500, tiled=True),
+    "a progressive JPEG": lambda: flat("JPEG", 7_000, 7_000, progressive=True, subsampling=0),
+    "a JPEG of a scan per colour": lambda: scan_per_colour(7_000),
+    "a small WebP of many pixels": lambda: flat("WEBP", 5_000, 5_000, quality=1, method=0),
+}
+
+
+@pytest.mark.parametrize("name", BUFFERED)
+@pytest.mark.thorough
+def test_picture_that_needs_buffers_is_bounded_too(tmp_path: Path, name: str) -> None:
+    test_picture_is_decoded_or_refused_in_one_line(tmp_path, name)
+
 
 @pytest.mark.parametrize("name", PICTURES)
 @pytest.mark.every(3)
 def test_picture_is_decoded_or_refused_in_one_line(tmp_path: Path, name: str) -> None:
     path = tmp_path / "picture.jpg"
-    path.write_bytes(PICTURES[name]())
+    path.write_bytes((PICTURES | BUFFERED)[name]())
     said = ""
     with bounded(path.stat().st_size):
         try:
@@ -147,6 +186,50 @@ def test_picture_is_decoded_or_refused_in_one_line(tmp_path: Path, name: str) ->
             said = str(error)
     assert "\n" not in said
     assert len(said) < 1500
+
+
+@pytest.mark.thorough
+def test_picture_of_a_phone_is_read(tmp_path: Path) -> None:
+    """108 million pixels in a few megabytes."""
+    (tmp_path / "phone.jpg").write_bytes(flat("JPEG", 12_000, 9_000))
+    with bounded(0):
+        assert open_image(str(tmp_path / "phone.jpg"), 3).size == (6_000, 4_500)
+
+
+def test_more_pixels_than_pillow_takes_say_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "large.png").write_bytes(png(20_000, 20_000))
+    with pytest.raises(DataError, match=r"large\.png has more than [\d,]+ pixels: scale it down, or remove it"):
+        open_image(str(tmp_path / "large.png"), 3)
+
+
+def test_jpeg_of_more_pixels_than_pillow_takes_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    (tmp_path / "large.jpg").write_bytes(flat("JPEG", 100, 80))
+    assert open_image(str(tmp_path / "large.jpg"), 3).size == (100, 80)
+
+
+def test_libtiff_does_not_print(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "damaged.tif").write_bytes(packed_tiff(64, tiled=True)[:-8])
+    with pytest.raises(DataError, match="is not a readable image"):
+        open_image(str(tmp_path / "damaged.tif"), 3)
+    assert capfd.readouterr().err == ""
+
+
+def test_file_of_another_kind_is_said_to_be_none_of_those_that_are_read(tmp_path: Path) -> None:
+    (tmp_path / "x.jpg").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n")
+    with pytest.raises(
+        DataError, match=r"not a readable image .none of BMP, GIF, JPEG, PNG, PPM, TIFF, WEBP, or damaged"
+    ):
+        open_image(str(tmp_path / "x.jpg"), 3)
+
+
+def test_looking_at_a_folder_waits_for_no_pipe(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        Image.new("RGB", (9, 9)).save(tmp_path / name / "1.png")
+    os.mkfifo(tmp_path / "a" / "0.jpg")
+    (tmp_path / "b" / "0.jpg").write_bytes(flat("EPS", 4, 4))  # which Pillow would take to another program
+    assert look_at(str(tmp_path)).height == 9
 
 
 def test_large_picture_in_a_small_file_says_what_to_do(tmp_path: Path) -> None:
