@@ -22,11 +22,13 @@ from torch import Tensor
 
 from dpm_cli.errors import ModelFileError, RunError, UsageError
 from dpm_cli.export.exported import ExportedModel
-from dpm_cli.export.frames import Broken, read_frame, write_frame
+from dpm_cli.export.frames import Broken, TooMuch, read_frame, write_frame
 from dpm_cli.layers.images import Shape
 
 ERRORS = {kind.__name__: kind for kind in (ModelFileError, RunError, UsageError)}
+WAY_OUT = "--trust (in Python trust=True) runs it without limits, if you trust whoever made it"
 PATIENCE = 20  # a limit of processor time passes by the clock after so many times that, on a busy machine
+MOST_ANSWER = 256 << 20  # bytes of the outputs for one batch
 STARTING = 300.0  # seconds for the process to begin, in which nothing of the file is read
 
 
@@ -38,13 +40,13 @@ def open_confined(path: Path, runtime: str | None, threads: int | None) -> Expor
     stranger = _Stranger(path, runtime, threads or torch.get_num_threads())
     about, _ = stranger.ask({"do": "open"})
     shape = _parse_shape(about.get("shape"))
-    metadata = {str(key): str(value) for key, value in dict(about.get("metadata") or {}).items()}
-
+    given = about.get("metadata")
+    metadata = {key: str(value) for key, value in given.items()} if isinstance(given, dict) else {}
     clocks = [0.0, 0.0]
 
     def outputs(images: Tensor) -> list[Tensor]:
         answer, arrays = stranger.ask({"do": "run"}, images.detach().cpu().contiguous().float().numpy())
-        clocks[:] = (clock + float(seconds) for clock, seconds in zip(clocks, answer.get("took") or ()))
+        clocks[:] = (clock + seconds for clock, seconds in zip(clocks, _parse_seconds(answer.get("took"))))
         return [torch.from_numpy(array) for array in arrays]
 
     def cost(image: Shape) -> tuple[int | None, int | None]:
@@ -90,7 +92,12 @@ class _Stranger:
 
     def _receive(self, deadline: float) -> tuple[dict[str, Any], list[Any]]:
         try:
-            return read_frame(self._answers, deadline)
+            return read_frame(self._answers, deadline, most=MOST_ANSWER)
+        except TooMuch:
+            self._end()
+            raise RunError(
+                f"{self._path} gives more than {MOST_ANSWER >> 20} MB of outputs for one batch of images: {WAY_OUT}"
+            ) from None
         except (Broken, OSError):
             raise self._gone() from None
         except BaseException:
@@ -103,12 +110,11 @@ class _Stranger:
             self._process.wait(1)
         code = self._process.poll()
         self._end()
-        way_out = "--trust (in Python trust=True) runs it without limits, if you trust whoever made it"
         if code is None or code == -getattr(signal, "SIGXCPU", 0):
-            return RunError(f"{self._path} takes more time than a file that dpm did not write may: {way_out}")
+            return RunError(f"{self._path} takes more time than a file that dpm did not write may: {WAY_OUT}")
         return RunError(
             f"{self._path} ended the process that it ran in, as one does that takes more memory than a file that dpm "
-            f"did not write may: {way_out}"
+            f"did not write may: {WAY_OUT}"
         )
 
 
@@ -128,5 +134,13 @@ def _parse_shape(value: object) -> Shape | None:
     return value[0], value[1], value[2]
 
 
+def _parse_seconds(value: object) -> tuple[float, float]:
+    """Return the times by the clock and of the processor; none that a clock cannot show are added to ours."""
+    if not isinstance(value, list) or len(value) != 2:
+        return 0.0, 0.0
+    clock, processor = (float(each) if type(each) in (int, float) and 0 <= each < 1e9 else 0.0 for each in value)
+    return clock, processor
+
+
 def _number(value: object) -> int | None:
-    return value if isinstance(value, int) and value >= 0 else None
+    return value if type(value) is int and value >= 0 else None

@@ -21,6 +21,10 @@ class Broken(Exception):
     """The other process has gone, is too slow, or sends what is no frame."""
 
 
+class TooMuch(Broken):
+    """The other process sends more numbers than anybody asked for."""
+
+
 def write_frame(stream: IO[bytes], values: Mapping[str, Any], arrays: Iterable["np.ndarray[Any, Any]"] = ()) -> None:
     """Write values, and after them arrays of numbers. Raises OSError if nobody reads, ValueError for other arrays."""
     arrays = [np.ascontiguousarray(array) for array in arrays]
@@ -34,26 +38,41 @@ def write_frame(stream: IO[bytes], values: Mapping[str, Any], arrays: Iterable["
     stream.flush()
 
 
-def read_frame(stream: RawIOBase, deadline: float | None = None) -> tuple[dict[str, Any], list["np.ndarray[Any, Any]"]]:
-    """Read what `write_frame` wrote. deadline: of `time.monotonic`. Raises Broken."""
+def read_frame(
+    stream: RawIOBase, deadline: float | None = None, *, most: float = math.inf
+) -> tuple[dict[str, Any], list["np.ndarray[Any, Any]"]]:
+    """Read what `write_frame` wrote. deadline: of `time.monotonic`. most: bytes of all arrays. Raises Broken."""
     (length,) = LENGTH.unpack(_read(stream, LENGTH.size, deadline))
     if length > MOST_JSON:
         raise Broken("the header is too long")
     try:
         values = json.loads(_read(stream, length, deadline))
-        arrays = [_read_array(stream, str(kind), shape, deadline) for kind, shape in values.pop("arrays")]
+        described = [(_parse_kind(kind), _parse_sizes(sizes)) for kind, sizes in values.pop("arrays")]
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Broken(f"no frame: {error}") from None
-    return values, arrays
+    if (needed := sum(kind.itemsize * math.prod(sizes) for kind, sizes in described)) > most:
+        raise TooMuch(f"{needed} bytes")
+    return values, [_read_array(stream, kind, sizes, deadline) for kind, sizes in described]
 
 
-def _read_array(stream: RawIOBase, kind: str, shape: list[int], deadline: float | None) -> "np.ndarray[Any, Any]":
-    if kind not in KINDS or not all(isinstance(size, int) and size >= 0 for size in shape):
-        raise Broken(f"an array of {kind}")
-    dtype = np.dtype(kind)
-    if math.prod(shape) > MOST_NUMBERS:
-        raise Broken("an array without end")
-    return np.frombuffer(_read(stream, math.prod(shape) * dtype.itemsize, deadline), dtype).reshape(shape)
+def _parse_kind(kind: object) -> "np.dtype[Any]":
+    if kind not in KINDS:
+        raise ValueError(f"an array of {kind}")
+    return np.dtype(str(kind))
+
+
+def _parse_sizes(sizes: object) -> list[int]:
+    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+        raise ValueError(f"an array of shape {sizes}")
+    if math.prod(sizes) > MOST_NUMBERS:
+        raise ValueError("an array without end")
+    return sizes
+
+
+def _read_array(
+    stream: RawIOBase, kind: "np.dtype[Any]", sizes: list[int], deadline: float | None
+) -> "np.ndarray[Any, Any]":
+    return np.frombuffer(_read(stream, math.prod(sizes) * kind.itemsize, deadline), kind).reshape(sizes)
 
 
 def _read(stream: RawIOBase, size: int, deadline: float | None) -> bytearray:

@@ -1,5 +1,9 @@
 """ONNX of strangers: a graph may loop for ever and take all memory, when it is opened and when it runs."""
 
+import contextlib
+import json
+import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +11,7 @@ import onnx
 import pytest
 import torch
 from architectures import KINDS
+from attack import bounded
 from digits_recipe import recipe
 from onnx import TensorProto, helper, numpy_helper
 from safetensors.torch import save_file
@@ -15,6 +20,7 @@ import dpm_cli
 from dpm_cli.errors import DpmError, ModelFileError, RunError
 from dpm_cli.export import onnx as onnx_files
 from dpm_cli.export import open_exported
+from dpm_cli.export.confined import open_confined
 from dpm_cli.export.ours_onnx import find_foreign
 from dpm_cli.measure import read_clocks
 from dpm_cli.models import build
@@ -210,6 +216,49 @@ def test_latency_of_a_confined_file_is_that_of_its_process(tmp_path: Path) -> No
     ours, stranger = dpm_cli.benchmark(files, threads=[1], batches=[8], seconds=0.2)
     assert stranger.processor > 0.3 * ours.processor
     assert 1 / 3 < stranger.faster < 3
+
+
+@pytest.mark.thorough
+def test_outputs_without_end_are_one_line(tmp_path: Path) -> None:
+    """The process of the file may take gigabytes; this one must not read them."""
+    sizes = helper.make_tensor("n", TensorProto.INT64, [2], [1, 70_000_000])
+    nodes = [
+        node("Constant", [], ["n"], value=sizes),
+        node("ReduceMax", ["x"], ["m"], keepdims=0),
+        node("Expand", ["m", "n"], ["y"]),
+    ]
+    path = write(tmp_path / "m.onnx", nodes)
+    with bounded(path.stat().st_size), pytest.raises(RunError, match=r"m\.onnx gives more than 256 MB of outputs"):
+        dpm_cli.evaluate(path, recipe(), latency=False)
+
+
+LIES = [
+    {"took": ["a", None]}, {"took": [[], {}]}, {"took": 5}, {"took": [float("nan"), -1e300]}, {"took": [1]},
+    {"metadata": [1]}, {"metadata": 7}, {"shape": [True, 1, 1]}, {"shape": "abc"}, {"macs": True}, {"macs": -1},
+    {"error": [1]}, {"error": "SystemExit", "said": 1}, {"arrays": 5}, {"arrays": [["float32", [-1]]]},
+    {"arrays": [["float32", [True]]]}, {"arrays": [["object", [1]]]}, {"arrays": [[["float32"], [1]]]},
+    {"arrays": [["float32", [1 << 40]]]},
+]  # fmt: skip
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("lie", LIES, ids=str)
+def test_process_that_lies_costs_no_more_than_its_file(lie: dict[str, Any], tmp_path: Path, monkeypatch: Any) -> None:
+    """A file that takes its process over may send anything."""
+    liar = tmp_path / "liar"
+    answer = json.dumps({"arrays": [], **lie}).encode()
+    liar.write_text(
+        f"#!{sys.executable}\nimport sys\nfor _ in range(9):\n"
+        f"  sys.stdout.buffer.write({struct.pack('<I', len(answer)) + answer!r}); sys.stdout.buffer.flush()\n"
+        "sys.stdin.buffer.read()\n"
+    )
+    liar.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(liar))
+    with contextlib.suppress(DpmError):
+        model = open_confined(tmp_path / "m.onnx", None, 1)
+        assert model.cost((1, 8, 8)) == (None, None)
+        assert model.outputs(torch.zeros(1, 1, 8, 8)) == []
+        assert all(0 <= seconds < 1e9 for seconds in model.read_clocks())
 
 
 def test_weights_start_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
