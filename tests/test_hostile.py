@@ -272,6 +272,7 @@ MODELS: dict[str, Callable[[], bytes]] = {
     "state dicts in state dicts": lambda: saved(nested(100)),
     "weights by number": lambda: saved({i: torch.zeros(1) for i in range(1000)}),
     "a hundred thousand names": lambda: saved(dict.fromkeys(map(str, range(100_000)), 0)),
+    "wrappers in wrappers": lambda: saved({"module." * 100_000 + "a": torch.zeros(1)}),
     "names that steer a terminal": lambda: saved({"\x1b[2J\n\r": torch.zeros(1)}),
     "complex weights": lambda: saved({"conv1.weight": torch.zeros(2, dtype=torch.complex64)}),
     "sparse weights": lambda: saved({"conv1.weight": torch.zeros(2).to_sparse()}),

@@ -1,5 +1,6 @@
 """Find the tensors in a model file's content and load them into a dense module of the recipe's architecture."""
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -125,10 +126,12 @@ def _find_problem(tensor: Tensor) -> str | None:
 
 def strip_wrappers(tensors: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
     """Remove prefixes that all names have, unless the module's own names have them too."""
-    wrapper = next((prefix for prefix in WRAPPERS if all(name.startswith(prefix) for name in tensors)), None)
-    if wrapper is None or all(name.startswith(wrapper) for name in expected):
-        return tensors
-    return strip_wrappers({name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}, expected)
+    foreign = [wrapper for wrapper in WRAPPERS if not all(name.startswith(wrapper) for name in expected)]
+    shared = os.path.commonprefix(list(tensors))  # noqa: RUF071  # of names, not of paths
+    # At once, because a stranger's names may begin with thousands of them.
+    found = re.match(f"(?:{'|'.join(map(re.escape, foreign))})*", shared)
+    length = found.end() if found else 0
+    return {name[length:]: tensor for name, tensor in tensors.items()}
 
 
 def _compare(name: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str:
