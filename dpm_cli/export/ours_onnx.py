@@ -5,6 +5,7 @@ any size. What is found here needs no truth: a file that is taken for a stranger
 """
 
 import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from dpm_cli.layers.images import Shape
 
 MARK = "dpm_recipe"  # in the metadata of every file that this package writes
 MOST_NODES = 100_000
-MOST_NUMBERS = 1 << 26  # of one tensor, for one image: 256 MB
+MOST_NUMBERS = 1 << 24  # of all tensors that are needed at one time, for one image: 64 MB, and a batch has a hundred
+MOST_WRITTEN = 1 << 32  # numbers of all tensors together, for one image
 MOST_MACS = 10**12  # of one image; the largest vision transformers have a fifth
 MOST_OF_A_SHAPE = 1 << 12  # bytes of a constant that may be the shape of something
 DOMAINS = ("", "ai.onnx")
@@ -46,6 +48,8 @@ def _find_odd_part(model: Any) -> str | None:
 
 
 def _find_excess(model: Any) -> str | None:
+    import onnx
+
     shape = _image_of(model.graph)
     if shape is None:
         return "it does not take one batch of images of one size"
@@ -59,8 +63,29 @@ def _find_excess(model: Any) -> str | None:
                 return f"the size of {name[:40]!r} is not known beforehand"
             if math.prod(sizes) > MOST_NUMBERS:
                 return f"{name[:40]!r} has {math.prod(sizes)} numbers"
+    if any(
+        each.type.tensor_type.elem_type == onnx.TensorProto.STRING for each in (*inferred.value_info, *inferred.output)
+    ):
+        return "it computes with texts"  # whose length no shape tells
+    if any(node.op_type == "Einsum" and len(node.input) > 2 for node in inferred.node):
+        return "it multiplies more than two tensors at once"
+    numbers = {name: math.prod(shapes[name] or ()) for node in inferred.node for name in filter(None, node.output)}
+    if sum(numbers.values()) > MOST_WRITTEN or _count_alive(inferred, numbers) > MOST_NUMBERS:
+        return "its tensors have too many numbers together"
     macs = count_macs_of(inferred, shapes)
     return None if macs is not None and macs <= MOST_MACS else "it computes too much"
+
+
+def _count_alive(graph: Any, numbers: Mapping[str, int]) -> int:
+    """Return the most numbers that are needed at one time. numbers: of the outputs of operators, by name."""
+    last = {name: place for place, node in enumerate(graph.node) for name in (*node.output, *node.input)}
+    last |= {output.name: len(graph.node) for output in graph.output}
+    alive = most = 0
+    for place, node in enumerate(graph.node):
+        alive += sum(numbers[name] for name in set(node.output) if name)
+        most = max(most, alive)
+        alive -= sum(numbers.get(name, 0) for name in {*node.input, *node.output} if name and last[name] == place)
+    return most
 
 
 def _image_of(graph: Any) -> Shape | None:

@@ -39,7 +39,7 @@ def write(path: Path, nodes: list[Any], *, weights: dict[str, torch.Tensor] = WE
         [value("y", TensorProto.FLOAT, ["batch", 10])],
         [numpy_helper.from_array(tensor.numpy(), name) for name, tensor in weights.items()],
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 20)], ir_version=9)
     if mark:
         helper.set_model_props(model, {"dpm_recipe": "abc"})
     path.write_bytes(model.SerializeToString())
@@ -131,9 +131,38 @@ def test_exports_of_all_kinds_of_architecture_run_in_this_process(tmp_path: Path
     assert open_exported(path).cost((3, 224, 224))[0] is not None
 
 
+def keep_all(count: int) -> list[Any]:
+    """Make tensors of eight million numbers each, all of which a sum at the end needs."""
+    sizes = helper.make_tensor("n", TensorProto.INT64, [3], [1, 64, 1 << 17])
+    one = helper.make_tensor("one", TensorProto.INT64, [1], [2])
+    start = [node("Constant", [], ["n"], value=sizes), node("Constant", [], ["two"], value=one)]
+    start += [node("Flatten", ["x"], ["flat"]), node("Unsqueeze", ["flat", "two"], ["thin"])]
+    large = [node("Expand", ["thin", "n"], [f"large{number}"]) for number in range(count)]
+    small = [node("ReduceMax", [f"large{number}", "two"], [f"small{number}"], keepdims=0) for number in range(count)]
+    total = node("Sum", [f"small{number}" for number in range(count)], ["total"])
+    return [*start, *large, *small, total, node("MatMul", ["total", "w"], ["y"])]
+
+
+def double_texts() -> list[Any]:
+    text = helper.make_tensor("t", TensorProto.STRING, [1], [b"ab"])
+    doubled = [node("StringConcat", [f"t{i}", f"t{i}"], [f"t{i + 1}"]) for i in range(40)]
+    return [node("Constant", [], ["t0"], value=text), *doubled, *CLASSIFY]
+
+
+def multiply_all() -> list[Any]:
+    return [
+        node("Flatten", ["x"], ["flat"]),
+        node("Einsum", ["flat", "flat", "flat", "flat", "w"], ["y"], equation="ab,ac,ad,ae,ef->af"),
+    ]
+
+
 @pytest.mark.parametrize(
     ("nodes", "said"),
     [
+        (keep_all(20), "too many numbers together"),
+        (keep_all(1), "None"),
+        (double_texts(), "computes with texts"),
+        (multiply_all(), "more than two tensors"),
         (loop_for_ever(), "branches or loops"),
         (take(1 << 40, folded=True), "numbers"),
         (take(1 << 40, folded=False), "numbers"),
