@@ -24,6 +24,7 @@ CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
 PAGE = "report.html"  # what report.json and metrics.jsonl say, to look at
 METADATA = "model.json"  # beside exported files: class names, and how a picture becomes an input
 LOCK = ".dpm-lock"  # exists while a run writes here
+HOLDER = "process "  # the first word in a lock
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # refuse to open a link, where the system can
 MAGIC = b"DPMCKPT1"  # the first bytes of a checkpoint
 MARKS = {  # what a run writes -> bytes that every such file of ours holds
@@ -221,6 +222,8 @@ def locked(folder: Path, name: str = LOCK, *, wanted: bool = True) -> Iterator[N
         return
     if os.path.lexists(path) and not _is_regular(path):
         raise OutputError(f"{path} is {_describe(path)}, not a lock of dpm: remove it, or choose another --output")
+    if not _is_lock(path):
+        raise OutputError(f"{path} is no lock of dpm: move it, or choose another --output")
     lock = FileLock(path, timeout=0, fallback_to_soft=False)  # a soft lock would outlive a killed run
     try:
         lock.acquire()
@@ -238,12 +241,21 @@ def locked(folder: Path, name: str = LOCK, *, wanted: bool = True) -> Iterator[N
         with contextlib.suppress(OSError):  # on Windows nobody can write to a locked file
             descriptor = os.open(path, os.O_WRONLY | os.O_TRUNC | NO_LINK)
             with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-                file.write(f"process {os.getpid()} on {socket.gethostname()}")
+                file.write(f"{HOLDER}{os.getpid()} on {socket.gethostname()}")
         yield
     finally:
         with contextlib.suppress(OSError):  # the folder may have been removed meanwhile
             path.unlink()
         lock.release()
+
+
+def _is_lock(path: Path) -> bool:
+    """Tell whether a lock could be made here: there is nothing yet, or one of ours that was left behind."""
+    try:
+        with open_regular(path) as file:
+            return file.read(len(HOLDER)) in (b"", HOLDER.encode())
+    except OSError:
+        return True  # there is none, or locking it tells why it cannot be
 
 
 def find_holder(path: Path) -> str | None:

@@ -169,6 +169,9 @@ RECIPES = {
     "architecture of escapes": with_setting(model={"arch": "\x1b[2J"}),
     "architecture of a megabyte": with_setting(model={"arch": "a" * 900_000}),
     "root with a NUL": with_setting(data={"name": "folder", "root": "a\0b"}),
+    "target of 400 digits": b"model: {arch: digits, classes: 10, input: [1, 8, 8]}\ndata: {name: digits}\n"
+    b"prune: {target: {macs: " + b"9" * 400 + b"}}",
+    "time of 400 digits": with_setting(prune={"target": {"latency": "9" * 400 + "ms"}}),
     "pattern without end": with_setting(prune={"keep": ["*" * 5000 + "a"]}),
 }
 

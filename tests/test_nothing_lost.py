@@ -147,6 +147,15 @@ def test_no_link_is_followed(name: str, target: str, capsys: pytest.CaptureFixtu
     assert (Path("out") / name).is_symlink()
 
 
+@pytest.mark.parametrize("linked", [True, False])
+def test_lock_that_is_not_ours_is_kept(linked: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    Path("out").mkdir()
+    Path("mine").write_text(PRECIOUS)
+    (Path("out") / LOCK).hardlink_to("mine") if linked else (Path("out") / LOCK).write_text(PRECIOUS)
+    assert_refused_and_kept(f"out/{LOCK} is no lock of dpm", capsys)
+    assert (Path("out") / LOCK).read_text() == PRECIOUS
+
+
 @pytest.mark.thorough
 def test_link_that_appears_during_a_run_is_not_followed(model: Path) -> None:
     Path("mine").write_text(PRECIOUS)

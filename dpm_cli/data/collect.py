@@ -61,7 +61,7 @@ def collect(samples: Any, framing: Framing, *, what: str, labels: bool, most: in
             )
         image, label = _take_apart(sample, f"image {index} of {what}", labels=labels)
         try:
-            pixels.append(_to_pixels(image, framing))
+            pixels.append(_to_pixels(image, framing, f"image {index} of {what}"))
         except DataError:
             raise
         except Exception as error:  # foreign objects may raise anything
@@ -132,11 +132,13 @@ def _to_plain(label: Any) -> Any:
     return label
 
 
-def _to_pixels(image: Any, framing: Framing) -> Pixels:
+def _to_pixels(image: Any, framing: Framing, name: str) -> Pixels:
     """Bring one image of any kind to (C, H, W) uint8. Raises DataError, or anything else that its kind raises."""
     channels = framing.shape[0]
     if isinstance(image, str | Path):
         picture = open_image(str(image), channels)
+    elif isinstance(image, bytes):
+        picture = open_image(image, channels, name=name)
     else:
         picture = (image if isinstance(image, Image.Image) else _to_picture(image)).convert(MODES[channels])
     pixels: Pixels = np.asarray(frame_image(picture, framing))

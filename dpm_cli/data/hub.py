@@ -19,7 +19,10 @@ TEST = ("test", "validation", "val", "valid")
 
 @dataclass(frozen=True)
 class Rows:
-    """One split of a Hugging Face dataset; `dataset[i][column]` is an image."""
+    """One split of a Hugging Face dataset; `dataset[i][column]` is an image file: its bytes, or else its path.
+
+    The library itself would let Pillow open any format, some of them by other programs.
+    """
 
     dataset: Any
     column: str
@@ -33,7 +36,8 @@ class Rows:
         return replace(self, dataset=self.dataset.select(index.tolist()), labels=self.labels[index])
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return self.dataset[index][self.column], int(self.labels[index])
+        file = self.dataset[index][self.column]
+        return file["bytes"] or file["path"], int(self.labels[index])
 
 
 def read_hub(name: str, root: Path, *, download: bool, labels: bool) -> tuple[Rows, Rows | None, tuple[str, ...]]:
@@ -95,6 +99,7 @@ def _take_columns(
     column = next((key for key, kind in features.items() if isinstance(kind, datasets.Image)), None)
     if column is None:
         raise DataError(f"data.name {name} has the columns {listing(features, 8)}, but none holds images")
+    dataset = dataset.cast_column(column, datasets.Image(decode=False))
     if not labels:
         return Rows(dataset, column, torch.zeros(len(dataset), dtype=torch.int64)), ()
     label = next((key for key, kind in features.items() if isinstance(kind, datasets.ClassLabel)), None)

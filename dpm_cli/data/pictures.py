@@ -1,6 +1,7 @@
 """Open one picture of anybody: formats that Pillow decodes itself, in no more memory than the file gives reason for."""
 
 import contextlib
+import io
 import os
 import struct
 import sys
@@ -30,17 +31,17 @@ class _TooLarge(Exception):
 
 
 @contextlib.contextmanager
-def open_header(path: str) -> Iterator[tuple[Image.Image, int]]:
-    """Yield an image of which only the header has been read, and the bytes of its file.
+def open_header(source: str | bytes) -> Iterator[tuple[Image.Image, int]]:
+    """Yield an image of which only the header has been read, and the number of bytes of its file.
 
-    Raises OSError for what is no regular file, and nearly anything for damaged ones.
+    source: a path, or what a file holds. Raises OSError for what is no regular file, nearly anything for damaged ones.
     """
     with (
         warnings.catch_warnings(action="ignore"),  # about EXIF data, palettes and many pixels
-        open_regular(path) as file,
+        open_regular(source) if isinstance(source, str) else io.BytesIO(source) as file,
         _open(file) as image,
     ):
-        yield image, os.fstat(file.fileno()).st_size
+        yield image, os.fstat(file.fileno()).st_size if isinstance(source, str) else len(source)
 
 
 def _open(file: BinaryIO) -> Image.Image:
@@ -57,25 +58,25 @@ def _open(file: BinaryIO) -> Image.Image:
         return JpegImageFile(file)
 
 
-def open_image(path: str, channels: int) -> Image.Image:
-    """Decode a file completely. Raises DataError naming the file.
+def open_image(source: str | bytes, channels: int, *, name: str | None = None) -> Image.Image:
+    """Decode a file, or what it holds, completely. Raises DataError naming the file. name: of what has no path.
 
     A JPEG whose pixels would take too much memory, such as a phone's of 108 million, comes at half its sides or less.
     """
-    wanted = MODES[channels]
+    wanted, name = MODES[channels], name or str(source)
     try:
-        with open_header(path) as (image, size):
+        with open_header(source) as (image, size):
             mode = image.mode
             _fit_memory_(image, wanted, size)
             with _silent_libtiff(image):
                 image.load()
             decoded = image if mode == wanted else image.convert(wanted)  # which would copy it
     except _TooLarge as error:
-        raise DataError(f"{path} {error}: scale it down, or remove it") from None
+        raise DataError(f"{name} {error}: scale it down, or remove it") from None
     except Exception as error:  # damaged files make PIL raise nearly anything, SyntaxError included
-        raise DataError(f"{path} is not a readable image ({flatten(error)}); repair or remove it") from None
+        raise DataError(f"{name} is not a readable image ({flatten(error)}); repair or remove it") from None
     if mode[0] in "IF":  # PIL clips these to white without a word
-        raise DataError(f"{path} has more than 8 bits per pixel (mode {mode}); convert it to 8 bits")
+        raise DataError(f"{name} has more than 8 bits per pixel (mode {mode}); convert it to 8 bits")
     return decoded
 
 

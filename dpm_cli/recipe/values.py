@@ -1,6 +1,5 @@
 """Define the values that settings take: ranges of numbers, amounts such as "60M", and the base of all sections."""
 
-import math
 import re
 from typing import Annotated, Literal
 
@@ -8,6 +7,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainSeriali
 
 DATASETS = ("digits", "cifar10", "cifar100", "fashion-mnist", "folder", "csv")
 MOST_ROUNDS = 10_000
+MOST_AMOUNT = 1e18  # of operations, bytes or parts of a second
 SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
@@ -21,7 +21,7 @@ def parse_amount(value: object) -> float:
     """Read a kept fraction in (0, 1) or an absolute number such as 60000000, "60M" or "1.2G"."""
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGBkmgb]?)\s*", value)):
         value = float(match[1]) * SUFFIXES.get(match[2].upper(), 1)
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_AMOUNT:
         raise ValueError("must be a fraction to keep such as 0.47, or an absolute such as 60M")
     if 1 <= value < 2:
         raise ValueError(f"{value} keeps everything: a fraction to keep lies below 1, an absolute is 2 or more")
@@ -42,7 +42,7 @@ def parse_latency(value: object) -> float:
     """Read a kept fraction in (0, 1), or a time such as "12ms", "0.5 ms" or "800us"; return nanoseconds."""
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|µs|ms|s)\s*", value)
-        if match and float(match[1]) > 0:
+        if match and 0 < float(match[1]) < MOST_AMOUNT:
             return float(match[1]) * {"s": 1e9, "ms": 1e6}.get(match[2], 1e3)
     elif type(value) is float and 0 < value < 1:
         return value

@@ -166,6 +166,18 @@ def test_a_hugging_face_dataset_without_images_is_one_line(load: Load, tmp_path:
 
 @pytest.mark.slow  # the library takes seconds to import
 @pytest.mark.filterwarnings("ignore")
+def test_a_hugging_face_dataset_starts_no_other_program_for_an_image(load: Load, tmp_path: Path, hub: Any) -> None:
+    """Pillow would have Ghostscript draw it."""
+    script = {"bytes": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n", "path": None}
+    features = hub.Features({"image": hub.Image(), "label": hub.ClassLabel(names=list("abc"))})
+    columns = {"image": [script] * 9, "label": list("abc") * 3}
+    hub.Dataset.from_dict(columns, features=features).to_parquet(str(tmp_path / "train.parquet"))
+    with pytest.raises(DataError, match=r"image 0 of .* is not a readable image .none of BMP"):
+        load("hf:parquet", root=tmp_path)
+
+
+@pytest.mark.slow  # the library takes seconds to import
+@pytest.mark.filterwarnings("ignore")
 def test_an_absent_hugging_face_dataset_is_one_line(load: Load, tmp_path: Path, hub: Any) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"hf:imagefolder cannot be loaded from .*; local files are read by"):
