@@ -1,7 +1,7 @@
 """Analyse a model: export it, label its graph, keep what cannot go, and solve the ties."""
 
 import fnmatch
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from torch import Tensor, nn
@@ -13,9 +13,11 @@ from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.numbering import UNUSED, number_groups
 from dpm_cli.graph.program import Example, export, output_shapes, split_example
+from dpm_cli.graph.sizes import Asking
 from dpm_cli.graph.trace import label
 from dpm_cli.layers.attention import fit_slim_class_
 from dpm_cli.layers.counting import can_lose_channels
+from dpm_cli.layers.requests import requests_of
 
 
 def trace_groups(
@@ -49,7 +51,10 @@ def trace_groups(
     _keep_buffers(model, ties)
     _keep_shared_axes(ties)
     _tie_numbers(model, ties)
-    return replace(number_groups(model, ties, parameters, aliases, unused), outputs=output_shapes(program))
+    ties.asking[:] = _asked_as_built(model, ties.asking)
+    answering = frozenset(name for name, layer in model.named_modules() if requests_of(layer))
+    groups = number_groups(model, ties, parameters, aliases, unused)
+    return replace(groups, outputs=output_shapes(program), answering=answering)
 
 
 def _aliases(model: nn.Module) -> dict[str, tuple[str, ...]]:
@@ -83,6 +88,24 @@ def _batch_of(example: Example) -> int:
         if tensors:
             return len(argument) if isinstance(argument, list) else int(tensors[0].shape[0]) if tensors[0].dim() else 1
     raise UsageError("the example holds no tensor: pass inputs as the model takes them")
+
+
+def _asked_as_built(model: nn.Module, asking: Sequence[Asking]) -> Iterator[Asking]:
+    """Yield what layers' own code asks for, of the sizes that it names even if others are left of them.
+
+    Attention layers that take their sizes from their weights ask for nothing.
+    """
+    for call in asking:
+        layer = model.get_submodule(call.layer)
+        if fit_slim_class_(layer):
+            continue
+        shape = (call.rank, call.after_rank, [(size.axis, size.asked) for size in call.asked])
+        for request in requests_of(layer):
+            if shape == (request.rank, request.after_rank, [(axis, left) for axis, _, left in request.asked]):
+                sizes = (replace(size, asked=asked) for size, (_, asked, _) in zip(call.asked, request.asked))
+                call = replace(call, asked=tuple(sizes))
+                break
+        yield call
 
 
 def _tie_numbers(model: nn.Module, ties: Ties) -> None:

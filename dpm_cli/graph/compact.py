@@ -8,9 +8,11 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.graph.groups import Groups, NumberChange
-from dpm_cli.graph.labels import Counts, Flags, Ids
+from dpm_cli.graph.labels import Flags, Ids
+from dpm_cli.graph.sizes import Counts
 from dpm_cli.layers.attention import fit_slim_class_
 from dpm_cli.layers.counting import note_count_
+from dpm_cli.layers.requests import answer_
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
 
@@ -52,6 +54,8 @@ def compact_(model: nn.Module, groups: Groups, alive: Flags) -> KeptPositions:
         layer = model.get_submodule(name)
         if not fit_slim_class_(layer) and not (isinstance(layer, nn.GroupNorm) and layer.weight is not None):
             _resize_numbers_(layer, changes)
+    for name, requests in groups.new_requests(alive).items():
+        answer_(model.get_submodule(name), [request for request in requests if request.needs_answer])
     return kept
 
 

@@ -71,6 +71,7 @@ class Rehearsal:
         inside = f"{self._failed_in}."
         touched = [part.units for part in groups.slices if self._failed_in and part.tensor.startswith(inside)]
         touched += [units for held in groups.numbers if held.layer == self._failed_in for units in held.parts]
+        touched += [asking.counted() for asking in groups.asking if asking.layer == self._failed_in]
         units = np.unique(np.concatenate([each.ravel() for each in touched])) if touched else np.zeros(0, np.int64)
         return set(groups.group_of_unit[units[units < groups.units]].tolist())
 

@@ -1,14 +1,16 @@
 """Hold groups of units: which positions of which parameters belong together, with their roles and cost."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
 from dpm_cli.graph.cost import Cost
-from dpm_cli.graph.labels import Counts, Flags, Ids, Role
+from dpm_cli.graph.labels import Flags, Ids, Role
+from dpm_cli.graph.sizes import Asking, Counts, Number
+from dpm_cli.layers.requests import Request
 
 
 @dataclass(frozen=True)
@@ -35,15 +37,6 @@ class Group:
     @property
     def range(self) -> slice:
         return slice(self.start, self.start + self.size)
-
-
-@dataclass(frozen=True)
-class HeldNumber:
-    """A number, or a list of numbers, that a layer's own code holds and that must follow when units are removed."""
-
-    layer: str
-    parts: tuple[Ids, ...]  # of each number: the units of what it counts; `Groups.units` for what always stays
-    counts: Counts
 
 
 @dataclass(frozen=True)
@@ -81,7 +74,9 @@ class Groups:
     kept: tuple[Kept, ...]
     cost: Cost
     aliases: Mapping[str, tuple[str, ...]]  # a parameter's name -> all its names, where it is shared
-    numbers: tuple[HeldNumber, ...] = ()
+    numbers: tuple[Number, ...] = ()  # that count units; `units` for what always stays
+    asking: tuple[Asking, ...] = ()  # likewise
+    answering: frozenset[str] = frozenset()  # layers whose code goes on asking for the sizes of the dense model
     outputs: tuple[tuple[int, ...], ...] = ()  # shapes of what the model returns for the example
     layer_macs: Mapping[str, int] = field(default_factory=dict)  # of one input, in the dense model
 
@@ -134,11 +129,28 @@ class Groups:
         stays = np.append(alive, True)
         changes: dict[str, list[NumberChange]] = {}
         for number in self.numbers:
+            if number.layer in self.answering:
+                continue
             old = tuple(len(units) for units in number.parts)
             new = tuple(int(stays[units].sum()) for units in number.parts)
             if new != old:
                 changes.setdefault(number.layer, []).append(NumberChange(old, new, number.counts))
         return changes
+
+    def new_requests(self, alive: Flags) -> dict[str, list[Request]]:
+        """Return what the code of answering layers asks for, with the sizes that are left. alive: (units,)"""
+        stays = np.append(alive, True)
+        requests: dict[str, dict[Request, None]] = {}
+        for asking in self.asking:
+            if asking.layer in self.answering:
+                requests.setdefault(asking.layer, {})[asking.request(stays)] = None
+        return {layer: list(found) for layer, found in requests.items()}
+
+    def letting_answer(self, numbers: Collection[int]) -> "Groups":
+        """Return the same groups, with layers that answer where code asks for sizes of some groups (by number)."""
+        wanted = np.append(np.isin(self.group_of_unit, list(numbers)), False)
+        layers = {asking.layer for asking in self.asking if wanted[asking.counted()].any()}
+        return replace(self, answering=self.answering | layers)
 
     def survivors(self, alive: Flags) -> "Groups":
         """Return the groups of the compacted model: dead units are gone, the others renumbered. alive: (units,)"""
@@ -148,10 +160,12 @@ class Groups:
         for part in self.slices:
             units = number[part.units]
             slices.append(replace(part, units=units[units >= 0]))
-        numbers = tuple(
-            replace(held, parts=tuple(units[units >= 0] for units in (number[part] for part in held.parts)))
-            for held in self.numbers
-        )
+
+        def renumber(units: Ids) -> Ids:
+            fresh: Ids = number[units]
+            return fresh[fresh >= 0]
+
+        numbers = tuple(replace(held, parts=tuple(map(renumber, held.parts))) for held in self.numbers)
         groups, start = [], 0
         for group in self.groups:
             size = int(alive[group.range].sum())
@@ -162,6 +176,7 @@ class Groups:
             groups=tuple(groups),
             slices=tuple(slices),
             numbers=numbers,
+            asking=tuple(asking.counting(renumber) for asking in self.asking),
             units=left,
             cost=self.cost.survivors(alive),
         )
@@ -198,6 +213,7 @@ class Groups:
             groups=tuple(groups),
             slices=slices,
             numbers=numbers,
+            asking=tuple(asking.counting(lambda units: number[units]) for asking in self.asking),
             units=left,
             cost=cost,
             kept=self.kept + tuple(kept),

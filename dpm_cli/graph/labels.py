@@ -9,15 +9,15 @@ from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence, Set
 from dataclasses import dataclass, field, replace
 from enum import IntEnum
-from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
-Ids = npt.NDArray[np.int64]
-Flags = npt.NDArray[np.bool_]
+from dpm_cli.graph.sizes import Asking, Number
+from dpm_cli.graph.sizes import Flags as Flags
+from dpm_cli.graph.sizes import Ids as Ids
 
 
 class Role(IntEnum):
@@ -115,6 +115,14 @@ class Value:
         axes = self.axes_of(axis)
         return axes is not None and axes[self.labels[axes].unit_axis] == axis % self.rank
 
+    def units_along(self, axis: int) -> Ids | None:
+        """Return the labels that an axis tells apart, one for every index; None if it would lose none: (size,)."""
+        axes = self.axes_of(axis)
+        if axes is None or not self.tells_units_along(axis):
+            return None
+        block = self.labels[axes]
+        return np.moveaxis(block.ids, block.unit_axis, 0).reshape(self.shape[axis], -1)[:, 0]
+
     def along(self, axis: int) -> Labels | None:
         """Return the labels of one axis alone; None if it is fixed or part of a larger block."""
         return self.labels.get((axis % self.rank,))
@@ -176,16 +184,6 @@ class CostTerm:
 
 
 NOT_ZERO = "reads values that are not zero when their channel is (sigmoid, +1 …)"
-Counts = Literal["heads", "width", "parts"]
-
-
-@dataclass(frozen=True)
-class Number:
-    """A number, or a list of numbers, that a layer's code may hold because it counts some labels."""
-
-    layer: str
-    parts: tuple[Ids, ...]  # of each number: the labels that it counts
-    counts: Counts = "parts"
 
 
 @dataclass(frozen=True)
@@ -218,6 +216,7 @@ class Ties:
         self.owners: list[Owner] = []
         self.costs: list[CostTerm] = []
         self.numbers: list[Number] = []
+        self.asking: list[Asking] = []
         self.held, self.norms = held, norms
         self.layer = ""  # the module whose operators are being read, for reasons
         self._left: list[Ids] = []

@@ -1,15 +1,17 @@
 """Turn solved ties into units that are numbered group by group."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 from torch import nn
 
 from dpm_cli.graph.cost import build_cost, parameter_term
-from dpm_cli.graph.groups import Group, Groups, HeldNumber, Kept, Slice
+from dpm_cli.graph.groups import Group, Groups, Kept, Slice
 from dpm_cli.graph.labels import CostTerm, Flags, Ids, Owner, Role, Ties, Value
 from dpm_cli.graph.rules import NO_RULE
+from dpm_cli.graph.sizes import Asking
 
 UNUSED = "not used by the model's forward pass"
 
@@ -36,6 +38,10 @@ def number_groups(
     unit_of_component[chosen] = np.arange(len(chosen))
     unit_of_label = unit_of_component[components]
     units = len(chosen)
+
+    def unit_of(ids: Ids) -> Ids:
+        return np.where(unit_of_label[ids] >= 0, unit_of_label[ids], units)
+
     slices = []
     owners: dict[str, list[Owner]] = {}
     for owner in ties.owners:
@@ -63,16 +69,16 @@ def number_groups(
             },
         ),
         aliases=aliases,
-        numbers=tuple(
-            HeldNumber(
-                held.layer,
-                tuple(np.where(unit_of_label[ids] >= 0, unit_of_label[ids], units) for ids in held.parts),
-                held.counts,
-            )
-            for held in ties.numbers
-        ),
+        numbers=tuple(replace(held, parts=tuple(map(unit_of, held.parts))) for held in ties.numbers),
+        asking=tuple(call for call in _solve_asking(ties.asking, unit_of, units) if call.asked or call.merged),
         layer_macs=_macs_by_layer(ties),
     )
+
+
+def _solve_asking(asking: Sequence[Asking], unit_of: Callable[[Ids], Ids], units: int) -> Iterator[Asking]:
+    """Let calls that ask for sizes count units instead of labels."""
+    for call in asking:
+        yield call.counting(unit_of).without_fixed(units)
 
 
 def _role_of(roles: npt.NDArray[np.int8]) -> Role:

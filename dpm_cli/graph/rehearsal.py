@@ -42,7 +42,7 @@ def find_groups(
     """
     try:
         groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
-        return rehearse_values(model, example, _rehearse_shapes(model, example, groups))
+        return _rehearse(model, example, _rehearse_shapes(model, example, groups))
     except DpmError:
         raise
     except Exception as error:
@@ -65,19 +65,41 @@ def rehearse_survivors(model: nn.Module, example: Example, groups: Groups, alive
     return groups.without(dict.fromkeys(broken, BREAKS))
 
 
+def _rehearse(model: nn.Module, example: Example, groups: Groups) -> Groups:
+    """Keep the groups whose removal changes the outputs, even if layers answer what their code asks for."""
+    culprits = _find_culprits(model, example, groups)
+    answering = groups.letting_answer(culprits)
+    if answering.answering > groups.answering:
+        answering = _rehearse_shapes(model, example, answering)
+        left = _find_culprits(model, example, answering)
+        if len(answering) - len(left) > len(groups) - len(culprits):
+            groups, culprits = answering, left
+    return groups.without(culprits)
+
+
 def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Groups:
-    """Keep the groups that break the model's code when they lose units, and find how many others need."""
+    """Keep the groups that break the model's code when they lose units, and find how many others need.
+
+    Layers whose code asks for sizes of such groups answer it, if that saves groups.
+    """
     rehearsal = Rehearsal(model, example, groups.outputs)
     lefts = _unequal_shares(groups)
 
-    def survives(chosen: Sequence[int]) -> bool:
-        return rehearsal.survives(groups, {i: lefts[i] for i in chosen})
+    def find_broken_in(groups: Groups) -> list[int]:
+        return find_broken(
+            lambda chosen: rehearsal.survives(groups, {i: lefts[i] for i in chosen}),
+            [i for i, group in enumerate(groups) if group.size > 1],
+            kinds=groups.kinds,
+            suspects=lambda: rehearsal.suspects(groups),
+        )
 
     def suspects() -> set[int]:
         return rehearsal.suspects(groups)
 
-    losing = [i for i, group in enumerate(groups) if group.size > 1]
-    broken = find_broken(survives, losing, kinds=groups.kinds, suspects=suspects)
+    broken = find_broken_in(groups)
+    answering = groups.letting_answer(broken)
+    if answering.answering > groups.answering and len(still := find_broken_in(answering)) < len(broken):
+        groups, broken = answering, still
     if broken:
         lefts = [left for i, left in enumerate(lefts) if i not in broken]
         groups = groups.without(dict.fromkeys(broken, BREAKS))
@@ -94,17 +116,18 @@ def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Grou
 
 def rehearse_values(model: nn.Module, example: Example, groups: Groups) -> Groups:
     """Keep the groups whose removal changes the outputs of the model with lively weights."""
+    return groups.without(_find_culprits(model, example, groups))
+
+
+def _find_culprits(model: nn.Module, example: Example, groups: Groups) -> dict[int, str]:
+    """Find the groups whose removal changes the outputs of the model with lively weights, and the reason for each."""
     lefts, random = _unequal_shares(groups), np.random.default_rng(0)
     alive: Flags = np.ones(groups.units, bool)
     for group, left in zip(groups, lefts):
         alive[group.start + random.permutation(group.size)[max(left, group.least) :]] = False
-    if alive.all():
-        return groups
-    lively = make_lively(model, example, groups, alive)
-    if lively is None:
-        return groups
-    culprits = lively.find_culprits()
-    return groups.without(culprits) if culprits and lively.is_repeatable() else groups
+    lively = None if alive.all() else make_lively(model, example, groups, alive)
+    culprits = lively.find_culprits() if lively else {}
+    return culprits if lively and culprits and lively.is_repeatable() else {}
 
 
 def _unequal_shares(groups: Groups) -> list[int]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from dpm_cli.errors import ModelFileError, UnsupportedModelError, listing
 from dpm_cli.layers.attention import fit_slim_class_
 from dpm_cli.layers.counting import SlimCounting, note_count_
+from dpm_cli.layers.requests import HELD_AS, answer_, class_as_built, decode, encode, requests_of
 
 Size = int | list[int]
 Edits = dict[str, dict[str, Size]]  # module name -> attribute -> value in the slim module
@@ -34,6 +35,8 @@ def find_edits(slim: nn.Module, dense: nn.Module) -> Edits:
         built = _sizes(dense.get_submodule(name))
         sizes = _sizes(layer)
         smaller = {key: sizes[key] for key in sizes if key in built and _is_smaller(sizes[key], built[key])}
+        if requests := requests_of(layer):
+            smaller[HELD_AS] = encode(requests)
         if smaller:
             edits[name] = smaller
     return edits
@@ -87,6 +90,12 @@ def _resize_(layer: nn.Module, name: str, sizes: Mapping[str, Size]) -> None:
     """Set attributes of one layer. Raises ModelFileError unless they exist and become smaller."""
     built = _sizes(layer)
     for attribute, size in sizes.items():
+        if attribute == HELD_AS and isinstance(size, list):
+            try:
+                answer_(layer, decode(size))
+            except ValueError as error:
+                raise ModelFileError(f"{name}: {error}") from None
+            continue
         if attribute not in built or not _is_smaller(size, built[attribute]):
             raise ModelFileError(f"{name}.{attribute} cannot become {str(size)[:60]}")
         kind = type(getattr(layer, attribute))
@@ -121,9 +130,10 @@ def _find_difference(slim: nn.Module, dense: nn.Module) -> str | None:
     if other := slim_layers.keys() ^ dense_layers.keys():
         return f"{listing(sorted(other), shown=5)} exists in only one of the model and its architecture"
     for name, layer in slim_layers.items():
-        fits = type(layer) is type(dense_layers[name]) or isinstance(layer, SlimCounting)
+        built = type(dense_layers[name])
+        fits = class_as_built(layer) is built or isinstance(layer, SlimCounting)
         if next(layer.children(), None) is None and not fits:
-            return f"{name} is a {type(layer).__name__}, in the architecture a {type(dense_layers[name]).__name__}"
+            return f"{name} is a {type(layer).__name__}, in the architecture a {built.__name__}"
     slim_tensors, dense_tensors = dict(named_tensors(slim)), dict(named_tensors(dense))
     other = {name for name in slim_tensors.keys() ^ dense_tensors.keys() if not _has_place_for_bias(dense, name)}
     if other:

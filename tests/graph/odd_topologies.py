@@ -227,7 +227,7 @@ class TokensAsBatch(Net):
         return self.head(y.view(batch, height * width, -1).mean(-2))
 
 
-@topology(groups={"inner": 10}, kept={"stem.0": "size"})
+@topology(groups={"stem.0": 8, "inner": 10})
 class TokensAsBatchByNumber(Net):
     def __init__(self) -> None:
         super().__init__(4)
@@ -239,7 +239,7 @@ class TokensAsBatchByNumber(Net):
         return self.head(y.view(x.shape[0], -1, 4).mean(-2))
 
 
-@topology(groups={"inner": 10}, kept={"stem.0": ""})
+@topology(groups={"inner": 10, "outer": 4}, kept={"stem.0": ""})
 class ChannelsAsBatch(Net):
     """Every channel goes through the same little net: their number must not be lost from sight."""
 

@@ -195,5 +195,5 @@ def test_the_embedding_stays_where_the_recipe_or_the_code_says_so():
     fused = TOPOLOGIES["FusedAttention"].build()
     assert "stem" not in names(find_groups(fused, EXAMPLE, ["stem"], prune_embedding=True))
     by_hand = TOPOLOGIES["HandWrittenAttention"].build()
-    assert names(find_groups(by_hand, EXAMPLE, prune_embedding=True)) == {"widen"}
+    assert names(find_groups(by_hand, EXAMPLE, ["stem"], prune_embedding=True)) == {"qkv", "widen"}
     assert names(find_groups(NormByHand(), EXAMPLE, prune_embedding=True)) == set()

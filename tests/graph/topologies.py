@@ -122,9 +122,9 @@ class ChunkToBranches(Net):
         return torch.cat([self.c(c), self.a(a), self.b(b)], 1)
 
 
-@topology(groups={"a.0": 5, "b.0": 6}, kept={"stem.0": "size"})
+@topology(groups={"stem.0": 4, "a.0": 5, "b.0": 6})
 class SplitByNumbers(Net):
-    """`split(4)` keeps its 4 however few channels are left."""
+    """`split(4)` asks for its 4 however few channels are left."""
 
     def __init__(self) -> None:
         super().__init__(11)
@@ -742,7 +742,7 @@ class FlattenToLinear(nn.Module):
         return self.head(F.relu(self.hidden(torch.flatten(x, 1))))
 
 
-@topology(groups={"hidden": 8}, kept={"stem.0": "size"})
+@topology(groups={"stem.0": 6, "hidden": 8})
 class ViewWithNumbers(nn.Module):
     def __init__(self) -> None:
         super().__init__()

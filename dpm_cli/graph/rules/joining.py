@@ -4,9 +4,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from dpm_cli.graph.labels import Labels, Number, Ties, Value, walk_values
+from dpm_cli.graph.labels import Labels, Ties, Value, walk_values
 from dpm_cli.graph.rules.broadcasting import combine
 from dpm_cli.graph.rules.registry import Call, rule
+from dpm_cli.graph.sizes import Asking, Number, Size
 
 
 @rule("cat", "concat", "concatenate")
@@ -67,6 +68,10 @@ def split(ties: Ties, call: Call) -> list[Value]:
         ties.tie(parts[:1], parts)  # the parts must stay equal
         if call.name == "split":
             ties.numbers += [Number(ties.layer, (parts[0],)), Number(ties.layer, (labels.ids,))]
+    if call.name.startswith("split"):
+        parts_of = np.split(labels.ids, np.cumsum(sizes)[:-1])
+        asked = tuple(Size(i, len(part), part, axis) for i, part in enumerate(parts_of))
+        ties.asking.append(Asking(ties.layer, x.rank, ((axis, labels.ids),), 0, asked))
     rest = {axes: block for axes, block in x.labels.items() if axis not in axes}
     outputs, start = [], 0
     for shape, size in zip(call.shapes, sizes):

@@ -2,8 +2,9 @@
 
 from dataclasses import replace
 
-from dpm_cli.graph.labels import Number, Role, Ties, Value
+from dpm_cli.graph.labels import Role, Ties, Value
 from dpm_cli.graph.rules.registry import Call, first_of, keep_whole, rule
+from dpm_cli.graph.sizes import Number
 
 
 @rule("batch_norm", "_native_batch_norm_legit_no_training", "_batch_norm_with_update", "_native_batch_norm_legit")

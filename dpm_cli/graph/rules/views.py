@@ -1,12 +1,16 @@
 """The same entries under another shape: views, permutations and expansions."""
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
-from dpm_cli.graph.labels import Axes, Labels, Number, Ties, Value
+from dpm_cli.graph.labels import Axes, Labels, Ties, Value
 from dpm_cli.graph.rules.broadcasting import broadcast
 from dpm_cli.graph.rules.registry import Call, rule
+from dpm_cli.graph.sizes import Asking, Ids, Merged, Number, Size
+
+ASKING = frozenset("view reshape _unsafe_view unflatten".split())  # for sizes that the code names
 
 
 @rule("view", "reshape", "flatten", "unflatten", "_unsafe_view", "view_as", "reshape_as")
@@ -21,7 +25,30 @@ def reshape(ties: Ties, call: Call) -> Value:
             ties.keep(x.labels[axes], "a view merges two sets of channels")
         else:
             out.update(_reshape_block(ties, x, axes, before, call, after))
-    return Value(call.shape, out)
+    value = Value(call.shape, out)
+    if call.name in ASKING:
+        _note_sizes(ties, x, value, segments)
+    return value
+
+
+def _note_sizes(ties: Ties, x: Value, out: Value, segments: Sequence[tuple[list[int], list[int]]]) -> None:
+    """Note which of the sizes that a view asks for count labels, and what they are made of."""
+    counted = {axis: ids for axis in range(x.rank) if (ids := x.units_along(axis)) is not None}
+    asked, merged = list[Size](), list[Merged]()
+    for before, after in segments:
+        labelled = [axis for axis in before if axis in counted]
+        if labelled and len(after) == 1:
+            merged.append(Merged(after[0], before[0], before[-1]))
+        elif labelled:
+            sizes = [Size(axis, out.shape[axis], out.units_along(axis), labelled[0]) for axis in after]
+            is_alone = len(before) == 1 and _is_distinct(counted[before[0]])  # others were merged with a batch, say
+            asked += [size for size in sizes if (is_alone if size.counted is None else _is_distinct(size.counted))]
+    alone = tuple((axis, ids) for axis, ids in counted.items() if _is_distinct(ids))
+    ties.asking.append(Asking(ties.layer, x.rank, alone, out.rank, tuple(asked), tuple(merged)))
+
+
+def _is_distinct(ids: Ids) -> bool:
+    return len(np.unique(ids)) == len(ids)
 
 
 def _segments(left: tuple[int, ...], right: tuple[int, ...]) -> list[tuple[list[int], list[int]]]:
@@ -135,7 +162,10 @@ def squeeze(ties: Ties, call: Call) -> Value:
 
 @rule("expand", "broadcast_to")
 def expand(ties: Ties, call: Call) -> Value:
-    value = broadcast(ties, call.args[0], call.shape)
+    x: Value = call.args[0]
+    value = broadcast(ties, x, call.shape)
+    if call.name == "expand":
+        _note_sizes(ties, x, value, [([axis], [axis + value.rank - x.rank]) for axis in range(x.rank)])
     return Value(call.shape, value.labels)
 
 
