@@ -17,6 +17,7 @@ from dpm_cli.graph.groups import Groups
 from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.program import Example, layer_that_raised, run_example
 from dpm_cli.graph.shapes import ShapesAlone
+from dpm_cli.layers.copyable import drop_histories_
 
 
 def copy_module(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
@@ -25,6 +26,7 @@ def copy_module(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     Empty hooks are shared with the model, so register none on the copy: there are a dozen a layer, most of what would
     have to be copied.
     """
+    drop_histories_(model)
     memo: dict[int, Any] = dict(tensors)
     for module in model.modules():
         memo.update((id(hooks), hooks) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks)

@@ -16,6 +16,7 @@ from dpm_cli.errors import (
     UsageError,
     one_line,
 )
+from dpm_cli.layers.copyable import drop_histories_, keep_copyable_
 from dpm_cli.models import apply_edits_, build, find_edits, load_model
 from dpm_cli.models.outputs import compare, find_failure, sample_images
 from dpm_cli.models.pretrained import load_pretrained, split_published
@@ -45,7 +46,8 @@ def load_start(model: AnyModel | None, recipe: Recipe, trust: bool) -> Start:
     """
     spec = recipe.model
     if isinstance(model, nn.Module):
-        module = copy.deepcopy(model).cpu().float().eval()
+        drop_histories_(model)
+        module = keep_copyable_(copy.deepcopy(model).cpu().float().eval())
         _require_usable(module, recipe)
         return Start(module, spec.arch if _is_built_by(module, recipe) else None)
     weights = spec.weights if model is None else _published_weights(str(model), recipe)

@@ -17,6 +17,7 @@ from dpm_cli.events import Event, RoundStarted
 from dpm_cli.graph import Groups
 from dpm_cli.graph.optimizer_state import shrink_optimizer_
 from dpm_cli.graph.program import Example
+from dpm_cli.layers.copyable import keep_copyable_
 from dpm_cli.method.pruners import BasePruner, make_base
 from dpm_cli.method.pruning import Pruning, tell_removal
 from dpm_cli.method.schedule import plan_schedule
@@ -81,7 +82,7 @@ class Pruner:
             names = ", ".join(dict.fromkeys(stage.name for stage in stages))
             raise UsageError(f"{chosen.title} needs stages of its own ({names}), which dpm prune alone can give it")
         example = _at_least_two(example)
-        dense = copy.deepcopy(model).cpu().eval()
+        dense = copy.deepcopy(keep_copyable_(model)).cpu().eval()
         found = survey(dense, _to(example, torch.device("cpu")), settings, chosen)
         rounds = plan_schedule(settings, Training(epochs=steps), fades, steps_per_epoch=1, epochs="steps")
         goal = found.goal(settings.target)

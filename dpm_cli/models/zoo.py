@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from dpm_cli.errors import RecipeError, listing, one_line
+from dpm_cli.layers.copyable import keep_copyable_
 from dpm_cli.layers.images import Shape
 from dpm_cli.models.digits import DigitsNet
 from dpm_cli.models.own_code import build_from_own_code
@@ -46,7 +47,7 @@ def build(arch: str, *, classes: int, shape: Shape) -> nn.Module:
         return _build_torchvision(name, classes, shape)
     if source == "timm":
         return _build_timm(name, classes, shape)
-    return build_from_own_code(arch, classes=classes)
+    return keep_copyable_(build_from_own_code(arch, classes=classes))
 
 
 def auxiliary_heads(arch: str) -> tuple[str, ...]:
