@@ -94,6 +94,7 @@ ARMS = {
         "+ SP": SMOOTH,
         "+ SP, distilled": replace(SMOOTH, distill=DISTILL),
         "+ SP + SR, distilled": replace(SMOOTH, distill=DISTILL, rectify=RELEASE),
+        "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
         "mixed + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="mixed"),
     },

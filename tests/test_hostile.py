@@ -403,9 +403,7 @@ CHECKPOINTS: dict[str, Callable[[dict[str, Any]], bytes]] = {
     "endless survivors": changed_at("parts/trainee/pruning/survivors", torch.ones(1, dtype=torch.bool).expand(10**12)),
     "decay of another model": changed_at("parts/trainee/pruning/decay/age", torch.zeros(1, dtype=torch.int64)),
     "decay that is none": changed_at("parts/trainee/pruning/decay/initial", "none"),
-    "rectifier of another model": changed_at(
-        "parts/trainee/pruning/decay/rectifier/hits", torch.zeros(1, dtype=torch.int64)
-    ),
+    "rectifier of another model": changed_at("parts/trainee/pruning/decay/rectifier/evidence", torch.zeros(1)),
     "round that is none": changed_at("parts/trainee/pruning/round", "first"),
     "optimizer of another model": changed_at("in_stage/optimizer", {"evil": {"momentum_buffer": torch.zeros(1)}}),
     "optimizer that is none": changed_at("in_stage/optimizer", 3),

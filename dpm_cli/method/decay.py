@@ -16,7 +16,9 @@ from torch import Tensor
 
 from dpm_cli.graph import Units
 from dpm_cli.graph.labels import Flags
+from dpm_cli.method.budget import Scores
 from dpm_cli.method.rectify import Rectifier
+from dpm_cli.method.reselect import Reselection
 
 Envelope = Literal["exact", "shrink-only", "multiplicative"]
 
@@ -34,7 +36,7 @@ class Decay:
         *,
         steps: int,
         envelope: Envelope = "exact",
-        rectifier: Rectifier | None = None,
+        rectifier: Rectifier | Reselection | None = None,
         whole: Units | None = None,
     ) -> None:
         """units: entries scaled while decaying. whole: entries zeroed at death, if these are more."""
@@ -50,23 +52,45 @@ class Decay:
         self.rectifying = rectifier is not None
         self.remaining = 0  # calls of `advance_` until all started decays are over
 
-    def start(self, victims: Flags | Tensor, *, rectify: bool = True) -> None:
-        """Start a round with these victims. rectify=False: no unit is released, so the round is sure to end."""
+    def start(self, victims: Flags | Tensor, *, rectify: bool = True, scores: Scores | None = None) -> None:
+        """Start a round with these victims. rectify=False: no unit is released, so the round is sure to end.
+
+        scores: (units,) that they were chosen by; a `Reselection` needs them.
+        """
         self.released = torch.zeros_like(self.released)
         self.rectifying = rectify and self.rectifier is not None
+        if isinstance(self.rectifier, Reselection) and scores is not None:
+            self.rectifier.start(scores)
         self.add(victims)
 
-    def add(self, victims: Flags | Tensor) -> None:
+    def reconsider(self) -> Scores | None:
+        """Return the scores by which victims are to be chosen anew now, if a `Reselection` wants that at this step."""
+        rectifier = self.rectifier
+        if not (isinstance(rectifier, Reselection) and self.rectifying):
+            return None
+        return rectifier.scores() if rectifier.is_due(self.steps - self.remaining, self.steps) else None
+
+    def exchange(self, victims: Flags) -> None:
+        """Let exactly these units decay from now on: others are released, new ones are zero when the old ones are.
+
+        victims: (units,), after a call of `advance_`.
+        """
+        spared = self.decaying & ~torch.as_tensor(victims).to(self.units.device)
+        self.released, self.releases = self.released | spared, self.releases + spared
+        self.decaying = self.decaying & ~spared
+        self.add(victims, age=self.steps - self.remaining)
+
+    def add(self, victims: Flags | Tensor, *, age: int = 0) -> None:
         """Let these units decay from now on. With `steps` = 1 they die at once (one-step pruning).
 
-        victims: (units,).
+        victims: (units,). age: steps of their decay that are over; from their present norm they are zero the sooner.
         """
         chosen = torch.as_tensor(np.asarray(victims) if not isinstance(victims, Tensor) else victims)
         chosen = chosen.to(self.units.device) & ~self.dead & ~self.decaying
         norms = self.units.norm()
-        self.initial = torch.where(chosen, norms, self.initial)
-        self.age = torch.where(chosen, 0, self.age)
-        self.remaining = self.steps if self.steps > 1 else 0
+        self.initial = torch.where(chosen, norms * (self.steps / (self.steps - age)), self.initial)
+        self.age = torch.where(chosen, age, self.age)
+        self.remaining = self.steps - age if self.steps > 1 else 0
         gone = chosen if self.steps == 1 else chosen & (norms == 0)
         self.dead |= gone
         self.decaying |= chosen & ~gone

@@ -21,8 +21,8 @@ from dpm_cli.graph.program import Example
 from dpm_cli.method.budget import Kind, Scores, Several, WidthLimits, choose_victims, cost_of, show_cost
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners.base import BasePruner
-from dpm_cli.method.rectify import Rectifier
 from dpm_cli.method.removal import Ancestry, Removal, check_removal
+from dpm_cli.method.reselect import make_rectifier
 from dpm_cli.method.rounds import Rounds
 from dpm_cli.recipe import sections
 
@@ -96,10 +96,8 @@ class Pruning:
         self.chosen = self.released = 0
         self.topped_up = 0  # units chosen beyond the planned rounds
         self.units, whole = self._find_units()
-        rectifier = None
-        if decay.rectify:
-            group_of_unit = torch.from_numpy(groups.group_of_unit).to(self.units.device)
-            rectifier = Rectifier(group_of_unit, len(groups), decay.rectify)
+        group_of_unit = torch.from_numpy(groups.group_of_unit).to(self.units.device)
+        rectifier = make_rectifier(decay.rectify, group_of_unit, len(groups), in_rounds=base.pace == "rounds")
         self.decay = Decay(
             self.units, steps=rounds.decay_steps, envelope=decay.envelope, rectifier=rectifier, whole=whole
         )
@@ -156,7 +154,7 @@ class Pruning:
         if is_planned and self.base.pace != "rounds":
             eligible &= self.base.marked().cpu().numpy()
         elif is_planned:
-            limit = self.dense_cost - (self.dense_cost - limit) * self.round // rounds
+            limit = self._limit_of_round()
         choose = partial(self._choose, scores, alive=present)
         self.is_choosing = is_planned and self.base.pace == "steps"
         if self.is_choosing:
@@ -166,7 +164,7 @@ class Pruning:
             victims = choose(limit=limit)
         if self.fold_means and self.decay.steps == 1:
             self.fold_means(self.groups, ~victims)
-        self.decay.start(victims, rectify=is_planned)
+        self.decay.start(victims, rectify=is_planned, scores=scores)
         self.in_round = True
         self.chosen += int(victims.sum())
         self.topped_up += 0 if is_planned else int(victims.sum())
@@ -186,6 +184,10 @@ class Pruning:
             self.groups, goal.widths, scores, weights, kind=goal.kind, limit=limit, alive=alive, eligible=eligible
         )
 
+    def _limit_of_round(self) -> int:
+        """Return the cost that this planned round may leave."""
+        return self.dense_cost - (self.dense_cost - self.goal.limit) * self.round // len(self.rounds.starts)
+
     def before_step_(self) -> None:
         """Call between backward and the optimizer's step."""
         if self.in_round:
@@ -201,6 +203,7 @@ class Pruning:
             self._choose_marked()
         if self.in_round:
             decay.advance_()
+            _choose_again(self)
         if self.is_choosing and (step + 1 >= self.rounds.end or (not decay.remaining and self._meets_target())):
             self.is_choosing = False
 
@@ -289,13 +292,8 @@ class Pruning:
         return {
             "survivors": torch.from_numpy(self.ancestry.survivors),
             "held": dict(self.ancestry.held),
-            "round": self.round,
-            "in_round": self.in_round,
-            "is_choosing": self.is_choosing,
+            **{name: getattr(self, name) for name in COUNTED},
             "is_prepared": self.is_prepared,
-            "chosen": self.chosen,
-            "released": self.released,
-            "topped_up": self.topped_up,
             "decay": self.decay.state_dict(),
             "base": self.base.state_dict(),
         }
@@ -307,14 +305,25 @@ class Pruning:
             raise ValueError(f"survivors {alive.shape} of {self.groups.units} units")
         self._compact_(alive)
         self._hold({int(i): str(reason) for i, reason in state["held"].items()})
-        self.round, self.in_round = int(state["round"]), bool(state["in_round"])
-        self.is_choosing = bool(state["is_choosing"])
-        self.chosen, self.released = int(state["chosen"]), int(state["released"])
-        self.topped_up = int(state["topped_up"])
+        for name, kind in COUNTED.items():
+            setattr(self, name, kind(state[name]))
         self.decay.load_state_dict(state["decay"])
         self.base.load_state_dict(state["base"])
         if not state["is_prepared"]:
             self.unwrap_()
+
+
+def _choose_again(pruning: Pruning) -> None:
+    """Correct the victims of a planned round by what its gradients have shown, at the moment that is set for it."""
+    if (scores := pruning.decay.reconsider()) is None:
+        return
+    present, alive = pruning._present, ~pruning.decay.dead.cpu().numpy()
+    victims = pruning._choose(scores, limit=pruning._limit_of_round(), alive=alive)
+    pruning.decay.exchange(victims)
+    pruning.chosen += int((victims & present).sum())
+
+
+COUNTED = {"round": int, "in_round": bool, "is_choosing": bool, "chosen": int, "released": int, "topped_up": int}
 
 
 def foresee(pruning: Pruning) -> Flags:

@@ -2,7 +2,7 @@
 
 The paper names two criteria, an escape rate and a gradient length relative to the layer; it does not print their closed
 forms, how they combine or when they are judged. We define all of these here, as settings. One mini-batch says almost
-nothing about a unit, so the default, `significance`, averages the escape rate over the decay and measures it in its own
+nothing about a unit, so `significance` averages the escape rate over the decay and measures it in its own
 standard errors; its threshold does not depend on the network (benchmarks/RESULTS.md compares the criteria).
 """
 
@@ -58,7 +58,7 @@ class Rectifier:
 
     def __init__(self, group_of_unit: Tensor, groups: int, settings: Rectify) -> None:
         """group_of_unit: (units,) on the units' device."""
-        self.settings = settings
+        self.settings = settings.resolve(in_rounds=False)
         self.bind(group_of_unit, groups)
         zeros = torch.zeros(len(group_of_unit), device=group_of_unit.device)
         self.mean_rate, self.mean_length = zeros.clone(), zeros.clone()  # (units,) smoothed, not yet bias-corrected
@@ -117,7 +117,7 @@ class Rectifier:
             )
             escapes = self.mean_rate > self.settings.rate * correction
         resists = (escapes & long) if self.settings.combine == "and" else (escapes | long)
-        resists &= decaying & (age > self.settings.start * steps)
+        resists &= decaying & (age > (self.settings.start or 0) * steps)
         self.hits = torch.where(resists, self.hits + 1, 0)
         return self.hits >= self.settings.hits
 

@@ -45,7 +45,7 @@ def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> 
             f"{rounds} rounds of {decay_steps} decay steps do not fit between prune.start and prune.end "
             f"(steps {first} to {last} of {steps})"
         )
-    if decay.rectify and taken > after:
+    if decay.may_fall_short(in_rounds=True) and taken > after:
         raise RecipeError(
             f"no room for {decay_steps} decay steps after prune.end (step {last} of {steps}) to replace released units"
         )
@@ -58,6 +58,7 @@ def plan_each_step(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) 
     The units marked last must still decay, and missing ones are then chosen by score and must decay too.
     Raises RecipeError if they cannot.
     """
+    require_no_reselection(decay, "units are chosen step by step")
     first, last = find_span(steps, prune, warm_up=warm_up)
     decay_steps = max(1, min(longest_decay(steps), (steps - last) // 2)) if decay.steps == "auto" else decay.steps
     after = 1 if decay_steps == 1 else 2 * decay_steps  # one-step pruning also happens before a step
@@ -67,6 +68,12 @@ def plan_each_step(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) 
             "must follow for what is missing then"
         )
     return Rounds((first,), last, decay_steps)
+
+
+def require_no_reselection(decay: Decay, why: str) -> None:
+    """Raise RecipeError if units are to be chosen again in the middle of a round, which needs rounds by the target."""
+    if decay.rectify and decay.rectify.criterion == "reselect":
+        raise RecipeError(f"decay.rectify.criterion is reselect, but {why}: set decay.rectify.criterion: significance")
 
 
 def find_span(steps: int, prune: Prune, *, warm_up: int) -> tuple[int, int]:
@@ -100,4 +107,4 @@ def _fit_decay(steps: int, room: int, after: int, decay: Decay) -> int:
     A prune.end that leaves nothing behind the last round is refused later, not answered by cutting at once.
     """
     fitting = min(longest_decay(steps), max(1, int(SHARE * room)))
-    return min(fitting, max(after, 2)) if decay.rectify else fitting
+    return min(fitting, max(after, 2)) if decay.may_fall_short(in_rounds=True) else fitting

@@ -233,11 +233,22 @@ class Prune(Section):
         return self
 
 
+Criterion = Literal["auto", "reselect", "significance", "cosine", "norm_per_update", "norm_per_decay", "norm_relative"]
+
+
 class Rectify(Section):
     """Sets when a decaying unit is released. The paper names the criteria; the formulas are ours."""
 
-    criterion: Literal["significance", "cosine", "norm_per_update", "norm_per_decay", "norm_relative"] = Field(
-        default="significance", description="how training's wish to keep a unit is measured"
+    criterion: Criterion = Field(
+        default="auto",
+        description="reselect: in the middle of a decay all units are chosen anew, by size and gradient together; "
+        "others measure how training wants a unit longer; auto: reselect, significance for a base that chooses step by "
+        "step, and where settings below `start` are given",
+    )
+    start: Fraction | None = Field(
+        default=None,
+        description="fraction of the decay before which no unit is judged, or after which all are chosen anew; null: "
+        "0.3, or 0.4",
     )
     rate: float = Field(
         default=2.0,
@@ -248,17 +259,24 @@ class Rectify(Section):
     smoothing: float = Field(
         default=0.9, ge=0, lt=1, description="of both criteria over the steps; 0 judges each step alone"
     )
-    start: Fraction = Field(default=0.3, description="fraction of the decay before which no unit is judged")
     hits: Positive = Field(default=1, description="consecutive steps for which the criteria must hold")
     limit: NonNegative = Field(default=1, description="releases per unit at most")
 
     @model_validator(mode="before")
     @classmethod
-    def _rate_of_its_criterion(cls, values: Any) -> Any:
-        is_left_out = isinstance(values, dict) and "rate" not in values
-        if is_left_out and values.get("criterion", "significance") != "significance":
-            return values | {"rate": 0.2}
-        return values
+    def _defaults_of_its_criterion(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        judges = values.keys() & {"rate", "length", "combine", "smoothing", "hits", "limit"}
+        values = ({"criterion": "significance"} if judges else {}) | values
+        is_significance = values.get("criterion", "auto") in ("auto", "reselect", "significance")
+        return values if is_significance else {"rate": 0.2} | values
+
+    def resolve(self, *, in_rounds: bool) -> "Rectify":
+        """Return what `auto` and null stand for. in_rounds: whether the base chooses a round's units at its start."""
+        criterion = self.criterion if self.criterion != "auto" else "reselect" if in_rounds else "significance"
+        start = self.start if self.start is not None else 0.4 if criterion == "reselect" else 0.3
+        return self.model_copy(update={"criterion": criterion, "start": start})
 
 
 class Decay(Section):
@@ -279,6 +297,13 @@ class Decay(Section):
     @classmethod
     def _false_is_none(cls, value: object) -> object:
         return None if value is False else {} if value is True else value
+
+    def may_fall_short(self, *, in_rounds: bool) -> bool:
+        """Tell whether units can be released for which no others go, so that a round leaves more than it may.
+
+        in_rounds: as in `Rectify.resolve`.
+        """
+        return self.rectify is not None and self.rectify.resolve(in_rounds=in_rounds).criterion != "reselect"
 
 
 class Compact(Section):

@@ -85,7 +85,7 @@ def only(*units):
 
 
 def rectifier_with(**settings):
-    rule = Rectify().model_copy(update=settings)  # unchecked: no recipe can ask for infinity
+    rule = Rectify(criterion="significance").model_copy(update=settings)  # unchecked: no recipe can ask for infinity
     return Rectifier(torch.from_numpy(GROUPS.group_of_unit), len(GROUPS), rule)
 
 

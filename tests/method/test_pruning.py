@@ -90,7 +90,8 @@ def run(learner, pruning, steps, first=0):
     return [one for step in range(first, steps) for one in drive(learner, pruning, step)]
 
 
-RELEASE_ALL = {"rate": -float("inf"), "length": -float("inf"), "start": 0.0, "limit": 10}
+AGAIN = {"criterion": "reselect", "start": 0.5}
+RELEASE_ALL = {"criterion": "significance", "rate": -float("inf"), "length": -float("inf"), "start": 0.0, "limit": 10}
 
 
 # ------------------------------------------------------------------------------------------------------------- plans
@@ -98,7 +99,8 @@ RELEASE_ALL = {"rate": -float("inf"), "length": -float("inf"), "start": 0.0, "li
 
 def plan(steps, *, rounds=4, decay_steps=10, start=0.0, end=0.5, rectify=False):
     prune = Prune(target={"macs": 0.5}, rounds=rounds, start=start, end=end)
-    return plan_rounds(steps, prune, Decay(steps=decay_steps, rectify=rectify))
+    rule = {"criterion": "significance"} if rectify else None
+    return plan_rounds(steps, prune, Decay(steps=decay_steps, rectify=rule))
 
 
 def test_rounds_are_spread_evenly_between_start_and_end():
@@ -124,6 +126,11 @@ def test_without_training_there_is_one_round():
 def test_rounds_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(RecipeError, match=message):
         plan(**{"steps": 100} | changes)
+
+
+def test_choosing_again_needs_no_room_to_replace_what_was_released():
+    prune, again = Prune(target={"macs": 0.5}, rounds=1, end=1.0), Decay(steps=10, rectify={"criterion": "reselect"})
+    assert plan_rounds(10, prune, again).starts == (0,)
 
 
 def test_a_plan_that_just_fits_ends_at_the_last_step():
@@ -187,6 +194,19 @@ def test_everything_released_still_ends_with_the_target_met():
     assert removals[3].removed == rounds[3].chosen
     assert pruning.is_done
     assert pruning.released == sum(one.chosen for one in rounds[:3])
+
+
+def test_choosing_again_exchanges_units_and_meets_every_rounds_limit_without_another_round():
+    _, learner, pruning = make(rectify=AGAIN)
+    happened = run(learner, pruning, 12)
+    rounds = [one for one in happened if isinstance(one, Choice)]
+    removals = [one for one in happened if isinstance(one, Removal)]
+    assert len(rounds) == len(removals) == 3
+    assert pruning.is_done
+    assert pruning.released > 0
+    assert pruning.topped_up == 0
+    assert pruning.chosen == pruning.released + sum(removal.removed for removal in removals)
+    assert pruning.chosen > sum(one.chosen for one in rounds)  # others came in the place of those released
 
 
 def test_the_base_hears_which_units_a_round_released(monkeypatch):
@@ -354,9 +374,17 @@ def test_not_a_number_in_the_outputs_stops_the_run_too():
 # -------------------------------------------------------------------------------------------------------- round trip
 
 
-@pytest.mark.parametrize("stop", [0, 2, 4, 6, 9, 13])
-def test_restored_pruning_goes_on_with_the_same_bits(stop):
-    rule = {"criterion": "cosine", "rate": -0.05, "length": 0.9, "smoothing": 0.5, "start": 0.3, "hits": 2}
+RULES = {
+    "cosine": {"criterion": "cosine", "rate": -0.05, "length": 0.9, "smoothing": 0.5, "start": 0.3, "hits": 2},
+    "reselect": AGAIN,
+}
+
+
+@pytest.mark.parametrize(
+    ("criterion", "stop"), [*(("cosine", stop) for stop in (0, 2, 4, 6, 9, 13)), ("reselect", 1), ("reselect", 3)]
+)
+def test_restored_pruning_goes_on_with_the_same_bits(criterion, stop):
+    rule = RULES[criterion]
     model, learner, pruning = make(rectify=rule)
     run(learner, pruning, stop)
     again, _, restored = make(rectify=rule)

@@ -95,7 +95,7 @@ def test_an_unknown_key_names_the_nearest_known_one(section: str, key: str, near
 
 
 def test_a_rate_left_out_is_that_of_the_criterion() -> None:
-    for rule, expected in [(True, ("significance", 2.0)), ({"criterion": "cosine"}, ("cosine", 0.2))]:
+    for rule, expected in [(True, ("auto", 2.0)), ({"criterion": "cosine"}, ("cosine", 0.2))]:
         rectify = parse_recipe(SMALLEST | {"decay": {"rectify": rule}}).decay.rectify
         assert rectify
         assert (rectify.criterion, rectify.rate) == expected

@@ -67,6 +67,14 @@ def test_steps_of_a_run_do_not_wait(case: str, tmp_path: Path, monkeypatch: pyte
     assert [found for found in steps if found] == []
 
 
+@pytest.mark.thorough
+def test_choosing_again_waits_once_a_round(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("dpm_cli.run.lives.LOOKS", 1)
+    again = {"prune": {"rounds": 2}, "decay": {"steps": 6, "rectify": {"criterion": "reselect"}}}
+    steps, _ = waits_of_steps(again, tmp_path)
+    assert len([found for found in steps if found]) == 2
+
+
 @pytest.mark.parametrize(
     "read",
     [

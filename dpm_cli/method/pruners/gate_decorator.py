@@ -27,7 +27,7 @@ from dpm_cli.graph.labels import Flags, Ids
 from dpm_cli.layers.gated import Gated, add_gates_, can_be_gated, merge_gates_
 from dpm_cli.method.budget import Scores
 from dpm_cli.method.pruners.base import BasePruner, Indices
-from dpm_cli.method.rounds import MOST_ROUNDS, Rounds, count_taken, longest_decay
+from dpm_cli.method.rounds import MOST_ROUNDS, Rounds, count_taken, longest_decay, require_no_reselection
 from dpm_cli.recipe.sections import Decay, Prune, Training
 from dpm_cli.recipe.stages import Stage
 
@@ -75,8 +75,10 @@ def plan_ticks(stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int, i
     decay_steps = max(1, min(longest_decay(step), room, last // 2)) if decay.steps == "auto" else decay.steps
     if room < count_taken(decay_steps):
         raise RecipeError(f"{decay_steps} decay steps do not fit into a {name} of {room} steps")
+    if not is_exact:
+        require_no_reselection(decay, "with prune.gates.fraction a tick takes what it marks")
     after = 2 if decay_steps == 1 else 2 * decay_steps  # one-step pruning also happens before a step
-    may_release = decay.rectify is not None and decay_steps > 1
+    may_release = decay.may_fall_short(in_rounds=is_exact) and decay_steps > 1
     if (may_release or not is_exact) and last < after:
         raise RecipeError(
             f"a tock of {last} steps has no room for two times {decay_steps} decay steps, of the last "
