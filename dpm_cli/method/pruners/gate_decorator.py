@@ -9,7 +9,8 @@ How this differs from the reference implementation: a tick removes an equal shar
 a fixed fraction of the gates (`fraction`). The target is exact, as the last tick removes no more than needed. Where
 |β/γ| > 10 the reference clamps and so changes the function; here a fixed inner scale keeps it exact. Each tick and tock
 has a new optimizer, and the penalty on expensive feature maps (`flops_eta`, zero in the reference's experiments) is
-left out. `round_to` and `min_keep` bound the widths.
+left out. With a teacher (`train.distill`), tocks learn from it, ticks from the labels alone. `round_to` and `min_keep`
+bound the widths.
 """
 
 import math
@@ -113,6 +114,8 @@ class GateDecorator(BasePruner):
         """Alternate ticks, one per round, with tocks: first, last and every `ticks_per_tock` (Gate Decorator, §3.3)."""
         rounds, gates = self.ticks, self.settings.gates
         changes = {"epochs": gates.tick_epochs, "lr": gates.tick_lr, "schedule": "constant", "warmup_epochs": 0.0}
+        if self.training.distill < 1:  # with labels, gates are judged by the task: by the teacher they rank worse
+            changes["distill"] = 0.0
         tick = Stage(
             "tick", self.training.model_copy(update=changes), "prune.gates.tick_", prunes=True, ends_with_pruning=True
         )

@@ -46,6 +46,14 @@ def enter(base, name, model):
     base.enter(next(stage for stage in base.stages() if stage.name == name), model, 0)
 
 
+@pytest.mark.parametrize(("distill", "of_ticks"), [(0.7, 0.0), (0.0, 0.0), (1.0, 1.0)])
+def test_ticks_judge_gates_by_the_task_and_not_by_the_teacher_unless_there_are_no_labels(distill, of_ticks):
+    prune = sections.Prune(base="gate-decorator", target={"macs": 0.5})
+    stages = GateDecorator(prune, sections.Training(distill=distill)).stages()
+    assert {stage.training.distill for stage in stages if stage.name == "tick"} == {of_ticks}
+    assert {stage.training.distill for stage in stages if stage.name == "tock"} == {distill}
+
+
 def test_preparing_a_net_and_restoring_it_changes_no_output():
     model, base = prepared()
     torch.testing.assert_close(model.eval()(IMAGES), DENSE(IMAGES))
