@@ -26,6 +26,7 @@ METADATA = "model.json"  # beside exported files: class names, and how a picture
 LOCK = ".dpm-lock"  # exists while a run writes here
 HOLDER = "process "  # the first word in a lock
 NO_LINK = getattr(os, "O_NOFOLLOW", 0)  # refuse to open a link, where the system can
+MOST_TEXT = 8 << 20  # bytes of a report, a recipe or metadata
 MAGIC = b"DPMCKPT1"  # the first bytes of a checkpoint
 MARKS = {  # what a run writes -> bytes that every such file of ours holds
     "slim.pt": b"dpm-slim",
@@ -166,10 +167,14 @@ def open_regular(path: str | Path) -> BinaryIO:
         raise
 
 
-def read_regular_text(path: Path) -> str:
-    """Read UTF-8 text of a regular file. Raises OSError or UnicodeDecodeError."""
+def read_regular_text(path: Path, *, errors: str = "strict") -> str:
+    """Read UTF-8 text of a regular file, which must not be larger than any text of ours: what is parsed from it takes
+    twenty times its size. Raises OSError or UnicodeDecodeError.
+    """
     with open_regular(path) as file:
-        return file.read().decode("utf-8")
+        if os.fstat(file.fileno()).st_size > MOST_TEXT:
+            raise OSError(errno.EFBIG, f"larger than {MOST_TEXT} bytes", str(path))
+        return file.read(MOST_TEXT).decode("utf-8", errors)
 
 
 def require_writable(folder: Path) -> None:

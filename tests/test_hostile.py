@@ -169,6 +169,7 @@ RECIPES = {
     "architecture of escapes": with_setting(model={"arch": "\x1b[2J"}),
     "architecture of a megabyte": with_setting(model={"arch": "a" * 900_000}),
     "root with a NUL": with_setting(data={"name": "folder", "root": "a\0b"}),
+    "a hundred thousand lists": b"a: [" + b"[]," * 300_000 + b"]",
     "target of 400 digits": b"model: {arch: digits, classes: 10, input: [1, 8, 8]}\ndata: {name: digits}\n"
     b"prune: {target: {macs: " + b"9" * 400 + b"}}",
     "time of 400 digits": with_setting(prune={"target": {"latency": "9" * 400 + "ms"}}),
@@ -315,6 +316,7 @@ SLIMS: dict[str, dict[str, Any]] = {
     "bomb in the weights": {"state_dict": {"conv1.weight": Bomb()}},
     "bomb in the report": {"report": Bomb()},
     "bomb for an architecture": {"arch": Bomb()},
+    "a million lists in the report": {"report": '{"a":[' + "[]," * 2_000_000 + "1]}"},
     "architecture that runs": {"arch": "os:getcwd"},
     "architecture outside": {"arch": "../../../etc/passwd"},
     "architecture from a hub": {"arch": "timm:hf-hub:evil/evil"},

@@ -13,6 +13,8 @@ from digits_recipe import recipe
 
 import dpm_cli
 from dpm_cli.cli.app import main
+from dpm_cli.display.history import read_history
+from dpm_cli.display.page import read_report
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.errors import Interrupted, OutputError
 from dpm_cli.files import CHECKPOINT, LOCK, MARKS, locked, prepare_output, previous_of
@@ -223,6 +225,23 @@ def test_checkpoint_that_is_a_pipe_is_not_read(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / CHECKPOINT)
     with pytest.raises(dpm_cli.DpmError, match="cannot be read"):
         load_checkpoint(tmp_path / CHECKPOINT)
+
+
+def test_pipe_in_place_of_a_text_is_not_waited_for(tmp_path: Path) -> None:
+    for name in ("report.json", "metrics.jsonl", "model.json"):
+        os.mkfifo(tmp_path / name)
+    with pytest.raises(OutputError, match="is not the report of a run"):
+        read_report(tmp_path)
+    assert read_history(tmp_path / "metrics.jsonl").epochs == []
+    with pytest.raises(dpm_cli.DpmError, match=r"model\.json cannot be read"):
+        dpm_cli.read_metadata(tmp_path / "model.json")
+
+
+def test_report_that_would_fill_the_memory_is_not_read(tmp_path: Path) -> None:
+    with (tmp_path / "report.json").open("wb") as file:
+        file.truncate(1 << 30)
+    with pytest.raises(OutputError, match=r"is not the report of a run .larger than \d+ bytes"):
+        read_report(tmp_path)
 
 
 # ------------------------------------------------------------------------------------------------------ names and locks

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpm_cli.errors import UsageError
+from dpm_cli.files import read_regular_text
 from dpm_cli.report import Report
 
 
@@ -55,7 +56,7 @@ def name_runs(files: Sequence[Path]) -> list[str]:
 
 def _summarise(path: Path, name: str) -> ComparedRun:
     try:
-        return _flatten(path, name, Report.from_json(path.read_text(encoding="utf-8")))
+        return _flatten(path, name, Report.from_json(read_regular_text(path)))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UsageError(f"{path} is not the report of a run ({reason}): give report.json files of dpm prune") from None

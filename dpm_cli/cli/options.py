@@ -125,13 +125,13 @@ def _resume_settings(
     A recipe alone is changed as it was then. Returns None if the folder holds no run, or if settings are given. What
     was typed then is no consent now: the folder may come from anyone.
     """
-    from dpm_cli.recipe.reader import read_recipe
+    from dpm_cli.recipe.reader import read_recipe, read_recipe_text
     from dpm_cli.run.resolved import NAME, read_changes
 
     if _has_changes(overrides, shortcuts) or not (folder / NAME).is_file():
         return None
     if recipe is None:
-        return read_recipe((folder / NAME).read_text(encoding="utf-8"), name=str(folder / NAME))
+        return read_recipe(read_recipe_text(folder / NAME), name=str(folder / NAME))
     changed = dpm_cli.load_recipe(recipe, read_changes(folder))
     changed._typed = frozenset()
     return changed

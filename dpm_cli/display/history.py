@@ -1,5 +1,6 @@
 """Read what happened in a run from its metrics.jsonl, on one axis of steps over all stages."""
 
+import contextlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -7,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from dpm_cli.events import EpochEnded, Event, Mistaken, RoundStarted, UnitsRemoved, UnitsWatched
+from dpm_cli.files import open_regular
 
 Entry = dict[str, Any]
+LONGEST_LINE = 8 << 20  # bytes
 
 
 @dataclass
@@ -55,14 +58,11 @@ def read_history(path: Path) -> History:
 
 
 def _read_entries(path: Path) -> Iterator[Entry]:
-    try:
-        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        return
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(entry, dict):
-            yield entry
+    with contextlib.suppress(OSError), open_regular(path) as file:
+        while line := file.readline(LONGEST_LINE):
+            try:
+                entry = json.loads(line.decode(errors="replace"))
+            except (ValueError, RecursionError):
+                continue
+            if isinstance(entry, dict):
+                yield entry

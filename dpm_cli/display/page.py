@@ -10,7 +10,7 @@ from dpm_cli.display.charts import draw_charts
 from dpm_cli.display.facts import details, disappointments, doubts, rows, title
 from dpm_cli.display.history import read_history
 from dpm_cli.errors import OutputError
-from dpm_cli.files import PAGE, REPORT, write_text_atomic
+from dpm_cli.files import PAGE, REPORT, read_regular_text, write_text_atomic
 from dpm_cli.report import Report
 
 LINE = 10_000  # letters: a page breaks lines by itself
@@ -34,7 +34,7 @@ def write_page(folder: Path, report: Report | None = None) -> Path:
         mistakes=history.mistakes,
         notes=[*doubts(report), *disappointments(report), *report.notes],
         details=[(label, lines) for label, lines in details(report, LINE) if lines and label not in ELSEWHERE],
-        recipe=recipe.read_text(encoding="utf-8", errors="replace") if recipe.is_file() else "",
+        recipe=read_regular_text(recipe, errors="replace") if recipe.is_file() else "",
         versions=report.versions,
     )
     write_text_atomic(folder / PAGE, page)
@@ -45,7 +45,7 @@ def read_report(folder: Path) -> Report:
     """Read the report of a finished run. Raises OutputError if there is none."""
     path = folder / REPORT
     try:
-        return Report.from_json(path.read_text(encoding="utf-8"))
+        return Report.from_json(read_regular_text(path))
     except (OSError, ValueError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise OutputError(f"{path} is not the report of a run ({reason}): give the folder of a finished run") from None

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dpm_cli.data.decode import decode
 from dpm_cli.errors import DataError, ModelFileError, UsageError, one_line
+from dpm_cli.files import read_regular_text
 from dpm_cli.jobs.loading import open_deployed
 from dpm_cli.models.metadata import COLORS, Metadata, parse_metadata, parse_strings
 from dpm_cli.models.read import read_model_file
@@ -64,7 +65,7 @@ def read_metadata(file: str | Path, *, trust: bool = False) -> Metadata:
     path = Path(file)
     if path.suffix == ".json":
         try:
-            return parse_metadata(json.loads(path.read_text(encoding="utf-8")), path)
+            return parse_metadata(json.loads(read_regular_text(path)), path)
         except (OSError, ValueError, RecursionError) as error:
             raise ModelFileError(f"{path} cannot be read: {one_line(error)}") from None
     exported = open_deployed(path, trust)

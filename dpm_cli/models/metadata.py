@@ -28,6 +28,7 @@ VERSION = 1
 TASK = "classification"
 COLORS = {1: "L", 3: "RGB"}
 MOST_NAMES, LONGEST_NAME = 10**5, 1000
+MOST_TEXT = 1 << 22  # characters of one value
 
 
 def _own_version() -> str:
@@ -99,6 +100,8 @@ def parse_strings(strings: Mapping[str, str], path: Path) -> Metadata:
             f"{path} does not say how a picture becomes its input: export it again from its slim.pt, with dpm export"
         )
     texts = ("dpm", "arch", "dpm_recipe", "task", "color", "crop", "interpolation")
+    if long := next((key for key, text in strings.items() if key in _KEYS and len(text) > MOST_TEXT), None):
+        raise _damaged(path, long)
     try:
         values = {key: text if key in texts else json.loads(text) for key, text in strings.items() if key in _KEYS}
     except (ValueError, RecursionError):

@@ -24,7 +24,7 @@ from dpm_cli.recipe.sections import MAX_NUMBERS
 
 FORMAT = "dpm-slim"
 VERSION = 2  # 2: with packed weights
-MAX_TEXT = 1 << 24  # characters of recipe and report
+MAX_TEXT = 1 << 22  # characters of recipe, report and metadata, each
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from dpm_cli.errors import RecipeError, flatten
 from dpm_cli.recipe.check import explain
 from dpm_cli.recipe.schema import Recipe
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_BYTES = 1 << 17  # a megabyte of brackets takes twenty seconds
 
 
 def recipes_folder() -> Path:
@@ -43,19 +43,25 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         near = difflib.get_close_matches(path.name.removesuffix(".yaml"), shipped_recipes(), n=1)
         way_out = f"; did you mean {near[0]!r}?" if near else f" ({', '.join(shipped_recipes())})"
         raise RecipeError(f"no recipe {str(source)!r}: neither a file nor a shipped recipe{way_out}")
-    try:
-        if path.stat().st_size > MAX_RECIPE_BYTES:
-            raise RecipeError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes: not a recipe")
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}") from None
-    recipe = read_recipe(text, overrides, name=str(path))
+    recipe = read_recipe(read_recipe_text(path), overrides, name=str(path))
     recipe._source = path
     return recipe
 
 
+def read_recipe_text(path: Path) -> str:
+    """Read the YAML of a recipe. Raises RecipeError if it cannot be read, or is too large."""
+    try:
+        if path.stat().st_size > MAX_RECIPE_BYTES:
+            raise RecipeError(f"{path} is larger than {MAX_RECIPE_BYTES} bytes: not a recipe")
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path} cannot be read as UTF-8 text: {error}") from None
+
+
 def read_recipe(text: str, overrides: Sequence[str] = (), *, name: str = "recipe") -> Recipe:
     """Check YAML text, such as the recipe in a slim.pt. Raises RecipeError that names every mistake."""
+    if len(text) > MAX_RECIPE_BYTES:
+        raise RecipeError(f"{name} is larger than {MAX_RECIPE_BYTES} bytes: not a recipe")
     return parse_recipe(_parse_yaml(text, name), overrides, name=name)
 
 
