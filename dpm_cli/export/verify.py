@@ -31,12 +31,19 @@ def largest_difference(expected: Sequence[Answer], outputs: Callable[[Tensor], l
     largest = 0.0
     for images, wanted in expected:
         got = outputs(images)
+        if len(images) == 1 and len(got) == len(wanted):
+            got = [_squeezed(output, like) for output, like in zip(got, wanted)]
         shapes, expected_shapes = ([tuple(output.shape) for output in each] for each in (got, wanted))
         if shapes != expected_shapes:
             raise RunError(f"at batch {len(images)} the outputs have shapes {shapes}, the model's {expected_shapes}")
         wanted, got = ([output.double() for output in each] for each in (wanted, got))
         largest = max(largest, relative_difference(wanted, got, least=1.0))
     return largest
+
+
+def _squeezed(output: Tensor, like: Tensor) -> Tensor:
+    """Drop the axis of a batch of one, if the model's own `squeeze()` does, which files for any batch rightly keep."""
+    return output[0] if tuple(output.shape) == (1, *like.shape) else output
 
 
 def _answer(module: nn.Module, images: Tensor) -> list[Tensor]:

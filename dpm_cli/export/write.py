@@ -11,7 +11,7 @@ from typing import Literal, assert_never
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.errors import AccuracyError, DpmError, RunError, UsageError
+from dpm_cli.errors import AccuracyError, DpmError, FormatError, RunError, UsageError
 from dpm_cli.export import executorch, int8, onnx, openvino, pt2, torchscript
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.runtimes import require_format
@@ -57,7 +57,8 @@ def export_model(
     example: one image (1, C, H, W); the file takes any batch. opset: for ONNX only. tolerance: the largest difference
     allowed; each format has its own default. In "onnx-fp16" weights and arithmetic are half precision, images and
     outputs float32.
-    Raises RunError, and leaves nothing behind, if the model cannot be exported or the file computes something else.
+    Raises RunError, and leaves nothing behind, if the model does not run; FormatError, which is one, if it cannot be
+    exported in this format or the file computes something else.
 
         export_model(model, torch.zeros(1, 3, 32, 32), format="onnx", path="model.onnx", metadata={})
     """
@@ -67,11 +68,13 @@ def export_model(
     path = Path(path)
     portable = portable_copy(module)
     image = example[:1].detach().to("cpu", torch.float32).contiguous()  # (1, C, H, W)
+    failure = RunError
     try:
         expected = answers(portable, image)
+        failure = FormatError  # another format may do
         content, weights = _serialise(portable, image.repeat(2, 1, 1, 1), format, metadata, opset)
     except RunError as error:
-        raise type(error)(f"{path.name} was not written: {error}") from error
+        raise failure(f"{path.name} was not written: {error}") from error
     difference, tolerance = float("nan"), TOLERANCE[format] if tolerance is None else tolerance
 
     def write(temporary: Path) -> None:
@@ -83,9 +86,9 @@ def export_model(
             difference = largest_difference(expected, _read(temporary, format).outputs)
         except DpmError as error:
             problem = str(error).replace(str(temporary), "the file")
-            raise RunError(f"{path.name} was not written: {problem}") from error
+            raise FormatError(f"{path.name} was not written: {problem}") from error
         if difference > tolerance:
-            raise RunError(
+            raise FormatError(
                 f"{path.name} was not written: its outputs differ from the model's by {difference:.1e} "
                 f"of their largest, tolerance is {tolerance:.0e}"
             )

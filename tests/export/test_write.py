@@ -181,6 +181,25 @@ def test_importing_the_package_does_not_import_onnx() -> None:
     assert found.stdout.strip() == "[]"
 
 
+class Squeezes(nn.Module):
+    """Its code takes the axis of a batch of one away, too."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.mean((2, 3), keepdim=True).squeeze()
+
+
+@pytest.mark.parametrize("format", ["torchscript", "onnx"])
+@pytest.mark.thorough
+def test_a_model_that_squeezes_its_batch_of_one_is_exported(format: Format, image: Tensor, tmp_path: Path) -> None:
+    made = export_model(Squeezes(), image, format=format, path=tmp_path / "model", metadata={})
+    assert made.max_difference < 1e-6
+
+
+def test_what_a_trace_fixes_is_the_fault_of_the_format(image: Tensor, tmp_path: Path) -> None:
+    with pytest.raises(FormatError, match=r"model.ts was not written"):  # a run goes on to its other formats
+        export_model(FixedBatch(), image, format="torchscript", path=tmp_path / "model.ts", metadata={})
+
+
 class Clamp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
