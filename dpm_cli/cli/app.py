@@ -27,7 +27,7 @@ from dpm_cli.cli import (
 from dpm_cli.cli.interrupts import catching_interrupts, was_interrupted
 from dpm_cli.cli.outcome import fail, flush, open_closed_streams, silence_closed_pipe
 from dpm_cli.cli.signs import make_output_safe
-from dpm_cli.errors import DpmError
+from dpm_cli.errors import DpmError, UsageError
 
 # Plain help: rich would triple the time it takes, and would draw boxes into pipes.
 app = typer.Typer(
@@ -80,6 +80,17 @@ def describe(
     """
     if context.invoked_subcommand is None:
         print(context.get_help())
+    elif not _has_current_folder():
+        raise UsageError("the current folder has been removed: change into another")
+
+
+def _has_current_folder() -> bool:
+    """Tell whether there is one; a library of torch's would end this process without."""
+    try:
+        os.getcwd()
+    except OSError:
+        return False
+    return True
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

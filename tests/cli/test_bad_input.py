@@ -254,3 +254,14 @@ def test_the_demo_halves_the_macs_and_keeps_the_accuracy(dpm: Any) -> None:
     assert report["dense"]["accuracy"] > 97
     assert {each["format"] for each in report["exports"]} == {"torchscript", "onnx"}
     assert all(each["max_difference"] <= 1e-4 for each in report["exports"])
+
+
+def test_removed_current_folder_is_one_line(dpm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library of torch's would end the process, with a line of its own."""
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    ended = dpm("doctor", ".")
+    assert (ended.code, ended.out) == (2, "")
+    assert ended.err == "error: the current folder has been removed: change into another\n"
+    assert dpm("--help").code == 0
