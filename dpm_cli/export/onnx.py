@@ -13,7 +13,7 @@ from dpm_cli.errors import ModelFileError, RunError, UsageError, one_line
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.noise import quiet
 from dpm_cli.export.onnx_cost import count_cost
-from dpm_cli.layers.modes import plain_attention
+from dpm_cli.layers.modes import four_axes_attention, plain_attention
 from dpm_cli.layers.outputs import output_tensors
 from dpm_cli.measure import keeping_denormals
 
@@ -38,7 +38,7 @@ def serialise(
         count = len(output_tensors(module(example)))
     if half:
         module = _Half(module)
-    with quiet(), torch.no_grad(), plain_attention():
+    with quiet(), torch.no_grad(), plain_attention(), four_axes_attention():
         try:
             program = torch.onnx.export(
                 module,

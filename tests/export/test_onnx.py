@@ -4,6 +4,7 @@ import onnx
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from dpm_cli.errors import ModelFileError, RunError, UsageError
 from dpm_cli.export import export_model, open_exported
@@ -103,3 +104,36 @@ def test_half_precision_halves_the_weights_and_keeps_the_interface(
         each.type.tensor_type.elem_type for each in (*full.graph.input, *full.graph.output)
     ]
     assert net[0].weight.dtype is torch.float32
+
+
+class Windows(nn.Module):
+    """Attention in windows, over (B, windows, heads, L, D) or (B · windows, L, D), as hiera, nest and SAM have it."""
+
+    def __init__(self, *, one_head: bool, masked: bool) -> None:
+        super().__init__()
+        self.qkv, self.head = nn.Conv2d(3, 24, 1), nn.Linear(8, 4)
+        self.one_head = one_head
+        shape = (8, 8) if one_head else (1, 4, 2, 8, 8)
+        self.mask = torch.randn(shape) if masked else None
+
+    def forward(self, images: Tensor) -> Tensor:
+        tokens = self.qkv(images).flatten(2).unflatten(2, (-1, 8)).unflatten(1, (3, 2, 4))  # (B, 3, 2, 4, windows, 8)
+        q, k, v = tokens.permute(1, 0, 4, 2, 5, 3).unbind(0)  # (B, windows, 2, 8, 4)
+        q, k, v = (each[:, :4] for each in (q, k, v))
+        if self.one_head:
+            q, k, v = (each.flatten(0, 2) for each in (q, k, v))
+        mixed = functional.scaled_dot_product_attention(q, k, v, self.mask)
+        return self.head(mixed.reshape(images.shape[0], -1, 8).mean(1))
+
+
+@pytest.mark.thorough
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("one_head", [False, True])
+def test_attention_over_three_and_five_axes_is_exported(
+    one_head: bool, masked: bool, image: Tensor, tmp_path: Path
+) -> None:
+    torch.manual_seed(0)
+    net, attend = Windows(one_head=one_head, masked=masked).eval(), functional.scaled_dot_product_attention
+    made = export_model(net, image, format="onnx", path=tmp_path / "model.onnx", metadata={})
+    assert made.max_difference < 1e-5
+    assert functional.scaled_dot_product_attention is attend
