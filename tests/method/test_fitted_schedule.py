@@ -75,7 +75,7 @@ def test_shipped_recipes_fit_short_trainings(name: str, change: str) -> None:
     [
         ["decay.steps=200", "train.epochs=1"],
         ["prune.rounds=5", "decay.steps=200", "train.epochs=2"],
-        ["prune.end=1.0", "decay.rectify=true"],
+        ["prune.end=1.0", "decay.rectify.criterion=significance"],
         ["prune.importance=taylor", "prune.observe_steps=50", "train.epochs=1"],
         ["prune.importance=taylor", "train.epochs=0"],
         ["prune.base=otov2", "prune.end=1.0"],
