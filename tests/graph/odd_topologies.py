@@ -227,7 +227,7 @@ class TokensAsBatch(Net):
         return self.head(y.view(batch, height * width, -1).mean(-2))
 
 
-@topology(groups={"stem.0": 8, "inner": 10})
+@topology(groups={"stem.0": 8, "inner": 10, "outer": 4})
 class TokensAsBatchByNumber(Net):
     def __init__(self) -> None:
         super().__init__(4)

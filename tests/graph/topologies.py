@@ -811,9 +811,9 @@ class WindowAttention(Net):
         return self.head(x.mean((1, 2)))
 
 
-@topology(groups={"widen": 12}, kept={"qkv": ""})
+@topology(groups={"qkv": 2, "widen": 12}, retrace=False)
 class HandWrittenAttention(Net):
-    """Softmax of bmm; the numbers of heads and of head dimensions are in the code."""
+    """Softmax of bmm; the code asks for the numbers of heads and of head dimensions that it was written for."""
 
     def __init__(self) -> None:
         super().__init__(8)
