@@ -86,22 +86,20 @@ def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Grou
     rehearsal = Rehearsal(model, example, groups.outputs)
     lefts = _unequal_shares(groups)
 
-    def find_broken_in(groups: Groups) -> list[int]:
-        return find_broken(
-            lambda chosen: rehearsal.survives(groups, {i: lefts[i] for i in chosen}),
-            [i for i, group in enumerate(groups) if group.size > 1],
-            kinds=groups.kinds,
-            suspects=lambda: rehearsal.suspects(groups),
-        )
-
     def suspects() -> set[int]:
         return rehearsal.suspects(groups)
 
     groups, is_fine = _let_answer(rehearsal, groups, lefts)
-    broken = [] if is_fine else find_broken_in(groups)
-    answering = groups.letting_answer(broken)
-    if answering.answering > groups.answering and len(still := find_broken_in(answering)) < len(broken):
-        groups, broken = answering, still
+    broken: list[int] = []
+    if not is_fine:
+        losing = [i for i, group in enumerate(groups) if group.size > 1]
+        broken = find_broken(
+            lambda chosen: rehearsal.survives(groups, {i: lefts[i] for i in chosen}),
+            losing,
+            kinds=groups.kinds,
+            suspects=suspects,
+        )
+        groups, broken = _save_by_answers(rehearsal, groups, lefts, losing, broken)
     if broken:
         lefts = [left for i, left in enumerate(lefts) if i not in broken]
         groups = groups.without(dict.fromkeys(broken, BREAKS))
@@ -132,6 +130,22 @@ def _let_answer(rehearsal: Rehearsal, groups: Groups, lefts: Sequence[int]) -> t
             break
         hopeful = more
     return groups, False
+
+
+def _save_by_answers(
+    rehearsal: Rehearsal, groups: Groups, lefts: Sequence[int], losing: Sequence[int], broken: Sequence[int]
+) -> tuple[Groups, list[int]]:
+    """Let layers answer what they ask of broken groups, kind by kind beside fine ones; return which stay broken."""
+    answering = groups.letting_answer(broken)
+    if answering.answering == groups.answering:
+        return groups, list(broken)
+    fine = [i for i in losing if i not in set(broken)]
+    for kind in dict.fromkeys(groups.kinds[i] for i in broken):
+        hopeful = [*fine, *(i for i in broken if groups.kinds[i] == kind)]
+        if rehearsal.survives(answering, {i: lefts[i] for i in sorted(hopeful)}):
+            fine = hopeful
+    still = [i for i in broken if i not in set(fine)]
+    return (answering, still) if len(still) < len(broken) else (groups, still)
 
 
 def rehearse_values(model: nn.Module, example: Example, groups: Groups) -> Groups:
