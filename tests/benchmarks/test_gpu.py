@@ -76,7 +76,7 @@ def test_late_job_is_killed_with_its_descendants_and_the_next_part_runs(
     (tmp_path / "fails.py").write_text("import sys; print('why'); sys.exit(3)")
     place = parts.Place(tmp_path / "work", None, False)
     place.make()
-    late = parts.Part("late", 1.0, lambda *_: [parts.Job("sleeps", str(tmp_path / "sleeps.py"))], least=0)
+    late = parts.Part("late", 3.0, lambda *_: [parts.Job("sleeps", str(tmp_path / "sleeps.py"))], least=0)
     failing = parts.Part("failing", 20.0, lambda *_: [parts.Job("fails", str(tmp_path / "fails.py"))], least=0)
     greedy = parts.Part("greedy", 900.0, lambda *_: [], least=800.0)
     runner = gpu.Runner(tmp_path, place, budget=60.0)
