@@ -43,7 +43,7 @@ def find_groups(
     """
     try:
         groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
-        return _rehearse(model, example, _rehearse_shapes(model, example, groups))
+        return rehearse_values(model, example, _rehearse_shapes(model, example, groups))
     except DpmError:
         raise
     except Exception as error:
@@ -66,7 +66,7 @@ def rehearse_survivors(model: nn.Module, example: Example, groups: Groups, alive
     return groups.without(dict.fromkeys(broken, BREAKS))
 
 
-def _rehearse(model: nn.Module, example: Example, groups: Groups) -> Groups:
+def rehearse_values(model: nn.Module, example: Example, groups: Groups) -> Groups:
     """Keep the groups whose removal changes the outputs, even if layers answer what their code asks for."""
     culprits = _find_culprits(model, example, groups)
     answering = groups.letting_answer(culprits)
@@ -139,18 +139,13 @@ def _save_by_answers(
     answering = groups.letting_answer(broken)
     if answering.answering == groups.answering:
         return groups, list(broken)
-    fine = [i for i in losing if i not in set(broken)]
+    fine = sorted(set(losing) - set(broken))
     for kind in dict.fromkeys(groups.kinds[i] for i in broken):
         hopeful = [*fine, *(i for i in broken if groups.kinds[i] == kind)]
         if rehearsal.survives(answering, {i: lefts[i] for i in sorted(hopeful)}):
             fine = hopeful
-    still = [i for i in broken if i not in set(fine)]
+    still = sorted(set(broken) - set(fine))
     return (answering, still) if len(still) < len(broken) else (groups, still)
-
-
-def rehearse_values(model: nn.Module, example: Example, groups: Groups) -> Groups:
-    """Keep the groups whose removal changes the outputs of the model with lively weights."""
-    return groups.without(_find_culprits(model, example, groups))
 
 
 def _find_culprits(model: nn.Module, example: Example, groups: Groups) -> dict[int, str]:
