@@ -99,6 +99,9 @@ def _may_count(name: str, counts: Counts) -> bool:
 def take(tensor: Tensor, axes: Mapping[int, Ids]) -> Tensor:
     """Select the kept positions along some axes; keep the memory format."""
     layout = torch.channels_last if _is_channels_last(tensor) else torch.contiguous_format
+    if tensor.is_meta:  # a new tensor of the shape is the answer, and much faster
+        shape = [len(axes[axis]) if axis in axes else size for axis, size in enumerate(tensor.shape)]
+        return torch.empty(shape, dtype=tensor.dtype, device="meta", memory_format=layout)
     for axis, positions in axes.items():
         tensor = tensor.index_select(axis, torch.from_numpy(positions).to(tensor.device))
     return tensor.to(memory_format=layout)  # `contiguous` leaves one channel or one position as it is

@@ -4,6 +4,7 @@ import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from types import BuiltinFunctionType, FunctionType
 from typing import Any
 
 import numpy as np
@@ -19,18 +20,56 @@ from dpm_cli.graph.program import Example, layer_that_raised, run_example
 from dpm_cli.graph.shapes import ShapesAlone
 from dpm_cli.layers.copyable import drop_histories_
 
+ATOMS = frozenset((int, float, bool, str, bytes, type(None), type, FunctionType, BuiltinFunctionType, torch.dtype))
+USUAL_COPYING = {
+    name: getattr(nn.Module, name, None)
+    for name in ("__deepcopy__", "__reduce__", "__reduce_ex__", "__getstate__", "__getnewargs_ex__", "__getnewargs__")
+}
+
 
 def copy_module(model: nn.Module, tensors: Mapping[int, Tensor]) -> nn.Module:
     """Copy a model with other tensors in the place of some, by their `id`.
 
     Empty hooks are shared with the model, so register none on the copy: there are a dozen a layer, most of what would
-    have to be copied.
+    have to be copied. Layers that do not say themselves how they are copied are copied here: `copy.deepcopy` takes
+    several times as long, most of it for numbers and names.
     """
     drop_histories_(model)
     memo: dict[int, Any] = dict(tensors)
+    twins: list[tuple[dict[str, Any], dict[str, Any]]] = []
     for module in model.modules():
-        memo.update((id(hooks), hooks) for hooks in vars(module).values() if type(hooks) is OrderedDict and not hooks)
+        attributes = vars(module)
+        memo.update((id(hooks), hooks) for hooks in attributes.values() if type(hooks) is OrderedDict and not hooks)
+        if _is_its_attributes(type(module)):
+            memo[id(module)] = twin = object.__new__(type(module))
+            twins.append((attributes, vars(twin)))
+    for attributes, copied in twins:
+        for name, value in attributes.items():
+            copied[name] = _copy(value, memo)
     return copy.deepcopy(model, memo)
+
+
+def _is_its_attributes(kind: type[nn.Module]) -> bool:
+    """Tell whether to copy a layer of this class is to copy its attributes, as for all that torch has itself."""
+    is_usual = all(getattr(kind, name, None) is usual for name, usual in USUAL_COPYING.items())
+    return is_usual and kind.__setstate__.__module__.startswith("torch.nn.")
+
+
+def _copy(value: Any, memo: dict[int, Any]) -> Any:
+    kind = type(value)
+    if kind in ATOMS or (kind is tuple and all(type(each) in ATOMS for each in value)):
+        return value
+    if (known := memo.get(id(value))) is not None:
+        return known
+    if kind is dict:
+        copied = memo[id(value)] = {}
+        for key, each in value.items():
+            copied[_copy(key, memo)] = _copy(each, memo)
+        return copied
+    if kind is set and all(type(each) in ATOMS for each in value):
+        memo[id(value)] = twin = set(value)
+        return twin
+    return copy.deepcopy(value, memo)
 
 
 class Rehearsal:
@@ -69,11 +108,20 @@ class Rehearsal:
         return not self._dense_trains
 
     def suspects(self, groups: Groups) -> set[int]:
-        """Return the numbers of the groups that have weights or sizes in the layer that raised last."""
-        inside = f"{self._failed_in}."
-        touched = [part.units for part in groups.slices if self._failed_in and part.tensor.startswith(inside)]
-        touched += [units for held in groups.numbers if held.layer == self._failed_in for units in held.parts]
-        touched += [asking.counted() for asking in groups.asking if asking.layer == self._failed_in]
+        """Return the numbers of the groups that have weights or sizes in the layer that raised last.
+
+        If it has none, those of the layer around it, whose code may have handed it the wrong size.
+        """
+        layer, found = self._failed_in, set[int]()
+        while layer and not found:
+            found = self._groups_in(groups, layer)
+            layer = layer.rpartition(".")[0]
+        return found
+
+    def _groups_in(self, groups: Groups, layer: str) -> set[int]:
+        touched = [part.units for part in groups.slices if part.tensor.startswith(f"{layer}.")]
+        touched += [units for held in groups.numbers if held.layer == layer for units in held.parts]
+        touched += [asking.counted() for asking in groups.asking if asking.layer == layer]
         units = np.unique(np.concatenate([each.ravel() for each in touched])) if touched else np.zeros(0, np.int64)
         return set(groups.group_of_unit[units[units < groups.units]].tolist())
 
@@ -109,7 +157,8 @@ class Rehearsal:
             example = tree_map_only(Tensor, self._without_data, self._example)
             with context, torch.enable_grad():
                 compact_(slim, groups, alive)
-                outputs = run_example(slim, example)
+                with ShapesAlone(trains=True):
+                    outputs = run_example(slim, example)
                 tensors = [leaf for leaf in tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
                 torch.autograd.backward(tensors, [torch.empty_like(tensor) for tensor in tensors])
         except Exception as error:  # as above

@@ -21,6 +21,7 @@ from dpm_cli.graph.trial import Trial
 from dpm_cli.graph.units import Units
 
 MOST_MACS = 8_000_000_000  # of one forward pass: a second
+ENOUGH_MACS = 2_000_000_000  # of one forward pass, before even smaller pictures are tried
 MOST_PARAMETERS = 300_000_000
 FEW = 8  # values of a channel that are too few for statistics
 LEAST_VARIANCE = 1e-2  # pooled noise hardly varies: it would be blown up
@@ -35,7 +36,9 @@ def make_lively(model: nn.Module, example: Example, groups: Groups, alive: Flags
     if groups.cost.parameters(everything) > MOST_PARAMETERS:
         return None
     macs, one = groups.cost.macs(everything), _first(example, groups.cost.batch)
-    costs = [(macs // 4, _smaller(one)), (macs, one), (macs * groups.cost.batch, example)]
+    small, smaller = _smaller(one), _smaller(_smaller(one))
+    costs = [(macs // 16, smaller)] if macs // 4 > ENOUGH_MACS else []
+    costs += [(macs // 4, small), (macs, one), (macs * groups.cost.batch, example)]
     candidates = [inputs for cost, inputs in costs if cost < MOST_MACS]
     if not candidates:
         return None

@@ -35,7 +35,8 @@ def find_broken(
         members.setdefault(i if kinds is None else kinds[i], []).append(i)
     fine: list[list[int]] = list(members.values())
     doubtful = _drop_suspects(survives_in_time, fine, suspects) if suspects else fine
-    return sorted(_find_broken_of_kinds(survives_in_time, doubtful, sorted(_all_of(fine)) if suspects else []))
+    beside = _all_of(fine) if suspects else []
+    return sorted(_find_broken_of_kinds(survives_in_time, doubtful, beside, suspects or (lambda: ())))
 
 
 def _all_of(kinds: Iterable[list[int]]) -> list[int]:
@@ -58,7 +59,9 @@ def _drop_suspects(survives: Survives, fine: list[list[int]], suspects: Suspects
     return dropped
 
 
-def _find_broken_of_kinds(survives: Survives, kinds: Sequence[list[int]], fine: list[int]) -> Iterable[int]:
+def _find_broken_of_kinds(
+    survives: Survives, kinds: Sequence[list[int]], fine: list[int], suspects: Suspects
+) -> Iterable[int]:
     """Find the broken ones among candidates that do not survive together, beside others that do."""
 
     def with_fine(chosen: Sequence[int]) -> list[int]:
@@ -67,19 +70,31 @@ def _find_broken_of_kinds(survives: Survives, kinds: Sequence[list[int]], fine: 
     broken = _find_broken(lambda chosen: survives(with_fine(chosen)), range(len(kinds)))
     fine = with_fine([kind for kind in range(len(kinds)) if kind not in broken])
     for kind in broken:
-        found = _find_broken_members(survives, kinds[kind], fine)
+        found = _find_broken_members(survives, kinds[kind], fine, suspects)
         yield from found
         fine = sorted([*fine, *(i for i in kinds[kind] if i not in found)])
 
 
-def _find_broken_members(survives: Survives, members: list[int], fine: list[int]) -> list[int]:
+def _find_broken_members(survives: Survives, members: list[int], fine: list[int], suspects: Suspects) -> list[int]:
     """Find the broken ones of one kind, which does not survive beside those that are fine."""
     if len(members) == 1:
         return members
     some = [members[k * (len(members) - 1) // (SAMPLES - 1)] for k in range(SAMPLES)]
     if len(members) > SAMPLES and not any(survives([i]) for i in some):
         return members
-    return _find_broken(lambda chosen: survives(sorted([*fine, *chosen])), members)
+    rest, doubtful = list(members), list[int]()
+    while rest and not survives(sorted([*fine, *rest])):
+        if not (named := set(suspects()).intersection(rest)):
+            return _find_broken(lambda chosen: survives(sorted([*fine, *chosen])), members)
+        doubtful += sorted(named)
+        rest = [i for i in rest if i not in named]
+    broken = []
+    for i in doubtful:
+        if survives(sorted([*fine, *rest, i])):
+            rest.append(i)
+        else:
+            broken.append(i)
+    return broken
 
 
 def _find_broken(survives: Survives, candidates: Sequence[int]) -> list[int]:

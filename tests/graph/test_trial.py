@@ -155,6 +155,20 @@ def test_what_repeats_and_breaks_everywhere_is_found_in_few_tries():
     assert len(tries) < 32
 
 
+def test_suspects_find_the_few_of_a_kind_that_break_in_few_tries():
+    broken, tries = {12, 40, 77}, []
+
+    def survives(chosen):
+        tries.append(set(chosen))
+        return not broken & tries[-1]
+
+    kinds = [i // 10 > 0 for i in range(100)]  # ten of one, ninety of another
+    assert find_broken(survives, range(100), kinds=kinds, suspects=lambda: {min(broken & tries[-1])}) == [12, 40, 77]
+    assert len(tries) < 13
+    named_wrongly = find_broken(survives, range(100), kinds=kinds, suspects=lambda: {min(broken & tries[-1]) - 1})
+    assert named_wrongly == [12, 40, 77]
+
+
 def test_no_change_hides_behind_a_rectifier():
     groups = trace_groups(Counting().eval(), EXAMPLE)
     for seed in range(20):
