@@ -31,8 +31,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder with train/ and test/")
     parser.add_argument("--dense", type=Path, help="weights of ResNet-20; without, it is trained")
     parser.add_argument("--dense-epochs", type=int, default=12, help="of ResNet-20, from scratch")
-    parser.add_argument("--epochs", type=int, default=8, help="of ResNet-20, while rounds go on")
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=12, help="of ResNet-20, while rounds go on")
+    parser.add_argument("--lr", type=float, default=0.01, help="of ResNet-20, at first")
+    parser.add_argument("--rounds", type=int, default=20)
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     torch.set_num_threads(1)
@@ -56,7 +57,7 @@ def main() -> None:
             "data": data,
             "prune": prune | {"round_to": 1},
             "dense": {"epochs": arguments.dense_epochs, "lr": 0.1, "nesterov": True, "warmup_epochs": 1},
-            "train": {"epochs": arguments.epochs, "lr": 0.002},  # see digits
+            "train": {"epochs": arguments.epochs, "lr": arguments.lr},
             "finetune": {"epochs": 1, "lr": 0.002},
             "export": [],
         }

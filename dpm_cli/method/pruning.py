@@ -39,6 +39,7 @@ class Goal:
     limit: int
     widths: WidthLimits
     asked: Mapping[Kind, tuple[float, int]] = field(default_factory=dict)  # kind -> as in the recipe, and its limit
+    is_open: bool = False  # the limit is as low as it gets, so that to stay above it is no failure
 
     def __str__(self) -> str:
         if not self.asked:
@@ -91,6 +92,7 @@ class Pruning:
         self.dense_cost = self.cost()
         self.ancestry = Ancestry(groups)
         self.round = 0  # rounds started
+        self.skipped = 0  # planned rounds that were not
         self.in_round = False  # some victims are neither dead nor released yet
         self.is_choosing = False  # the round still chooses units, at most until `rounds.end`
         self.chosen = self.released = 0
@@ -122,17 +124,29 @@ class Pruning:
         return self.cost(alive) <= self.goal.limit and bool(self.goal.widths.are_widths_allowed(widths).all())
 
     @property
+    def is_planned(self) -> bool:
+        """Tell whether a planned round is still to come."""
+        return self.round + self.skipped < len(self.rounds.starts)
+
+    @property
     def is_done(self) -> bool:
-        """Tell whether the target is met and no round is in progress, nor, at pace "rounds", still planned."""
-        return (
-            not self.in_round and (self.base.pace != "rounds" or self.round >= len(self.rounds.starts)) and self.is_met
-        )
+        """Tell whether the target is met and no round is in progress, nor, at pace "rounds", still planned.
+
+        An open goal is met when no round is planned.
+        """
+        if self.in_round or (self.is_planned and (self.base.pace == "rounds" or self.goal.is_open)):
+            return False
+        return self.goal.is_open or self.is_met
 
     def is_due(self, step: int) -> bool:
         """Tell whether a round starts before this step: a planned one, or a further one to replace released units."""
         if self.in_round or self.is_done:
             return False
-        return step >= self.rounds.starts[self.round] if self.round < len(self.rounds.starts) else True
+        return step >= self.rounds.starts[self.round + self.skipped] if self.is_planned else True
+
+    def skip_round(self) -> None:
+        """Go on training in the time of the planned round that is due. Its share of the target is not made up for."""
+        self.skipped += 1
 
     @property
     def is_over(self) -> bool:
@@ -146,9 +160,8 @@ class Pruning:
         missing units by score alone and release none. A unit that was just released is spared in this round: decay has
         made it small, so it would be the first to be chosen again. It is only taken back if the target needs it.
         """
+        is_planned = self.is_planned
         self.round += 1
-        rounds = len(self.rounds.starts)
-        is_planned = self.round <= rounds
         scores, present = self.base.scores(), self._present
         limit, eligible = self.goal.limit, ~self.decay.released.cpu().numpy()
         if is_planned and self.base.pace != "rounds":
@@ -170,7 +183,7 @@ class Pruning:
         self.topped_up += 0 if is_planned else int(victims.sum())
         return Choice(
             round=self.round,
-            rounds=rounds,
+            rounds=len(self.rounds.starts),
             chosen=int(victims.sum()),
             condemning=self.is_choosing,
             limit=limit,
@@ -200,23 +213,12 @@ class Pruning:
         self.base.after_step_(lr, decay.decaying | decay.dead)
         if is_wanted:
             self.base.mark_(decay.decaying | decay.dead | decay.released)
-            self._choose_marked()
+            _choose_marked(self)
         if self.in_round:
             decay.advance_()
             _choose_again(self)
         if self.is_choosing and (step + 1 >= self.rounds.end or (not decay.remaining and self._meets_target())):
             self.is_choosing = False
-
-    def _choose_marked(self) -> None:
-        """Start the decay of units that the base has marked, as far as the target needs them."""
-        present = self._present
-        eligible = self.base.marked().cpu().numpy() & present & ~self.decay.released.cpu().numpy()
-        if not eligible.any():
-            return
-        victims = self._choose(self.base.scores(), limit=self.goal.limit, alive=present, eligible=eligible)
-        if victims.any():
-            self.decay.add(victims)
-            self.chosen += int(victims.sum())
 
     @property
     def _present(self) -> Flags:
@@ -313,6 +315,18 @@ class Pruning:
             self.unwrap_()
 
 
+def _choose_marked(pruning: Pruning) -> None:
+    """Start the decay of units that the base has marked, as far as the target needs them."""
+    present, base, decay = pruning._present, pruning.base, pruning.decay
+    eligible = base.marked().cpu().numpy() & present & ~decay.released.cpu().numpy()
+    if not eligible.any():
+        return
+    victims = pruning._choose(base.scores(), limit=pruning.goal.limit, alive=present, eligible=eligible)
+    if victims.any():
+        decay.add(victims)
+        pruning.chosen += int(victims.sum())
+
+
 def _choose_again(pruning: Pruning) -> None:
     """Correct the victims of a planned round by what its gradients have shown, at the moment that is set for it."""
     if (scores := pruning.decay.reconsider()) is None:
@@ -323,7 +337,15 @@ def _choose_again(pruning: Pruning) -> None:
     pruning.chosen += int((victims & present).sum())
 
 
-COUNTED = {"round": int, "in_round": bool, "is_choosing": bool, "chosen": int, "released": int, "topped_up": int}
+COUNTED = {
+    "round": int,
+    "skipped": int,
+    "in_round": bool,
+    "is_choosing": bool,
+    "chosen": int,
+    "released": int,
+    "topped_up": int,
+}
 
 
 def foresee(pruning: Pruning) -> Flags:

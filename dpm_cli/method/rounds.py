@@ -10,6 +10,7 @@ from dpm_cli.errors import RecipeError
 from dpm_cli.recipe.sections import Decay, Prune
 
 MOST_ROUNDS = 5  # that `auto` plans
+MOST_LOOKS = 20  # that it plans if every round is judged by the accuracy that it leaves: smaller steps come closer
 WORTH_A_ROUND = 30  # steps; `auto` plans fewer rounds rather than shorter ones
 SHARE = 0.6  # of a round that `auto` lets units decay; the rest recovers before the next choice
 
@@ -36,7 +37,8 @@ def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> 
         return Rounds((0,), 0, decay_steps=1)
     first, last = find_span(steps, prune, warm_up=warm_up)
     after = steps - last
-    rounds = _fit_rounds(last - first, decay) if prune.rounds == "auto" else prune.rounds
+    most = MOST_LOOKS if prune.target.drop is not None else MOST_ROUNDS
+    rounds = _fit_rounds(last - first, decay, most) if prune.rounds == "auto" else prune.rounds
     room = (last - first) // rounds
     decay_steps = _fit_decay(steps, room, after, decay) if decay.steps == "auto" else decay.steps
     taken = count_taken(decay_steps)
@@ -95,10 +97,10 @@ def longest_decay(steps: int) -> int:
     return max(200, int(2 * math.sqrt(steps)))
 
 
-def _fit_rounds(span: int, decay: Decay) -> int:
-    """Choose the number of rounds for `span` steps."""
+def _fit_rounds(span: int, decay: Decay, most: int) -> int:
+    """Choose the number of rounds for `span` steps, at most so many."""
     least = WORTH_A_ROUND if decay.steps == "auto" else decay.steps
-    return max(1, min(MOST_ROUNDS, span // least))
+    return max(1, min(most, span // least))
 
 
 def _fit_decay(steps: int, room: int, after: int, decay: Decay) -> int:

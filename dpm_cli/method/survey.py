@@ -65,7 +65,7 @@ class Survey:
             lowest = cost_of(self.groups.cost, "macs", self.widths.lowest(self.groups))
             if lowest == cost_of(self.groups.cost, "macs", np.ones(self.groups.units, bool)):
                 raise TargetError("target drop cannot be aimed at: no unit may be removed with this min_keep and keep")
-            return Goal("macs", lowest, self.widths)
+            return Goal("macs", lowest, self.widths, is_open=True)
         if len(asked) == 1:
             ((kind, (_, limit)),) = asked.items()
             return Goal(kind, limit, self.widths, asked)

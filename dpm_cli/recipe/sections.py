@@ -124,8 +124,8 @@ class Target(Section):
         default=None,
         gt=0,
         le=100,
-        description="points of validation accuracy that pruning may cost: rounds go on until one costs more, and the "
-        "last state that held is fine-tuned",
+        description="points of validation accuracy that pruning may cost: rounds go on while it holds and wait "
+        "while it does not; the last state that held is fine-tuned",
     )
     sparsity: Sparsities | None = Field(
         default=None, description="on-the-fly: the share of weights to cut, or several; training aims at the first"

@@ -20,6 +20,7 @@ class AccuracyFloor:
         self.dense = 0.0  # accuracy of the original model
         self.held: State | None = None  # the last state that held the floor; None for the original model
         self.broken: str | None = None  # why the run went back, if it did, in one sentence
+        self._seen: float | None = None  # accuracy when it was last compared
 
     @property
     def limit(self) -> float:
@@ -42,8 +43,12 @@ class AccuracyFloor:
             self.dense = accuracy
 
     def holds(self) -> bool:
-        accuracy = None if self.max_drop is None else self._validate()
-        return accuracy is None or accuracy >= self.limit
+        self._seen = None if self.max_drop is None else self._validate()
+        return self._seen is None or self._seen >= self.limit
+
+    def compare(self) -> str:
+        """Write what `holds` has just compared."""
+        return f"validation {self._seen:.2f} %, floor {self.limit:.2f} %"
 
     def remember(self) -> None:
         """Store the state of the subject as the last one that held the floor."""
@@ -58,8 +63,8 @@ class AccuracyFloor:
         }
 
     def go_back(self, culprit: str, *, stage: str, step: int) -> WentBack:
-        """Return to the last state that held the floor. Nothing is pruned afterwards."""
-        accuracy, subject, difference = self._validate(), self.subject, self.subject.difference
+        """Return to the last state that held the floor, from one that has just been found not to."""
+        subject, difference = self.subject, self.subject.difference
         subject.begin_again(copy.deepcopy(self.held["subject"]) if self.held else None)
         subject.difference = difference
         pruning = subject.pruning
@@ -67,15 +72,14 @@ class AccuracyFloor:
             goal = pruning.goal
             left = f"{goal.kind} {goal.describe(pruning.cost())}" + (f" (target {goal.limit:,})" if goal.asked else "")
             self.broken = (
-                f"{culprit} broke the accuracy floor and did not recover: validation {accuracy:.2f} %, floor "
-                f"{self.limit:.2f} % ({self.max_drop:g} points below the dense model); the run went back to the last "
-                f"state that held, with {left}"
+                f"{culprit} broke the accuracy floor and did not recover: {self.compare()} ({self.max_drop:g} points "
+                f"below the dense model); the run went back to the last state that held, with {left}"
             )
         return WentBack(
             stage=stage,
             step=step,
             culprit=culprit,
-            validation_accuracy=accuracy,
+            validation_accuracy=self._seen,
             floor=self.limit,
             macs=pruning.groups.cost.macs(pruning.all_alive),
             params=pruning.groups.cost.parameters(pruning.all_alive),

@@ -1,16 +1,19 @@
 """`target: {drop: …}`: as small as it gets for so many points of accuracy."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from digits_recipe import recipe
 
 import dpm_cli
-from dpm_cli.events import Event, RoundStarted, WentBack
+from dpm_cli.errors import DpmError
+from dpm_cli.events import Event, Note, RoundStarted, WentBack
 from dpm_cli.models import build
+from dpm_cli.run.accuracy_floor import AccuracyFloor
 
-pytestmark = pytest.mark.slow  # trains
+pytestmark = pytest.mark.thorough  # trains
 
 
 @pytest.fixture(scope="module")
@@ -50,6 +53,63 @@ def test_a_floor_that_never_breaks_gives_the_smallest_model(tmp_path: Path) -> N
     assert [width.after for width in report.widths if width.layer == "block1.conv1"] == [8]
     assert report.floor is not None
     assert report.floor.text is None
+
+
+@pytest.fixture
+def _breaks_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let accuracy fall below the floor after the first round, until one slot has been waited for."""
+
+    def validate(self: AccuracyFloor) -> float:
+        pruning = self.subject.pruning
+        return 80.0 if (pruning.round, pruning.skipped) == (1, 0) else 90.0
+
+    monkeypatch.setattr(AccuracyFloor, "_validate", validate)
+
+
+WAITING: dict[str, Any] = {
+    "prune": {"target": {"drop": 1.0}, "rounds": 4, "round_to": 1, "min_keep": 0.25, "end": 0.9},
+    "decay": {"steps": 2},
+    "train": {"epochs": 3},
+    "checkpoint": {"every": 1},
+}
+
+
+@pytest.mark.usefixtures("_breaks_once")
+def test_a_round_waits_while_the_floor_is_broken_and_its_share_stays(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    seen: list[Event] = []
+    report = dpm_cli.prune(
+        build("digits", classes=10, shape=(1, 8, 8)), recipe(**WAITING), output=tmp_path, on_event=seen.append
+    )
+    notes = [event.text for event in seen if isinstance(event, Note) and "waits" in event.text]
+    rounds = [event for event in seen if isinstance(event, RoundStarted)]
+    assert [event.round for event in rounds] == [1, 2, 3]
+    assert notes == [f"round 2 waits at step {rounds[1].step // 2}: validation 80.00 %, floor 89.00 %"]
+    assert rounds[2].predicted_macs < rounds[1].predicted_macs < rounds[0].predicted_macs
+    assert report.slim.macs == rounds[2].predicted_macs
+    assert not [event for event in seen if isinstance(event, WentBack)]
+    assert any("a longer training may leave a smaller model" in note for note in report.notes)
+
+
+@pytest.mark.usefixtures("_breaks_once")
+def test_a_run_that_waits_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    def go(output: Path, *, stop: bool = False, resume: bool = False) -> None:
+        torch.manual_seed(0)
+
+        def watch(event: Event) -> None:
+            if stop and isinstance(event, RoundStarted) and event.round == 2:
+                raise KeyboardInterrupt
+
+        model = build("digits", classes=10, shape=(1, 8, 8))
+        dpm_cli.prune(model, recipe(**WAITING), output=output, on_event=watch, resume=resume)
+
+    go(tmp_path / "whole")
+    with pytest.raises((KeyboardInterrupt, DpmError)):
+        go(tmp_path / "parts", stop=True)
+    go(tmp_path / "parts", resume=True)
+    whole, parts = (torch.load(tmp_path / name / "slim.pt", weights_only=True) for name in ("whole", "parts"))
+    assert whole["state_dict"].keys() == parts["state_dict"].keys()
+    assert all(torch.equal(tensor, parts["state_dict"][name]) for name, tensor in whole["state_dict"].items())
 
 
 def test_several_targets_all_hold(tmp_path: Path) -> None:
