@@ -1,5 +1,6 @@
 """The command `dpm`. Each command has its own file; this one turns errors into a line and an exit code."""
 
+import logging
 import os
 import sys
 import warnings
@@ -100,6 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     make_output_safe()
     if not os.environ.get("DPM_DEBUG"):
         warnings.simplefilter("ignore")  # libraries warn about their own internals
+        logging.getLogger("matplotlib").setLevel(logging.ERROR)  # it warns of folders that it cannot write
     if COMPLETE in os.environ:  # the shell asks what may follow
         app(prog_name="dpm")
     with catching_interrupts():

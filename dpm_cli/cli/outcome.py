@@ -10,7 +10,7 @@ import tempfile
 import traceback
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
-from typing import Any
+from typing import Any, TextIO
 
 import typer
 
@@ -20,6 +20,7 @@ from dpm_cli.errors import DpmError, RecipeError, ToldElsewhere
 WrongUsage: type[Exception] = typer.BadParameter.__mro__[1]
 
 INTERRUPTED = 130
+NO_ROOM = ("failed to map segment", "Cannot allocate memory", "cannot allocate memory")  # of libraries, to the loader
 LONGEST_LINE = 1200  # characters
 CLOSED_PIPE = 141  # what a shell reports of a program that SIGPIPE ended
 ENVIRONMENT = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EMFILE}
@@ -49,13 +50,13 @@ def fail(error: BaseException, *, as_json: bool) -> int:
     if isinstance(error, ToldElsewhere):
         return error.exit_code
     problems, code = explain(error)
-    with _giving_up_on_full_streams():
+    with _giving_up_when_full(sys.stdout):
         sys.stdout.flush()
-    with _giving_up_on_full_streams():
+    with _giving_up_when_full(sys.stderr):
         for problem in problems:
             print(problem, file=sys.stderr)
         sys.stderr.flush()
-    with _giving_up_on_full_streams():
+    with _giving_up_when_full(sys.stdout):
         if as_json:
             print_json({"error": "; ".join(problem.removeprefix("error: ") for problem in problems), "exit_code": code})
         flush()
@@ -63,14 +64,14 @@ def fail(error: BaseException, *, as_json: bool) -> int:
 
 
 @contextlib.contextmanager
-def _giving_up_on_full_streams() -> Iterator[None]:
-    """Turn to the null device when a stream cannot be written: Python would complain at exit."""
+def _giving_up_when_full(stream: TextIO) -> Iterator[None]:
+    """Turn a stream to the null device when it cannot be written: Python would complain at exit."""
     try:
         yield
     except BrokenPipeError:
         raise
     except OSError:
-        _redirect_to_null()
+        _redirect_to_null(stream)
 
 
 def open_closed_streams() -> None:
@@ -106,6 +107,8 @@ def explain(error: BaseException) -> tuple[list[str], int]:
         case OSError(errno=number) if number in ENVIRONMENT:
             place = f"{error.filename}: " if error.filename else ""
             return [f"error: {place}{error.strerror}"], 1
+        case ImportError() if any(reason in str(error) for reason in NO_ROOM):
+            return [f"error: out of memory: a library cannot be loaded ({error}); see ulimit -v and -d"], 1
         case _ if _is_out_of_memory(error):
             return ["error: out of memory: lower data.batch, for example --set data.batch=32"], 1
         case _:
@@ -161,13 +164,13 @@ def flush() -> None:
 
 def silence_closed_pipe() -> int:
     """Print nothing more, because the reader (`head`, a pager) has gone; return the exit code."""
-    _redirect_to_null()
+    _redirect_to_null(sys.stdout, sys.stderr)
     return CLOSED_PIPE
 
 
-def _redirect_to_null() -> None:
+def _redirect_to_null(*streams: TextIO) -> None:
     with contextlib.suppress(OSError, ValueError):  # not every stream has a descriptor
         nothing = os.open(os.devnull, os.O_WRONLY)
-        for stream in (sys.stdout, sys.stderr):
+        for stream in streams:
             with contextlib.suppress(OSError, ValueError):
                 os.dup2(nothing, stream.fileno())

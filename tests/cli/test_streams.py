@@ -1,5 +1,6 @@
 """Streams that are closed or full, and interrupts at any moment: results are kept, one line or none is said."""
 
+import json
 import os
 import signal
 import subprocess
@@ -45,6 +46,19 @@ def test_full_standard_output_is_one_line() -> None:
     assert ended.stderr.endswith("No space left on device\n")
     assert ended.stderr.count("\n") == 1
     assert shell(f"{DPM} recipes absent > /dev/full 2> /dev/full").returncode == 2
+    ended = shell(f"{DPM} schema > /dev/full")  # more than Python keeps for later
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert ended.stderr.startswith("error: ")
+
+
+@pytest.mark.thorough
+@pytest.mark.skipif(sys.platform != "linux", reason="needs a limit of address space")
+def test_a_limit_that_keeps_torch_from_loading_is_lack_of_memory(tmp_path: Any) -> None:
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe()))
+    ended = shell(f"ulimit -v 1000000; cd {tmp_path}; {DPM} train -r recipe.yaml -o out.pt")
+    assert ended.returncode == 1
+    assert ended.stderr.startswith("error: out of memory: a library cannot be loaded")
+    assert ended.stderr.count("\n") == 1
 
 
 @pytest.mark.slow
