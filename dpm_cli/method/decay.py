@@ -97,6 +97,12 @@ class Decay:
         self.norms = torch.where(self.dead, 0.0, norms)
         self._zero_dead_()
 
+    def cut_(self) -> None:
+        """Let all decaying units die at once, where no training is left to decay in."""
+        self.dead, self.decaying = self.dead | self.decaying, torch.zeros_like(self.decaying)
+        self.remaining = 0
+        self._zero_dead_()
+
     def observe(self) -> None:
         """Read the gradients. Call before the optimizer's step, while gradients come from the loss alone."""
         if self.rectifier and self.rectifying:

@@ -160,7 +160,7 @@ class Pruning:
         missing units by score alone and release none. A unit that was just released is spared in this round: decay has
         made it small, so it would be the first to be chosen again. It is only taken back if the target needs it.
         """
-        is_planned = self.is_planned
+        is_planned = self.is_planned or self.goal.is_open
         self.round += 1
         scores, present = self.base.scores(), self._present
         limit, eligible = self.goal.limit, ~self.decay.released.cpu().numpy()

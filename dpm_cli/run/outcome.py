@@ -55,7 +55,7 @@ def describe_outcome(
         difference=subject.difference,
         validation_accuracy=validation_accuracy,
         notes=notes,
-        remarks=[*_remark_on_pruning(recipe, pruning, floor), *([subject.meter.note] if subject.meter else [])],
+        remarks=[*_remark_on_pruning(recipe, pruning), *([subject.meter.note] if subject.meter else [])],
         predicted=(cost.macs(alive), cost.parameters(alive)),
         floor=floor.report(),
     )
@@ -90,15 +90,13 @@ def name_method(base: BasePruner, decay: Decay, steps: int) -> str:
     return f"{base.title} + DPM" if is_on else base.title
 
 
-def _remark_on_pruning(recipe: Recipe, pruning: Pruning, floor: AccuracyFloor) -> Iterator[str]:
+def _remark_on_pruning(recipe: Recipe, pruning: Pruning) -> Iterator[str]:
     if pruning.ancestry.kept:
         layers = listing(kept.layer for kept in pruning.ancestry.kept)
         yield f"removing channels of {layers} changed outputs, so they stay whole; please report this model"
     if pruning.topped_up:
         why = "others were released" if pruning.released else f"{recipe.prune.base} marked too few in time"
         yield f"{pruning.topped_up} units were chosen by score alone, after the planned rounds: {why}"
-    if pruning.goal.is_open and not floor.went_back and not pruning.is_met:
-        yield f"accuracy held until the last of {pruning.round} rounds: a longer training may leave a smaller model"
 
 
 def remark_on_cost(recipe: Recipe, predicted: tuple[int, int], measured: tuple[int, int]) -> Iterator[str]:

@@ -94,8 +94,32 @@ class PruningStage(CourseHooks):
             yield from self._remove(loop, pruning.finish_round)
             if pruning.groups.units == units:  # nothing is left to remove
                 break
-        if pruning.is_done and self.floor.holds():
+        if pruning.goal.is_open and loop.learner.steps and self._is_last:
+            yield from self._go_further(loop)
+        elif pruning.is_done and self.floor.holds():
             self.floor.remember()
+
+    @property
+    def _is_last(self) -> bool:
+        """Tell whether nothing is pruned in later stages."""
+        return not any(stage.prunes for stage in self.course.stages[self.course.stage + 1 :])
+
+    def _go_further(self, loop: StageLoop) -> Iterator[Event]:
+        """Cut rounds at once, after all training, until one breaks the floor: the state before it is delivered."""
+        pruning, setup = self._pruning, self.course.setup
+        while self.floor.holds():
+            self.floor.remember()
+            if pruning.is_met:
+                return
+            started = self._start_round(loop)
+            if not started.chosen:
+                return
+            yield started
+            pruning.decay.cut_()
+            yield from self._remove(loop, pruning.finish_round)
+            batches = self.subject.recipe.recalibrate_batches
+            setup.recalibrate_(self.subject.model, self.course.unused_epoch, batches=batches)
+        yield self.floor.go_back(f"round {pruning.round}", stage=loop.stage.name, step=loop.step)
 
     def _start_round(self, loop: StageLoop) -> RoundStarted:
         self.subject.settle_latency()

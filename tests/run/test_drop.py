@@ -9,7 +9,7 @@ from digits_recipe import recipe
 
 import dpm_cli
 from dpm_cli.errors import DpmError
-from dpm_cli.events import Event, Note, RoundStarted, WentBack
+from dpm_cli.events import EpochEnded, Event, Note, RoundStarted, WentBack
 from dpm_cli.models import build
 from dpm_cli.run.accuracy_floor import AccuracyFloor
 
@@ -56,12 +56,12 @@ def test_a_floor_that_never_breaks_gives_the_smallest_model(tmp_path: Path) -> N
 
 
 @pytest.fixture
-def _breaks_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let accuracy fall below the floor after the first round, until one slot has been waited for."""
+def _breaks_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let accuracy fall below the floor after round 1 until the next was left out, and after round 4 for good."""
 
     def validate(self: AccuracyFloor) -> float:
         pruning = self.subject.pruning
-        return 80.0 if (pruning.round, pruning.skipped) == (1, 0) else 90.0
+        return 80.0 if (pruning.round, pruning.skipped) == (1, 0) or pruning.round == 4 else 90.0
 
     monkeypatch.setattr(AccuracyFloor, "_validate", validate)
 
@@ -74,7 +74,7 @@ WAITING: dict[str, Any] = {
 }
 
 
-@pytest.mark.usefixtures("_breaks_once")
+@pytest.mark.usefixtures("_breaks_twice")
 def test_a_round_waits_while_the_floor_is_broken_and_its_share_stays(tmp_path: Path) -> None:
     torch.manual_seed(0)
     seen: list[Event] = []
@@ -83,15 +83,16 @@ def test_a_round_waits_while_the_floor_is_broken_and_its_share_stays(tmp_path: P
     )
     notes = [event.text for event in seen if isinstance(event, Note) and "waits" in event.text]
     rounds = [event for event in seen if isinstance(event, RoundStarted)]
-    assert [event.round for event in rounds] == [1, 2, 3]
+    (back,) = [event for event in seen if isinstance(event, WentBack)]
+    assert [event.round for event in rounds] == [1, 2, 3, 4]
     assert notes == [f"round 2 waits at step {rounds[1].step // 2}: validation 80.00 %, floor 89.00 %"]
     assert rounds[2].predicted_macs < rounds[1].predicted_macs < rounds[0].predicted_macs
     assert report.slim.macs == rounds[2].predicted_macs
-    assert not [event for event in seen if isinstance(event, WentBack)]
-    assert any("a longer training may leave a smaller model" in note for note in report.notes)
+    assert rounds[3].step == max(event.step for event in seen if isinstance(event, EpochEnded))  # after all training
+    assert (back.culprit, back.validation_accuracy, back.macs) == ("round 4", 80.0, report.slim.macs)
 
 
-@pytest.mark.usefixtures("_breaks_once")
+@pytest.mark.usefixtures("_breaks_twice")
 def test_a_run_that_waits_goes_on_after_an_interruption(tmp_path: Path) -> None:
     def go(output: Path, *, stop: bool = False, resume: bool = False) -> None:
         torch.manual_seed(0)
