@@ -61,11 +61,32 @@ def _mean(x: Tensor, dim: int | Sequence[int] | None = None, keepdim: bool = Fal
     return tuple(1 if axis in axes else size for axis, size in left) if len(axes) == len(wanted) else None
 
 
+def _interpolate(
+    x: Tensor,
+    size: int | Sequence[int] | None = None,
+    scale_factor: float | Sequence[float] | None = None,
+    mode: str = "nearest",
+    align_corners: bool | None = None,
+    *_: Any,
+    **__: Any,
+) -> Answer:
+    axes, smooth = x.dim() - 2, {1: "linear", 2: "bilinear", 3: "trilinear"}
+    is_cubic = mode == "bicubic" and axes == 2
+    fits = axes in smooth and (mode == "nearest" or is_cubic or mode == smooth[axes])
+    if not fits or (size is None) == (scale_factor is None) or (align_corners is not None and mode == "nearest"):
+        return None
+    asked: Any = scale_factor if size is None else size
+    each = tuple(asked) if isinstance(asked, Sequence) else (asked,) * axes
+    sizes = each if size is not None else tuple(int(old * factor) for old, factor in zip(x.shape[2:], each))
+    return (*x.shape[:2], *sizes) if len(each) == axes and all(new > 0 for new in sizes) else None
+
+
 # Arguments beyond the first are named as torch names them: they may come by name.
 ANSWERS: dict[Any, Callable[..., Answer]] = {
     F.batch_norm: _batch_norm,
     F.layer_norm: _layer_norm,
     F.linear: _linear,
+    F.interpolate: _interpolate,
     **dict.fromkeys((torch.mean, Tensor.mean), _mean),
     **dict.fromkeys(
         (F.relu, F.relu6, F.hardtanh, F.hardswish, F.hardsigmoid, F.silu, F.gelu, F.elu, F.leaky_relu, F.mish),

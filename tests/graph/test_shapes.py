@@ -13,6 +13,7 @@ WITH_WEIGHTS = {
     F.batch_norm: lambda: F.batch_norm(IMAGES, running_mean=SIX, running_var=SIX, weight=SIX, bias=SIX),
     F.layer_norm: lambda: F.layer_norm(TOKENS, normalized_shape=(6,), weight=SIX, bias=SIX),
     F.linear: lambda: F.linear(TOKENS, weight=MATRIX, bias=MATRIX[:, 0]),
+    F.interpolate: lambda: F.interpolate(IMAGES, scale_factor=(1.5, 0.7), mode="bilinear", align_corners=False),
     torch.mean: lambda: torch.mean(IMAGES, dim=(-1, 2)),
     Tensor.mean: lambda: IMAGES.mean(1, keepdim=True),
     torch.relu_: lambda: torch.relu_(IMAGES.clone()),
@@ -24,6 +25,10 @@ MISFITS = {
     "weights of a layer norm": lambda: F.layer_norm(TOKENS, (6,), SEVEN, SEVEN),
     "columns": lambda: F.linear(IMAGES, MATRIX),
     "bias": lambda: F.linear(TOKENS, MATRIX, SEVEN),
+    "a size too many": lambda: F.interpolate(IMAGES, size=(3, 4, 5)),
+    "no size": lambda: F.interpolate(IMAGES, size=0),
+    "a mode for other axes": lambda: F.interpolate(IMAGES, size=3, mode="trilinear"),
+    "corners of none": lambda: F.interpolate(IMAGES, size=3, align_corners=True),
     "an axis too many": lambda: IMAGES.mean((2, 4)),
     "an axis twice": lambda: IMAGES.mean((2, -2)),
     "inputs of an LSTM": lambda: nn.LSTM(5, 4)(TOKENS),
@@ -43,11 +48,19 @@ def test_shapes_and_types_are_those_of_torch(function):
 
 @pytest.mark.parametrize("call", MISFITS.values(), ids=MISFITS.keys())
 def test_what_does_not_fit_raises_as_without(call):
-    with pytest.raises((RuntimeError, IndexError)) as wanted:
+    with pytest.raises((RuntimeError, IndexError, ValueError, NotImplementedError)) as wanted:
         call()
     with ShapesAlone(), pytest.raises(wanted.type) as got:
         call()
     assert str(got.value) == str(wanted.value)
+
+
+@pytest.mark.parametrize("size", [7, (3, 8)])
+@pytest.mark.parametrize("mode", ["nearest", "bilinear", "bicubic", "area", "nearest-exact"])
+def test_images_of_another_size_have_it(size, mode):
+    wanted = F.interpolate(IMAGES, size, mode=mode)
+    with ShapesAlone():
+        assert F.interpolate(IMAGES, size, mode=mode).shape == wanted.shape
 
 
 @pytest.mark.parametrize("layers", [1, 2])
