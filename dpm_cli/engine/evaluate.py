@@ -50,7 +50,7 @@ def evaluate(
     images_seen = 0
     with torch.inference_mode(), precision.autocast() if precision else nullcontext():
         for pixels, labels in split.batches(batch, seed=0, epoch=0, augment=None):
-            logits = main_output(run(pixels)).float()  # (B, classes)
+            logits = main_output(run(pixels), images=len(pixels)).float()  # (B, classes)
             labels = labels.to(logits.device)  # an exported file may answer on another device
             if not images_seen:
                 correct, loss = correct.to(logits.device), loss.to(logits.device)

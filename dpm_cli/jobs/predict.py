@@ -106,7 +106,7 @@ def _read_slim(path: Path) -> Content:
 def _run(run: Callable[[Tensor], object], images: Tensor, metadata: Metadata, path: Path) -> Tensor:
     """Return probabilities (B, classes). Raises ModelFileError for another number of outputs."""
     with torch.inference_mode():
-        logits = main_output(run(images)).float()  # (B, classes)
+        logits = main_output(run(images), images=len(images)).float()  # (B, classes)
     if logits.shape != (len(images), metadata.classes):
         raise ModelFileError(
             f"{path} gives outputs {list(logits.shape)} for {len(images)} pictures, but its metadata say "

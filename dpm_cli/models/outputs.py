@@ -38,9 +38,14 @@ def sample_images(module: nn.Module, shape: Shape, count: int = 2) -> Tensor:
 
 
 def find_failure(module: nn.Module, shape: Shape, classes: int) -> str | None:
-    """Say in one line why a module does not give one logit per class for one image; None if it does."""
+    """Say in one line why a module does not give one logit per class for one image; None if it does.
+
+    Code with a `squeeze()` may take the axis of a batch of one, too, if it gives a row per image to two.
+    """
     try:
         outputs = run_once(module, sample_images(module, shape, count=1))
+        if outputs.shape == (classes,):
+            outputs = run_once(module, sample_images(module, shape, count=2))[:1]
     except Exception as error:  # any operator may refuse the size of the image or of a weight
         return f"it does not run on an image of {list(shape)} ({one_line(error)})"
     if outputs.shape != (1, classes):

@@ -165,7 +165,8 @@ class Delivery:
     def _measure_one(self, network: nn.Module, image: Tensor, latency: dict[str, Milliseconds]) -> Measured:
         setup, score = self.setup, None
         if setup.splits.labelled:
-            on_device = copy.deepcopy(network).to(setup.device).to(memory_format=self.layout)
+            on_device = copy.deepcopy(network).to(setup.device)
+            lay_out_(on_device, self.layout)
             score = evaluate_module(on_device, setup.splits.test, batch=setup.data.batch)
         return Measured(
             macs=count_macs(network, image, self.recipe.counter),

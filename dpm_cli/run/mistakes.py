@@ -31,7 +31,8 @@ def find_mistakes(dense: nn.Module, slim: nn.Module, splits: Splits, *, batch: i
     ]  # folders are in order
     for images, labels in splits.test.select(drawn).batches(batch, seed=0, epoch=0, augment=None):
         with torch.inference_mode():
-            right, wrong = (main_output(model(images)).float().softmax(1) for model in (dense, slim))  # (B, classes)
+            logits = [main_output(model(images), images=len(images)).float() for model in (dense, slim)]
+        right, wrong = (each.softmax(1) for each in logits)  # (B, classes)
         said, instead = right.argmax(1), wrong.argmax(1)
         for index in ((said == labels) & (instead != labels)).nonzero()[:, 0].tolist():
             yield Mistaken(

@@ -70,12 +70,15 @@ def distillation_loss(student: object, teacher: object, temperature: float) -> T
     return F.kl_div(student_log, teacher_log, reduction="batchmean", log_target=True) * temperature**2
 
 
-def main_output(outputs: object) -> Tensor:
-    """Find the logits (B, classes) in the outputs of a model. Raises UnsupportedModelError."""
-    return _heads(outputs)[0]
+def main_output(outputs: object, *, images: int | None = None) -> Tensor:
+    """Find the logits (B, classes) in the outputs of a model. Raises UnsupportedModelError.
+
+    images: B, where it may be one; some models' own `squeeze()` takes the axis of such a batch, too.
+    """
+    return _heads(outputs, is_one=images == 1)[0]
 
 
-def _heads(outputs: object) -> tuple[Tensor, list[Tensor]]:
+def _heads(outputs: object, *, is_one: bool = False) -> tuple[Tensor, list[Tensor]]:
     """Split outputs into logits and the logits of auxiliary heads (absent in eval mode)."""
     match outputs:
         case Tensor():
@@ -88,6 +91,8 @@ def _heads(outputs: object) -> tuple[Tensor, list[Tensor]]:
             heads = [head for head in outputs if isinstance(head, Tensor)]
         case _:
             heads = []
+    if is_one:
+        heads = [head[None] if head.dim() == 1 else head for head in heads]
     if not heads or heads[0].dim() != 2:
         shapes = [tuple(head.shape) for head in heads] or type(outputs).__name__
         raise UnsupportedModelError(
