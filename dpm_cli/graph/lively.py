@@ -21,7 +21,8 @@ from dpm_cli.graph.trial import Trial
 from dpm_cli.graph.units import Units
 
 MOST_MACS = 8_000_000_000  # of one forward pass: a second
-ENOUGH_MACS = 2_000_000_000  # of one forward pass, before even smaller pictures are tried
+ENOUGH_MACS = 500_000_000  # of one forward pass, before even smaller pictures are tried
+LEAST_SIDE, STRIDE = 64, 32  # of smaller pictures: at least so many pixels, and a multiple of
 MOST_PARAMETERS = 300_000_000
 FEW = 8  # values of a channel that are too few for statistics
 LEAST_VARIANCE = 1e-2  # pooled noise hardly varies: it would be blown up
@@ -36,9 +37,8 @@ def make_lively(model: nn.Module, example: Example, groups: Groups, alive: Flags
     if groups.cost.parameters(everything) > MOST_PARAMETERS:
         return None
     macs, one = groups.cost.macs(everything), _first(example, groups.cost.batch)
-    small, smaller = _smaller(one), _smaller(_smaller(one))
-    costs = [(macs // 16, smaller)] if macs // 4 > ENOUGH_MACS else []
-    costs += [(macs // 4, small), (macs, one), (macs * groups.cost.batch, example)]
+    costs = [(macs // parts**2, _smaller(one, parts)) for parts in ((4, 2) if macs // 4 > ENOUGH_MACS else (2,))]
+    costs += [(macs, one), (macs * groups.cost.batch, example)]
     candidates = [inputs for cost, inputs in costs if cost < MOST_MACS]
     if not candidates:
         return None
@@ -105,15 +105,20 @@ def _is_constant(tensor: Tensor) -> bool:
     return bool(len(flat)) and bool(flat[0] == flat[-1]) and bool((flat == flat[0]).all())
 
 
-def _smaller(example: Example) -> Example:
-    """Halve the sides of pictures, which is enough for models that take any size."""
+def _smaller(example: Example, parts: int) -> Example:
+    """Cut the sides of pictures into so many parts, which is enough for models that take any size.
 
-    def halve(tensor: Tensor) -> Tensor:
-        is_picture = tensor.dim() == 4 and min(tensor.shape[2:]) >= 64
-        return tensor[..., : tensor.shape[2] // 2, : tensor.shape[3] // 2] if is_picture else tensor
+    The sides stay multiples of what most models divide them by.
+    """
 
-    halved: Example = tree_map_only(Tensor, halve, example)
-    return halved
+    def cut(tensor: Tensor) -> Tensor:
+        if tensor.dim() != 4 or min(tensor.shape[2:]) < 2 * LEAST_SIDE:
+            return tensor
+        height, width = (max(LEAST_SIDE, side // parts // STRIDE * STRIDE) for side in tensor.shape[2:])
+        return tensor[..., :height, :width]
+
+    smaller: Example = tree_map_only(Tensor, cut, example)
+    return smaller
 
 
 def _first(example: Example, batch: int) -> Example:
