@@ -226,11 +226,13 @@ class Ties:
         self._relied: list[Ids] = []
         self._residual: list[Ids] = []
         self._averaged: list[tuple[Ids, int]] = []  # labels, and the reason that waits for them among those of `_kept`
+        self._components: Ids | None = None  # not known, or not any more
 
     def new(self, size: int) -> Ids:
         """Make labels that no parameter owns."""
         ids = np.arange(self.size, self.size + size)
         self.size += size
+        self._components = None
         return ids
 
     def new_owner(self, tensor: str, axis: int, size: int) -> Ids:
@@ -243,6 +245,7 @@ class Ties:
         pair = np.broadcast_arrays(_ids(left), _ids(right))
         self._left.append(pair[0].ravel())
         self._right.append(pair[1].ravel())
+        self._components = None
 
     def are_tied_along(self, ids: Ids, axis: int) -> bool:
         """Tell whether labels along an axis are tied already, like those of a head that was split off before."""
@@ -354,11 +357,13 @@ class Ties:
 
     def components(self) -> Ids:
         """Number the connected components: (labels,) the component of every label."""
+        if self._components is not None:
+            return self._components
         left = np.concatenate(self._left) if self._left else np.zeros(0, np.int64)
         right = np.concatenate(self._right) if self._right else np.zeros(0, np.int64)
         graph = coo_matrix((np.ones(len(left), np.int8), (left, right)), shape=(self.size, self.size))
-        components: Ids = connected_components(graph, directed=False)[1].astype(np.int64)
-        return components
+        self._components = connected_components(graph, directed=False)[1].astype(np.int64)
+        return self._components
 
     def kept(self, components: Ids) -> tuple[Ids, list[str]]:
         """Return (components,) the number of the first reason to keep each, -1 without one; and the reasons."""
