@@ -21,6 +21,7 @@ from dpm_cli.graph.trial import Trial
 from dpm_cli.graph.units import Units
 
 MOST_MACS = 8_000_000_000  # of one forward pass: a second
+MOST_MACS_IN_DOUBLE = 2_000_000_000  # of one forward pass that only is to tell rounding from a change
 ENOUGH_MACS = 500_000_000  # of one forward pass, before even smaller pictures are tried
 LEAST_SIDE, STRIDE = 64, 32  # of smaller pictures: at least so many pixels, and a multiple of
 MOST_PARAMETERS = 300_000_000
@@ -39,7 +40,7 @@ def make_lively(model: nn.Module, example: Example, groups: Groups, alive: Flags
     macs, one = groups.cost.macs(everything), _first(example, groups.cost.batch)
     costs = [(macs // parts**2, _smaller(one, parts)) for parts in ((4, 2) if macs // 4 > ENOUGH_MACS else (2,))]
     costs += [(macs, one), (macs * groups.cost.batch, example)]
-    candidates = [inputs for cost, inputs in costs if cost < MOST_MACS]
+    candidates = [(cost, inputs) for cost, inputs in costs if cost < MOST_MACS]
     if not candidates:
         return None
     draw = torch.Generator().manual_seed(0)
@@ -48,12 +49,12 @@ def make_lively(model: nn.Module, example: Example, groups: Groups, alive: Flags
         lively = lively.float()
     _draw_(lively, draw)
     Units(groups, lively).scale_(torch.from_numpy(alive).float())
-    for inputs in candidates:
+    for cost, inputs in candidates:
         norms = [module for module in lively.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.forward = _Calibration(norm)  # type: ignore[assignment,method-assign]
         try:
-            trial = Trial(lively, _vary(inputs, draw), groups, alive)
+            trial = Trial(lively, _vary(inputs, draw), groups, alive, is_dear=cost > MOST_MACS_IN_DOUBLE)
         except Exception:  # whatever the model's own code raises: for a batch of one, perhaps
             continue
         finally:

@@ -21,15 +21,21 @@ BREAKS = "the model's code holds a size that removing its channels would break"
 CHANGES = "removing its channels would change the outputs: the model's code takes a number from their count"
 TOLERANCE = 1e-5  # relative to the largest output; larger differences are judged in double precision
 DISTINCT = 1e-2  # what is no rounding, once double precision has shown a change in the same model
-UNCLEAR = 1e-3  # what may be rounding if the model's code does not run in double precision
+UNCLEAR = 1e-3  # what may be rounding as long as double precision does not tell
 
 
 class Trial:
     """Removes dead units from copies of a model whose dead units are zero. The model itself stays as it is."""
 
-    def __init__(self, model: nn.Module, example: Example, groups: Groups, alive: Flags) -> None:
-        """alive: (units,) Raises what the model raises for its example."""
+    def __init__(
+        self, model: nn.Module, example: Example, groups: Groups, alive: Flags, *, is_dear: bool = False
+    ) -> None:
+        """alive: (units,) is_dear: double precision takes too long for what may be rounding.
+
+        Raises what the model raises for its example.
+        """
         self._model, self._example, self._groups, self._alive = model, example, groups, alive
+        self._is_dear = is_dear
         self._has_changed = False
         self.before = outputs_of(model, example)
 
@@ -45,7 +51,7 @@ class Trial:
         model does not run.
         """
         difference = self._difference_in_single(chosen)
-        if difference <= TOLERANCE or not difference < distinct or self._in_double is None:
+        if self._is_rounding(difference) or not difference < distinct or self._in_double is None:
             return difference
         model, example, before = self._in_double
         return relative_difference(before, outputs_of(self._shrunk(model, chosen), example))
@@ -78,9 +84,10 @@ class Trial:
         return self._is_rounding(relative_difference(self.before, outputs_of(self._model, self._example)))
 
     def _is_rounding(self, difference: float) -> bool:
-        if difference <= TOLERANCE:
-            return True
-        return self._in_double is None and difference <= UNCLEAR
+        """Tell whether a difference may be rounding for all that is known."""
+        if not TOLERANCE < difference <= UNCLEAR:
+            return difference <= TOLERANCE
+        return self._is_dear or self._in_double is None
 
     def _shrunk(self, model: nn.Module, chosen: Sequence[int]) -> nn.Module:
         alive = self._alive.copy()

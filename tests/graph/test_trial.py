@@ -14,7 +14,7 @@ from dpm_cli.graph.rehearsal import rehearse_survivors, rehearse_values
 from dpm_cli.graph.rules.elementwise import keeps_zero
 from dpm_cli.graph.rules.registry import RULES
 from dpm_cli.graph.search import find_broken
-from dpm_cli.graph.trial import CHANGES, Trial
+from dpm_cli.graph.trial import CHANGES, Trial, outputs_of
 
 EXAMPLE = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 
@@ -85,6 +85,26 @@ def test_rounding_is_told_from_a_change_in_double_precision(monkeypatch):
     assert trial.losing == [0, 1]
     assert trial.difference([0, 1]) < 1e-13
     assert trial.find_culprits() == {}
+
+
+def test_double_precision_that_would_take_long_is_spared_for_what_may_be_rounding(monkeypatch):
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1)).eval()
+    groups = find_groups(model, EXAMPLE)
+    alive = np.arange(groups.units) % 2 == 0  # without zeros in the place of those that go: the outputs change
+    precisions: list[torch.dtype] = []
+
+    def noting(module, example):
+        precisions.append(example.dtype)
+        return outputs_of(module, example)
+
+    monkeypatch.setattr("dpm_cli.graph.trial.outputs_of", noting)
+    change = Trial(model, EXAMPLE, groups, alive).difference([0])
+    for unclear, seen in ((2 * change, [torch.float32] * 2), (change / 2, [torch.float32] * 2 + [torch.float64] * 2)):
+        monkeypatch.setattr("dpm_cli.graph.trial.UNCLEAR", unclear)
+        precisions.clear()
+        assert Trial(model, EXAMPLE, groups, alive, is_dear=True).is_exact([0]) == (unclear > change)
+        assert precisions == seen
+    assert not Trial(model, EXAMPLE, groups, alive).is_exact([0])
 
 
 def test_a_trial_changes_nothing_in_the_model():
