@@ -85,6 +85,7 @@ class Rehearsal:
         self._is_meta_enough: bool | None = None  # not known yet
         self._dense_trains: bool | None = None  # not known yet
         self._failed_in = ""  # the layer that raised last
+        self._failures: dict[tuple[frozenset[str], bytes], str] = {}  # what was tried, and the layer that raised
 
     def survives(self, groups: Groups, units_left: dict[int, int], *, trains: bool = False) -> bool:
         """Tell whether a forward pass still gives outputs of the same shapes.
@@ -99,7 +100,12 @@ class Rehearsal:
         for i, left in units_left.items():
             group = groups.groups[i]
             alive[group.start : group.start + group.size - left] = False
+        tried = groups.answering, alive.tobytes()
+        if tried in self._failures:
+            self._failed_in = self._failures[tried]
+            return False
         if not self._gives_same_shapes(groups, alive):
+            self._failures[tried] = self._failed_in
             return False
         if not trains or self._trains(groups, alive):
             return True

@@ -18,7 +18,7 @@ from dpm_cli.graph.labels import Flags
 from dpm_cli.graph.lively import make_lively
 from dpm_cli.graph.program import Example
 from dpm_cli.graph.search import Survives, find_broken
-from dpm_cli.graph.trial import BREAKS
+from dpm_cli.graph.trial import BREAKS, Trial
 
 ANSWERS = 4  # kinds of layers that may raise, one after the other, before the groups that break are looked for
 SHARES = 0.618  # groups lose shares that lie this far apart, modulo 1
@@ -43,7 +43,10 @@ def find_groups(
     """
     try:
         groups = trace_groups(model, example, keep, prune_embedding=prune_embedding)
-        return rehearse_values(model, example, _rehearse_shapes(model, example, groups))
+        rehearsal = Rehearsal(model, example, groups.outputs)
+        if _is_sound(rehearsal, model, example, groups):
+            return groups
+        return rehearse_values(model, example, _rehearse_shapes(rehearsal, groups))
     except DpmError:
         raise
     except Exception as error:
@@ -71,19 +74,31 @@ def rehearse_values(model: nn.Module, example: Example, groups: Groups) -> Group
     culprits = _find_culprits(model, example, groups)
     answering = groups.letting_answer(culprits)
     if answering.answering > groups.answering:
-        answering = _rehearse_shapes(model, example, answering)
+        answering = _rehearse_shapes(Rehearsal(model, example, answering.outputs), answering)
         left = _find_culprits(model, example, answering)
         if len(answering) - len(left) > len(groups) - len(culprits):
             groups, culprits = answering, left
     return groups.without(culprits)
 
 
-def _rehearse_shapes(model: nn.Module, example: Example, groups: Groups) -> Groups:
+def _is_sound(rehearsal: Rehearsal, model: nn.Module, example: Example, groups: Groups) -> bool:
+    """Tell whether all groups can go down to one unit, and lose unequal shares without a change in the outputs.
+
+    So it is with most models, and then nothing that breaks need be looked for.
+    """
+    if not rehearsal.survives(groups, {i: 1 for i, group in enumerate(groups) if group.size > 1}):
+        return False
+    lively = _prepare_trial(model, example, groups)
+    if lively is None:
+        return rehearsal.survives(groups, dict(enumerate(_unequal_shares(groups))))
+    return lively.is_exact(lively.losing)
+
+
+def _rehearse_shapes(rehearsal: Rehearsal, groups: Groups) -> Groups:
     """Keep the groups that break the model's code when they lose units, and find how many others need.
 
     Layers whose code asks for sizes of such groups answer it, if that saves groups.
     """
-    rehearsal = Rehearsal(model, example, groups.outputs)
     lefts = _unequal_shares(groups)
 
     def suspects() -> set[int]:
@@ -150,13 +165,18 @@ def _save_by_answers(
 
 def _find_culprits(model: nn.Module, example: Example, groups: Groups) -> dict[int, str]:
     """Find the groups whose removal changes the outputs of the model with lively weights, and the reason for each."""
-    lefts, random = _unequal_shares(groups), np.random.default_rng(0)
-    alive: Flags = np.ones(groups.units, bool)
-    for group, left in zip(groups, lefts):
-        alive[group.start + random.permutation(group.size)[max(left, group.least) :]] = False
-    lively = None if alive.all() else make_lively(model, example, groups, alive)
+    lively = _prepare_trial(model, example, groups)
     culprits = lively.find_culprits() if lively else {}
     return culprits if lively and culprits and lively.is_repeatable() else {}
+
+
+def _prepare_trial(model: nn.Module, example: Example, groups: Groups) -> Trial | None:
+    """Prepare a trial in which groups lose unequal shares of their units. None if it would take too long."""
+    random = np.random.default_rng(0)
+    alive: Flags = np.ones(groups.units, bool)
+    for group, left in zip(groups, _unequal_shares(groups)):
+        alive[group.start + random.permutation(group.size)[max(left, group.least) :]] = False
+    return None if alive.all() else make_lively(model, example, groups, alive)
 
 
 def _unequal_shares(groups: Groups) -> list[int]:
