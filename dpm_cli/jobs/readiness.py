@@ -1,5 +1,6 @@
 """Check all that a pruning run checks before it trains: exports, disk, data and schedule."""
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -8,15 +9,17 @@ import torch
 
 from dpm_cli.data import Splits
 from dpm_cli.engine.setup import Setup
-from dpm_cli.errors import DpmError
-from dpm_cli.export import require_format
+from dpm_cli.errors import DpmError, FormatError, UnsupportedModelError
+from dpm_cli.export import export_model, require_format
 from dpm_cli.files import CHECKPOINT, require_space
 from dpm_cli.jobs.loading import load_splits, make_setup
 from dpm_cli.jobs.starting import Start
 from dpm_cli.measure import count_bytes
 from dpm_cli.method.schedule import plan_schedule
-from dpm_cli.recipe import Recipe
+from dpm_cli.models.outputs import sample_images
+from dpm_cli.recipe import Recipe, is_own_code
 from dpm_cli.results import PlannedRun
+from dpm_cli.run.exporting import EXPORT_NAMES
 
 T = TypeVar("T")
 COPIES = 4  # of the weights in two checkpoints, each with the optimizer's momentum
@@ -29,6 +32,30 @@ def require_means(recipe: Recipe, start: Start, folder: Path) -> None:
     require_space(folder, count_bytes(start.module) * (COPIES + len(recipe.export)))
 
 
+def require_exportable(recipe: Recipe, start: Start) -> None:
+    """Export a model of the user's own code before it is trained. Raises UnsupportedModelError if no format takes it.
+
+    A run goes on without one of several files; without all of them its hours are lost.
+    """
+    if not recipe.export or (start.arch is not None and not is_own_code(start.arch)):
+        return
+    image, first = sample_images(start.module, recipe.model.input, count=1), None
+    with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
+        for format in recipe.export:
+            exact = "onnx" if format == "onnx-int8" else format  # which it is made from
+            path = Path(folder) / EXPORT_NAMES[exact]
+            try:
+                export_model(start.module, image, format=exact, path=path, metadata={}, opset=recipe.opset)
+            except FormatError as error:
+                first = first or error
+            else:
+                return
+    raise UnsupportedModelError(
+        f"tried before training, the model cannot be exported: {first}; change its code (a batch of any size must do), "
+        "or prune without files: --set export=[]"
+    )
+
+
 class Readiness:
     """Finds what would keep a run from beginning; all problems, not only the first."""
 
@@ -36,6 +63,7 @@ class Readiness:
         self.errors: list[DpmError] = []
         self.run: PlannedRun | None = None
         self._try(lambda: require_means(recipe, start, folder))
+        self._try(lambda: require_exportable(recipe, start))
         self.splits: Splits | None = self._try(lambda: load_splits(recipe, device))
         if self.splits is not None:
             setup = make_setup(recipe, self.splits, folder / CHECKPOINT, device)

@@ -2,11 +2,12 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from digits_recipe import recipe
+from torch import nn
 
 import dpm_cli
 from dpm_cli.cli.app import main
@@ -101,3 +102,30 @@ def test_inspect_shows_images_and_schedule(
     assert main(["inspect", "model.pt", "-r", "digits"]) == 0
     out = " ".join(capsys.readouterr().out.split())
     assert "1298 images to train on, 144 for validation, 355 to test on; 20 steps an epoch; 3 rounds, units" in out
+
+
+class Windows(nn.Module):
+    """Puts windows together again as Swin's published code does: a batch that was divided is no batch of any size."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last, self.head = nn.Conv2d(1, 16, 3, padding=1), nn.Conv2d(16, 16, 1), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu().permute(0, 2, 3, 1)
+        windows = x.reshape(-1, 2, 4, 2, 4, 16).transpose(2, 3).reshape(-1, 4, 4, 16)
+        batch = int(windows.shape[0] / (8 * 8 / 4 / 4))
+        x = windows.view(batch, 2, 2, 4, 4, -1).transpose(2, 3).reshape(batch, 8, 8, -1).permute(0, 3, 1, 2)
+        return cast(torch.Tensor, self.head(self.last(x).relu().mean((2, 3))))
+
+
+def test_a_model_of_ones_own_that_no_file_can_hold_is_refused_before_training(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    values = recipe(prune={"target": {"macs": 0.7}, "round_to": 1}, export=["torchscript", "onnx-int8"])
+    said = begins(Windows().eval(), values, tmp_path / "out")
+    assert said is not None
+    assert said.startswith("tried before training, the model cannot be exported: model.ts was not written:")
+    assert said.endswith("or prune without files: --set export=[]")
+    assert not (tmp_path / "out").exists()
+    assert said in dpm_cli.inspect(Windows().eval(), values).problems
+    assert begins(Windows().eval(), {**values, "export": []}, tmp_path / "out") is None
