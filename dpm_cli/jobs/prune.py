@@ -35,7 +35,7 @@ from dpm_cli.jobs.loading import (
     resolve_recipe,
     telling,
 )
-from dpm_cli.jobs.readiness import require_exportable, require_means
+from dpm_cli.jobs.readiness import require_means, require_workable
 from dpm_cli.jobs.starting import AnyModel, load_start
 from dpm_cli.jobs.tracking import tracking
 from dpm_cli.measure import flushing_denormals
@@ -83,7 +83,7 @@ def prune(
         torch_device = choose_device(device)
         start = load_start(model, recipe, trust)
         require_means(recipe, start, folder)
-        require_exportable(recipe, start)
+        require_workable(recipe, start)
         # A run cannot be resumed with another batch size.
         with (
             explaining_faults(recipe.data.batch, " --overwrite"),

@@ -1,5 +1,6 @@
 """Check all that a pruning run checks before it trains: exports, disk, data and schedule."""
 
+import copy
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -9,11 +10,12 @@ import torch
 
 from dpm_cli.data import Splits
 from dpm_cli.engine.setup import Setup
-from dpm_cli.errors import DpmError, FormatError, UnsupportedModelError
+from dpm_cli.errors import DpmError, FormatError, UnsupportedModelError, one_line
 from dpm_cli.export import export_model, require_format
 from dpm_cli.files import CHECKPOINT, require_space
 from dpm_cli.jobs.loading import load_splits, make_setup
 from dpm_cli.jobs.starting import Start
+from dpm_cli.layers.outputs import output_tensors
 from dpm_cli.measure import count_bytes
 from dpm_cli.method.schedule import plan_schedule
 from dpm_cli.models.outputs import sample_images
@@ -32,12 +34,36 @@ def require_means(recipe: Recipe, start: Start, folder: Path) -> None:
     require_space(folder, count_bytes(start.module) * (COPIES + len(recipe.export)))
 
 
+def require_workable(recipe: Recipe, start: Start) -> None:
+    """Check that a model of the user's own code can be trained, and exported. Raises UnsupportedModelError."""
+    require_trainable(recipe, start)
+    require_exportable(recipe, start)
+
+
+def require_trainable(recipe: Recipe, start: Start) -> None:
+    """Run a model of the user's own code forward and backward. Raises UnsupportedModelError if it does not allow that.
+
+    The models of dpm, torchvision and timm do.
+    """
+    if not _is_own(start):
+        return
+    module = copy.deepcopy(start.module).train()
+    try:
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            outputs = output_tensors(module(sample_images(module, recipe.model.input)))
+            for output in outputs:
+                if output.requires_grad:
+                    output.sum().backward(retain_graph=True)  # type: ignore[no-untyped-call]
+    except Exception as error:  # a user's module may raise anything
+        raise UnsupportedModelError(f"the model cannot be trained: {one_line(error)}") from None
+
+
 def require_exportable(recipe: Recipe, start: Start) -> None:
     """Export a model of the user's own code before it is trained. Raises UnsupportedModelError if no format takes it.
 
     A run goes on without one of several files; without all of them its hours are lost.
     """
-    if not recipe.export or (start.arch is not None and not is_own_code(start.arch)):
+    if not recipe.export or not _is_own(start):
         return
     image, first = sample_images(start.module, recipe.model.input, count=1), None
     with tempfile.TemporaryDirectory(prefix="dpm-") as folder:
@@ -56,6 +82,10 @@ def require_exportable(recipe: Recipe, start: Start) -> None:
     )
 
 
+def _is_own(start: Start) -> bool:
+    return start.arch is None or is_own_code(start.arch)
+
+
 class Readiness:
     """Finds what would keep a run from beginning; all problems, not only the first."""
 
@@ -63,6 +93,7 @@ class Readiness:
         self.errors: list[DpmError] = []
         self.run: PlannedRun | None = None
         self._try(lambda: require_means(recipe, start, folder))
+        self._try(lambda: require_trainable(recipe, start))
         self._try(lambda: require_exportable(recipe, start))
         self.splits: Splits | None = self._try(lambda: load_splits(recipe, device))
         if self.splits is not None:

@@ -43,6 +43,7 @@ from dpm_cli.jobs.loading import (
     resolve_recipe,
     telling,
 )
+from dpm_cli.jobs.readiness import require_trainable
 from dpm_cli.jobs.starting import Start, load_start
 from dpm_cli.measure import count_parameters, flushing_denormals
 from dpm_cli.models import build
@@ -187,8 +188,11 @@ class _Training:
 def _start_from(model: str | Path | None, recipe: Recipe, trust: bool) -> Start:
     spec = recipe.model
     if model is None and spec.weights is None:
-        return Start(build(spec.arch, classes=spec.classes, shape=spec.input), spec.arch)
-    return load_start(model, recipe, trust)
+        start = Start(build(spec.arch, classes=spec.classes, shape=spec.input), spec.arch)
+    else:
+        start = load_start(model, recipe, trust)
+    require_trainable(recipe, start)
+    return start
 
 
 @contextlib.contextmanager

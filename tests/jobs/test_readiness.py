@@ -129,3 +129,32 @@ def test_a_model_of_ones_own_that_no_file_can_hold_is_refused_before_training(tm
     assert not (tmp_path / "out").exists()
     assert said in dpm_cli.inspect(Windows().eval(), values).problems
     assert begins(Windows().eval(), {**values, "export": []}, tmp_path / "out") is None
+
+
+class WritesOver(nn.Module):
+    """Writes over what the backward pass of a rectifier reads, as a `+=` on its output does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Conv2d(1, 16, 3), nn.Linear(16, 10)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x).relu()
+        x += 1
+        return cast(torch.Tensor, self.head(x.mean((2, 3))))
+
+
+def test_a_model_of_ones_own_that_cannot_be_trained_is_refused(tmp_path: Path) -> None:
+    values = recipe(prune={"target": {"macs": 0.7}, "round_to": 1})
+    said = begins(WritesOver().eval(), values, tmp_path / "out")
+    assert said is not None
+    assert said.startswith("the model cannot be trained: RuntimeError: one of the variables needed for gradient")
+    assert said in dpm_cli.inspect(WritesOver().eval(), values).problems
+
+
+def test_dense_training_refuses_it_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    values = recipe(model={"arch": "test_readiness:WritesOver", "classes": 10, "input": [1, 8, 8]})
+    with pytest.raises(DpmError, match="the model cannot be trained: RuntimeError"):
+        dpm_cli.train(values, output=tmp_path / "model.pt", trust=True)
+    assert not (tmp_path / "model.pt").exists()
