@@ -47,7 +47,7 @@ def build(arch: str, *, classes: int, shape: Shape) -> nn.Module:
         return _build_torchvision(name, classes, shape)
     if source == "timm":
         return _build_timm(name, classes, shape)
-    return keep_copyable_(build_from_own_code(arch, classes=classes))
+    return keep_copyable_(build_from_own_code(arch, classes=classes, shape=shape))
 
 
 def auxiliary_heads(arch: str) -> tuple[str, ...]:

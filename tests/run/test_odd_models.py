@@ -1,6 +1,7 @@
 """Whole runs of models whose tensors are not those of plain images: what a run does after training holds for them."""
 
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +11,9 @@ from torch import nn
 import dpm_cli
 from dpm_cli.data import load_data
 from dpm_cli.engine.evaluate import evaluate_module
+from dpm_cli.errors import RecipeError
 from dpm_cli.measure import measure_in_turns
+from dpm_cli.models import build
 from dpm_cli.recipe.sections import Data
 
 
@@ -53,6 +56,30 @@ class Squeezes(nn.Module):
 
     def forward(self, x):
         return self.head(self.norm(self.first(x)).relu().mean((2, 3), keepdim=True).squeeze())
+
+
+class Lazy(nn.Module):
+    """Gets its sizes from its first image."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.head = nn.LazyConv2d(12, 3), nn.LazyBatchNorm2d(), nn.LazyLinear(10)
+
+    def forward(self, x):
+        return self.head(self.norm(self.first(x)).relu().flatten(1))
+
+
+def test_lazy_layers_of_ones_own_code_get_their_sizes_wherever_it_is_built(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    model = {"arch": "test_odd_models:Lazy", "classes": 10, "input": [1, 8, 8]}
+    settings = recipe(model=model, prune={"target": {"macs": 0.7}, "round_to": 1}, train={"epochs": 1}, export=[])
+    dpm_cli.train(settings, output=tmp_path / "model.pt", trust=True)
+    report = dpm_cli.prune(tmp_path / "model.pt", settings, output=tmp_path / "out", device="cpu", trust=True)
+    assert report.slim.macs <= 0.7 * report.dense.macs
+    slim = dpm_cli.load(tmp_path / "out" / "slim.pt", arch="test_odd_models:Lazy", trust=True)
+    assert slim.norm.num_features == slim.first.out_channels < 12
+    with pytest.raises(RecipeError, match=r"has lazy layers and does not run on images of \[1, 1, 1\]"):
+        build("test_odd_models:Lazy", classes=10, shape=(1, 1, 1))
 
 
 @pytest.mark.parametrize(
