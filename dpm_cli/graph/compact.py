@@ -12,6 +12,7 @@ from dpm_cli.graph.labels import Flags, Ids
 from dpm_cli.graph.sizes import Counts
 from dpm_cli.layers.attention import fit_slim_class_
 from dpm_cli.layers.counting import note_count_
+from dpm_cli.layers.modes import in_mode
 from dpm_cli.layers.requests import answer_
 
 KeptPositions = Mapping[str, Mapping[int, Ids]]
@@ -48,8 +49,9 @@ def compact_(model: nn.Module, groups: Groups, alive: Flags) -> KeptPositions:
             replaced[id(old)] = nn.Parameter(new, old.requires_grad) if isinstance(old, nn.Parameter) else new
         setattr(module, attribute, replaced[id(old)])
         touched[module] = path
-    for module, path in touched.items():
-        fit_layer_(module, kept.get(f"{path}.weight".lstrip("."), {}).get(0))
+    with in_mode(model, training=False):  # a spectral norm changes its vectors when its weight is read in train mode
+        for module, path in touched.items():
+            fit_layer_(module, kept.get(f"{path}.weight".lstrip("."), {}).get(0))
     for name, changes in groups.new_numbers(alive).items():
         layer = model.get_submodule(name)
         if not fit_slim_class_(layer) and not (isinstance(layer, nn.GroupNorm) and layer.weight is not None):

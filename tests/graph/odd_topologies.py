@@ -509,6 +509,25 @@ class WeightNorm(Trunk):
         self.stem[0] = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
 
 
+@topology(groups={"stem.0.parametrizations.weight": 8, "wide.parametrizations.weight": 8, "last.0": 6})
+class SpectralNorm(Trunk):
+    """Weights are divided by an estimate of their largest singular value, which dead rows and columns do not change."""
+
+    norm = staticmethod(nn.utils.parametrizations.spectral_norm)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem[0], self.wide = self.norm(nn.Conv2d(3, 8, 3)), self.norm(nn.Conv2d(8, 8, 3, padding=1))
+
+    def between(self, x: Tensor) -> Tensor:
+        return self.wide(x)
+
+
+@topology(groups={"stem.0": 8, "wide": 8, "last.0": 6})
+class OlderSpectralNorm(SpectralNorm):
+    norm = staticmethod(nn.utils.spectral_norm)
+
+
 @topology(groups={"stem.0": 8, "wide": 8, "last.0": 6})
 class GatedLinearUnit(Trunk):
     """A value and its gate go together."""

@@ -8,7 +8,7 @@ from topologies import TOPOLOGIES
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from dpm_cli.graph import Role, Units, find_groups
+from dpm_cli.graph import Role, Units, compact_, find_groups
 from dpm_cli.graph.units import CACHED
 
 NAMES = ("ResidualChain", "GroupedConv", "ConvTranspose", "FlattenToLinear", "BareScaleAndBias", "ThreeDimensions")
@@ -214,3 +214,17 @@ def test_weights_that_shrink_along_two_axes_are_scaled_along_both(joined):
     before = model.mid.weight.detach().clone()
     units.add_(added, torch.cat([stem, mid]))
     torch.testing.assert_close(model.mid.weight.detach(), before + mid[:, None] + stem)
+
+
+def test_a_spectral_norm_keeps_its_vectors_when_a_model_in_train_mode_is_cut():
+    spectral_norm = nn.utils.parametrizations.spectral_norm
+    model = nn.Sequential(spectral_norm(nn.Conv2d(3, 8, 3)), nn.ReLU(), spectral_norm(nn.Conv2d(8, 6, 3)))
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    groups = find_groups(model.eval(), images)
+    alive = np.arange(groups.units) % 2 == 0
+    Units(groups, model).scale_(torch.from_numpy(alive).float())
+    before, vector = model(images), model[2].parametrizations.weight[0]._v.clone()
+    compact_(model.train(), groups, alive)
+    assert model.training
+    assert torch.equal(model[2].parametrizations.weight[0]._v, vector.view(8, 9)[alive].flatten())
+    assert torch.allclose(model.eval()(images), before, atol=1e-6)

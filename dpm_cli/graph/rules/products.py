@@ -41,6 +41,24 @@ def matmul(ties: Ties, call: Call) -> Value | list[Value]:
     return _matmul(ties, call.shape, left, right)
 
 
+@rule("mv", "dot", "vdot")
+def spectral_norm(ties: Ties, call: Call) -> Value | list[Value]:
+    """Label the products of u · (W v), by which a spectral norm divides a weight W (arXiv 1802.05957).
+
+    Only its vectors are not zero once a unit is dead, so the columns of W must shrink with it.
+    """
+    left, vector = call.args[:2]
+    if not (left.constant and vector.constant):
+        return keep_whole(ties, call, "product with a vector")
+    product = combine(ties, left.shape, [left, vector], zero="any")
+    last = left.rank - 1
+    if product.along(last) is None:
+        ties.keep_axis(product, last, "a spectral norm over a block of axes")
+    ties.consume(product.along(last))
+    ties.mark(left.along(last) if left.rank == 2 else None, Role.READER)
+    return Value(call.shape, {axes: labels for axes, labels in product.labels.items() if last not in axes})
+
+
 @rule("baddbmm")
 def baddbmm(ties: Ties, call: Call) -> Value:
     bias, left, right = call.args[:3]

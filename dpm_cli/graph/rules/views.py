@@ -21,7 +21,8 @@ def reshape(ties: Ties, call: Call) -> Value:
     for axes in x.labels:
         touched = [segment for segment in segments if set(segment[0]) & set(axes)]
         before, after = (sorted(axis for segment in touched for axis in segment[i]) for i in (0, 1))
-        if any(set(other) & set(before) for other in x.labels if other != axes):
+        merged = [other for other in x.labels if set(other) & set(before)]
+        if len(merged) > 1 and not (x.constant and axes == min(merged)):  # of a kernel's axes, the channels may go
             ties.keep(x.labels[axes], "a view merges two sets of channels")
         else:
             out.update(_reshape_block(ties, x, axes, before, call, after))
