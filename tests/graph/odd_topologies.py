@@ -509,6 +509,20 @@ class WeightNorm(Trunk):
         self.stem[0] = nn.utils.parametrizations.weight_norm(nn.Conv2d(3, 8, 3))
 
 
+@topology(groups={"wide": 8, "last.0": 6}, kept={"stem.0": "var_mean over this axis"})
+class StandardisedWeight(Trunk):
+    """A row of a weight loses its mean, which is one over all columns: these stay."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.wide = nn.Conv2d(8, 8, 3, padding=1)
+
+    def between(self, x: Tensor) -> Tensor:
+        weight = self.wide.weight
+        variance, mean = torch.var_mean(weight, dim=[1, 2, 3], keepdim=True, unbiased=False)
+        return F.conv2d(x, (weight - mean) / torch.sqrt(variance + 1e-10), self.wide.bias, padding=1)
+
+
 @topology(groups={"stem.0.parametrizations.weight": 8, "wide.parametrizations.weight": 8, "last.0": 6})
 class SpectralNorm(Trunk):
     """Weights are divided by an estimate of their largest singular value, which dead rows and columns do not change."""

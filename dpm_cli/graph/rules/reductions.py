@@ -41,7 +41,12 @@ def pool(ties: Ties, call: Call) -> Value | list[Value]:
 
 @rule("mean", "amax", "amin", "var", "std", "prod", "any", "all")
 def reduce(ties: Ties, call: Call) -> Value:
-    return _reduce(ties, call, lambda labels: ties.keep(labels, f"{call.name} over this axis"))
+    return _reduce_kept(ties, call)
+
+
+@rule("var_mean", "std_mean")
+def reduce_twice(ties: Ties, call: Call) -> list[Value]:
+    return [_reduce_kept(ties, call)] * 2
 
 
 @rule("max", "min")
@@ -51,7 +56,7 @@ def extreme(ties: Ties, call: Call) -> Value | list[Value]:
         return needs_all_zero(ties, call)
     dims = [other] if isinstance(other, int) else list(range(x.rank))
     along = replace(call, args=(x, dims))
-    return first_of(call, _reduce(ties, along, lambda labels: ties.keep(labels, f"{call.name} over this axis")))
+    return first_of(call, _reduce_kept(ties, along))
 
 
 @rule("sum")
@@ -72,6 +77,10 @@ def _count_zeros(ties: Ties, call: Call, labels: Labels) -> None:
     ties.consume(labels)
     if call.args[0].constant:
         ties.mark(labels, Role.READER)
+
+
+def _reduce_kept(ties: Ties, call: Call) -> Value:
+    return _reduce(ties, call, lambda labels: ties.keep(labels, f"{call.name} over this axis"))
 
 
 def _reduce(ties: Ties, call: Call, lose: Callable[[Labels], None]) -> Value:
