@@ -6,7 +6,7 @@ DpmError                    exit code 1
 ├── UsageError              2  a wrong argument
 │   ├── RecipeError         2  a recipe that cannot be used
 │   ├── ModelFileError      2  a model file that cannot be loaded
-│   ├── UnsupportedModelError 2  a model that cannot be analysed or exported
+│   ├── UnsupportedModelError 2  a model that cannot be analysed, trained or exported
 │   ├── DataError           2  data that is missing or not as described
 │   └── OutputError         2  an output folder that cannot be used
 ├── TargetError             3  the target cannot be met, or was not met
@@ -60,7 +60,7 @@ class ModelFileError(UsageError):
 
 
 class UnsupportedModelError(UsageError):
-    """A model cannot be analysed or exported; the message names the layer, if one is to blame, and the reason."""
+    """A model cannot be analysed, trained or exported; the message names the layer, if one is to blame, and why."""
 
 
 class DataError(UsageError):

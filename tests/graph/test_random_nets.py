@@ -161,8 +161,19 @@ class OwnResponseNorm(nn.Module):
         return x + self.narrow(wide + self.weight * wide * norms / (norms.mean(1, keepdim=True) + 1e-6) + self.bias)
 
 
+class SpectralNormed(nn.Module):
+    def __init__(self, channels: int, width: int) -> None:
+        super().__init__()
+        norm = nn.utils.parametrizations.spectral_norm if width % 2 else nn.utils.spectral_norm
+        self.enter, self.body = norm(nn.Conv2d(channels, width, 3, padding=1)), norm(nn.Conv2d(width, width, 1))
+        self.channels = width
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(F.leaky_relu(self.enter(x), 0.2))
+
+
 BLOCKS = [Residual, Dense, Depthwise, Grouped, Gated, Split, Shuffle]
-BLOCKS += [LayerScaled, GroupNormed, Attention, PaddedShortcut, OwnResponseNorm]
+BLOCKS += [LayerScaled, GroupNormed, Attention, PaddedShortcut, OwnResponseNorm, SpectralNormed]
 KEEPING = (PaddedShortcut, OwnResponseNorm)
 
 
