@@ -8,6 +8,7 @@ from torch.nn.modules.lazy import LazyModuleMixin
 
 from dpm_cli.errors import RecipeError, one_line
 from dpm_cli.layers.images import Shape
+from dpm_cli.layers.modes import in_mode
 from dpm_cli.recipe.code import call_own_code
 
 
@@ -27,11 +28,10 @@ def build_from_own_code(arch: str, *, classes: int, shape: Shape) -> nn.Module:
         raise RecipeError(f"model.arch {arch!r} returned a {type(module).__name__}; it must return a torch.nn.Module")
     if any(isinstance(layer, LazyModuleMixin) for layer in module.modules()):
         try:
-            with torch.no_grad():
-                module.eval()(torch.zeros(2, *shape))
+            with in_mode(module, training=False), torch.no_grad():
+                module(torch.zeros(2, *shape))
         except Exception as error:  # the user's module may raise anything
             raise RecipeError(
                 f"model.arch {arch!r} has lazy layers and does not run on images of {list(shape)} ({one_line(error)})"
             ) from None
-        module.train()
     return module
