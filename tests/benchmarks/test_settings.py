@@ -1,0 +1,43 @@
+"""Benchmarks that train for hours ask only for settings that recipes have."""
+
+import importlib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import dpm_cli
+from dpm_cli.recipe import Recipe
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.exists(), reason="needs the repository's benchmarks")
+
+
+@pytest.fixture(autouse=True)
+def _beside_benchmarks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+
+
+@pytest.mark.parametrize("scale", ["cpu", "gpu", "gpu-short-vit"])
+def test_every_trial_is_a_recipe(scale: str) -> None:
+    paired: Any = importlib.import_module("paired")
+    trials = list(paired.list_trials(paired.SCALES[scale], list(paired.ARMS), []))
+    assert len({trial.folder for trial in trials}) == len(trials) > 100
+    for trial in trials:
+        recipe = Recipe.model_validate(paired.make_recipe(paired.SCALES[scale], Path("images"), trial))
+        assert recipe.prune.target.macs == trial.budget
+
+
+def test_every_setting_that_is_searched_changes_the_recipe() -> None:
+    search: Any = importlib.import_module("search")
+    attempts = list(search.list_attempts(list(search.SETTINGS), search.SCALE.budgets, 1))
+    assert len({attempt.folder for attempt in attempts}) == len(attempts)
+    recipes = [Recipe.model_validate(attempt.recipe(Path("images"))) for attempt in attempts]
+    texts = {recipe.model_dump_json() for recipe in recipes}
+    assert len(texts) == len(search.SETTINGS) * len(search.SCALE.budgets)
+
+
+def test_arms_on_resnet56_change_the_shipped_recipe() -> None:
+    resnet56: Any = importlib.import_module("resnet56")
+    recipes = [dpm_cli.load_recipe(resnet56.RECIPE, overrides) for overrides in resnet56.ARMS.values()]
+    assert {recipe.train.distill for recipe in recipes} == {0.0, 0.7}
