@@ -25,7 +25,7 @@ from dpm_cli.recipe import Recipe, dump_recipe, hash_recipe
 from dpm_cli.report import ExportedFile, Measured, Milliseconds, Report
 from dpm_cli.run.exporting import EXPORT_NAMES, OWN_RUNTIMES, export_one, make_calibration
 from dpm_cli.run.mistakes import find_mistakes
-from dpm_cli.run.outcome import Outcome, remark_on_chance, remark_on_cost, remark_on_data
+from dpm_cli.run.outcome import Outcome, remark_on_chance, remark_on_cost, remark_on_data, remark_on_teacher
 from dpm_cli.run.resolved import read_model, write_resolved
 
 FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "metrics": "metrics.jsonl"}
@@ -189,7 +189,8 @@ class Delivery:
         floor = [outcome.floor.text] if outcome.floor and outcome.floor.text else []
         if outcome.cuts:
             slim = replace(slim, bytes=outcome.cuts[0].report.bytes)
-        chance = remark_on_chance(dense.accuracy, slim.accuracy, setup.splits, recipe)
+        scores = (dense.accuracy, slim.accuracy, setup.splits, recipe)
+        learnt = [*remark_on_chance(*scores), *remark_on_teacher(*scores)]
         cost = remark_on_cost(recipe, outcome.predicted, (slim.macs, slim.params))
         return Report(
             arch=self.arch,
@@ -212,7 +213,7 @@ class Delivery:
             recipe_hash=hash_recipe(recipe),
             versions={**hardware(), "processes": setup.world.size},
             validation_accuracy=outcome.validation_accuracy,
-            notes=[*outcome.notes, *cost, *outcome.remarks, *chance, *remark_on_data(setup.splits), *floor],
+            notes=[*outcome.notes, *cost, *outcome.remarks, *learnt, *remark_on_data(setup.splits), *floor],
             floor=outcome.floor,
             sparsities=[cut.report for cut in outcome.cuts],
         )

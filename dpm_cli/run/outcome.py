@@ -1,5 +1,6 @@
 """Describe what a run did to a model, before anything is measured."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -116,6 +117,22 @@ def remark_on_chance(dense: float | None, slim: float | None, splits: Splits, re
         yield (
             f"the slim model guesses: {slim:.2f} % in {classes} classes, {dense:.2f} % before; lower train.lr "
             f"({recipe.train.lr:g}) and finetune.lr ({recipe.finetune.lr:g}), or train longer"
+        )
+
+
+def remark_on_teacher(dense: float | None, slim: float | None, splits: Splits, recipe: Recipe) -> Iterator[str]:
+    """Say so if the slim model is clearly better than the dense one that taught it. Arguments as before.
+
+    Clearly: by more than two standard deviations of the difference of two accuracies on so many images.
+    """
+    taught = any(stage.epochs and stage.distill for stage in (recipe.train, recipe.finetune))
+    if dense is None or slim is None or not taught:
+        return
+    noise = 200 * math.sqrt(2 * dense / 100 * (1 - dense / 100) / len(splits.test))
+    if slim > dense + noise:
+        yield (
+            f"the slim model beats the dense one, its teacher ({slim:.2f} % to {dense:.2f} %): a dense model that does "
+            "not fit the images teaches its errors; train it on them first (dpm train), or set train.distill: 0"
         )
 
 

@@ -3,7 +3,7 @@
 from dpm_cli.data import load_data
 from dpm_cli.method.pruners import make_base
 from dpm_cli.recipe import parse_recipe
-from dpm_cli.run.outcome import name_method, remark_on_chance, remark_on_cost
+from dpm_cli.run.outcome import name_method, remark_on_chance, remark_on_cost, remark_on_teacher
 
 
 def method(*overrides: str, decay_steps: int = 9) -> str:
@@ -43,3 +43,15 @@ def test_a_model_that_only_guesses_is_told() -> None:
     assert list(remark_on_chance(98.0, 60.0, splits, recipe)) == []
     assert list(remark_on_chance(10.0, 9.9, splits, recipe)) == []  # it guessed before
     assert list(remark_on_chance(None, None, splits, recipe)) == []
+
+
+def test_a_teacher_that_its_pupil_beats_clearly_is_told() -> None:
+    settings = {"model": {"arch": "digits"}, "data": {"name": "digits"}, "prune": {"target": {"macs": 0.5}}}
+    recipe = parse_recipe(settings)
+    splits = load_data(recipe.data, shape=(1, 8, 8), classes=10, seed=0)
+    (remark,) = remark_on_teacher(82.7, 92.4, splits, recipe)
+    assert "its teacher (92.40 % to 82.70 %)" in remark
+    assert list(remark_on_teacher(82.7, 83.5, splits, recipe)) == []  # of so few images that is chance
+    assert list(remark_on_teacher(None, None, splits, recipe)) == []
+    alone = parse_recipe(settings, ["train.distill=0", "finetune.distill=0"])
+    assert list(remark_on_teacher(82.7, 92.4, splits, alone)) == []
