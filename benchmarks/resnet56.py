@@ -26,8 +26,8 @@ RECIPE = "resnet56-folder"
 DENSE = "dense, fine-tuned"
 ARMS: dict[str, list[str]] = {
     DENSE: [],
-    "slim, the defaults": [],
-    "slim, no teacher": ["train.distill=0"],
+    "slim": [],
+    "slim, the dense model as teacher": ["train.distill=0.7"],
 }
 
 
@@ -60,7 +60,6 @@ def read(arm: str, seed: int, work: Path) -> dict[str, Any] | None:
         "validation": report["validation_accuracy"],
         "macs": 1.0 if arm == DENSE else slim["macs"] / report["dense"]["macs"],
         "params": slim["params"],
-        "minutes": round((report["seconds"] if arm == DENSE else sum(report["seconds"].values())) / 60),
         "precision": report["precision"],
     }
 
@@ -83,7 +82,6 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "kept MACs": f"{statistics.mean(row['macs'] for row in mine):.1%}",
                 "parameters": round(statistics.mean(row["params"] for row in mine)),
                 "seeds": len(mine),
-                "minutes": f"{statistics.median(row['minutes'] for row in mine):.0f}",
             }
         )
     return table
