@@ -277,10 +277,19 @@ def key(row: Mapping[str, Any]) -> tuple[float, str, str]:
     return row["budget"], row["base"], row["arm"]
 
 
-def compare(mine: Mapping[Any, Mapping[str, Any]], reference: Mapping[Any, Mapping[str, Any]], is_same: bool) -> str:
-    """The mean of the paired differences in points, with its 95 % interval."""
-    paired = [row["accuracy"] - reference[pair]["accuracy"] for pair, row in mine.items() if pair in reference]
-    return "" if is_same or not paired else f"{statistics.mean(paired):+.2f} ± {interval(paired):.2f}"
+def compare(
+    mine: Mapping[Any, Mapping[str, Any]],
+    reference: Mapping[Any, Mapping[str, Any]],
+    is_same: bool,
+    of: str = "accuracy",
+) -> str:
+    """The mean of the paired differences in points, with its 95 % interval. of: the key of the rows to compare."""
+    return "" if is_same else show([row[of] - reference[pair][of] for pair, row in mine.items() if pair in reference])
+
+
+def show(differences: Sequence[float]) -> str:
+    """The mean in points with its 95 % interval; nothing of nothing."""
+    return f"{statistics.mean(differences):+.2f} ± {interval(differences):.2f}" if differences else ""
 
 
 def main() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 from common import print_table, save
-from paired import fill, interval
+from paired import fill, show
 
 import dpm_cli
 
@@ -78,7 +78,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
                 "": arm,
                 "test accuracy %": f"{statistics.mean(row['accuracy'] for row in mine):.2f}",
                 "validation %": f"{statistics.mean(row['validation'] for row in mine):.2f}",
-                "against dense": f"{statistics.mean(apart):+.2f} ± {interval(apart):.2f}" if apart else "",
+                "against dense": show(apart),
                 "kept MACs": f"{statistics.mean(row['macs'] for row in mine):.1%}",
                 "parameters": round(statistics.mean(row["params"] for row in mine)),
                 "seeds": len(mine),

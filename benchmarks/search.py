@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from common import print_table, save
-from paired import SCALES, Net, Trial, fill, interval, make_recipe
+from paired import SCALES, Net, Trial, compare, fill, make_recipe
 
 import dpm_cli
 
@@ -104,20 +104,18 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     for budget in sorted({row["budget"] for row in rows}, reverse=True):
         at_budget = [row for row in rows if row["budget"] == budget]
         by_setting = {
-            setting: {(row["net"], row["seed"]): row["validation"] for row in at_budget if row["setting"] == setting}
+            setting: {(row["net"], row["seed"]): row for row in at_budget if row["setting"] == setting}
             for setting in SETTINGS
         }
         reference = by_setting["the defaults"]
         for setting, mine in by_setting.items():
-            paired = [accuracy - reference[pair] for pair, accuracy in mine.items() if pair in reference]
-            if paired:
-                is_same = setting == "the defaults"
+            if mine.keys() & reference.keys():
                 table.append(
                     {
                         "kept MACs": f"{budget:.0%}",
                         "setting": setting,
-                        "validation %": f"{statistics.mean(mine.values()):.2f}",
-                        "difference": "" if is_same else f"{statistics.mean(paired):+.2f} ± {interval(paired):.2f}",
+                        "validation %": f"{statistics.mean(row['validation'] for row in mine.values()):.2f}",
+                        "difference": compare(mine, reference, setting == "the defaults", of="validation"),
                         "runs": len(mine),
                     }
                 )
