@@ -62,11 +62,14 @@ def save(name: str, rows: Sequence[Mapping[str, Any]], **settings: Any) -> Path:
     return path
 
 
-def read_rows(name: str) -> list[dict[str, Any]]:
-    """Return the rows of benchmarks/results/NAME.json; none if there is no such file."""
+def read_rows(name: str, **settings: Any) -> list[dict[str, Any]]:
+    """Return the rows of benchmarks/results/NAME.json; none if there is no such file or it has other settings."""
     path = FOLDER / f"{name}.json"
-    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
-    return rows
+    if not path.exists():
+        return []
+    saved = json.loads(path.read_text())
+    rows: list[dict[str, Any]] = saved["rows"]
+    return rows if settings.items() <= saved["settings"].items() else []
 
 
 def _show(value: Any) -> str:

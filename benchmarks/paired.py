@@ -6,7 +6,8 @@ python benchmarks/paired.py --data CIFAR10_FOLDER --work runs --table         on
 All arms start from the same dense nets (of different seeds and lengths), have the same number of epochs and the same
 MAC target, and see the same images in the same order for a seed. What is compared is the accuracy of the last weights
 on the test images, which nothing looks at before. Interrupted, it goes on where it was; several processes share the
-work. The folder has the layout train/<class>/*, test/<class>/*; the published numbers use CIFAR-10.
+work. Rows that benchmarks/results has of the same settings are kept, and not measured again. The folder has the layout
+train/<class>/*, test/<class>/*; the published numbers use CIFAR-10.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from common import print_table, save
+from common import print_table, read_rows, save
 from scipy.stats import t as student
 from soft import prune_softly
 
@@ -123,9 +124,9 @@ class Trial:
     seed: int
 
     @property
-    def pair(self) -> tuple[float, Net, int]:
-        """What two trials must share to be compared."""
-        return self.budget, self.net, self.seed
+    def key(self) -> tuple[Any, ...]:
+        """What `key_of` gives of its row."""
+        return self.budget, self.base, self.arm, self.net.seed, self.seed
 
     @property
     def folder(self) -> str:
@@ -252,7 +253,7 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for budget in sorted({row["budget"] for row in rows}, reverse=True):
         for base, arms in ARMS.items():
             by_arm = {
-                arm: {(row["net"], row["seed"]): row for row in rows if key(row) == (budget, base, arm)} for arm in arms
+                arm: {key_of(row)[3:]: row for row in rows if key_of(row)[:3] == (budget, base, arm)} for arm in arms
             }
             for arm, mine in by_arm.items():
                 if not mine:
@@ -273,8 +274,9 @@ def summarise(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return table
 
 
-def key(row: Mapping[str, Any]) -> tuple[float, str, str]:
-    return row["budget"], row["base"], row["arm"]
+def key_of(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    """The trial of a row; what comes after its arm is what two trials share that are compared."""
+    return tuple(row[column] for column in ("budget", "base", "arm", "net", "seed"))
 
 
 def compare(
@@ -315,22 +317,34 @@ def main() -> None:
         scale = replace(scale, epochs=arguments.epochs, decay_steps=decay_steps)
     if arguments.dense_epochs:
         scale = replace(scale, nets=tuple(replace(net, epochs=arguments.dense_epochs) for net in scale.nets))
+    name = f"paired_{arguments.scale}"
+    settings = {
+        "scale": repr(replace(scale, seeds=SCALES[arguments.scale].seeds)),
+        "release": RELEASE,
+        "distill": DISTILL,
+    }
+
+    def collect() -> list[dict[str, Any]]:
+        """The rows of benchmarks/results, and over them what this work folder has of the trials."""
+        here = [row for trial in trials if (row := read(trial, work))]
+        return list({key_of(row): row for row in [*read_rows(name, **settings), *here]}.values())
+
     trials = list(list_trials(scale, arguments.bases, arguments.arms))
+    known = {key_of(row) for row in read_rows(name, **settings)}
+    missing = [trial for trial in trials if trial.key not in known] if not arguments.table else []
     work.mkdir(parents=True, exist_ok=True)
-    if not arguments.table:
-        dense = {net: work / f"{scale.arch.partition(':')[0]}-{net.seed}.pt" for net in scale.nets}
-        for net, path in dense.items():
-            if not path.exists():
-                train_net(net, scale, arguments.data, path)
-        for trial in trials:
-            folder = work / trial.folder
-            if fill(folder, partial(run, trial, scale, arguments.data, dense[trial.net], folder)):
-                print(json.dumps(read(trial, work)), flush=True)
-    rows = [row for trial in trials if (row := read(trial, work))]
-    if rows:
+    dense = {net: work / f"{scale.arch.partition(':')[0]}-{net.seed}.pt" for net in scale.nets}
+    for net in {trial.net: None for trial in missing}:
+        if not dense[net].exists():
+            train_net(net, scale, arguments.data, dense[net])
+    for trial in missing:
+        folder = work / trial.folder
+        if fill(folder, partial(run, trial, scale, arguments.data, dense[trial.net], folder)):
+            print(json.dumps(read(trial, work)), flush=True)
+            save(name, collect(), **settings, threads=arguments.threads)
+    if rows := collect():
         print_table(summarise(rows))
-        settings = {"scale": repr(scale), "release": RELEASE, "distill": DISTILL, "threads": arguments.threads}
-        save(f"paired_{arguments.scale}", rows, **settings)
+        save(name, rows, **settings, threads=arguments.threads)
 
 
 if __name__ == "__main__":

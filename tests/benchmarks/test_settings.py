@@ -1,6 +1,7 @@
 """Benchmarks that train for hours ask only for settings that recipes have."""
 
 import importlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -41,3 +42,20 @@ def test_arms_on_resnet56_change_the_shipped_recipe() -> None:
     resnet56: Any = importlib.import_module("resnet56")
     recipes = [dpm_cli.load_recipe(resnet56.RECIPE, overrides) for overrides in resnet56.ARMS.values()]
     assert {recipe.train.distill for recipe in recipes} == {0.0, 0.7}
+
+
+def test_a_measured_trial_is_known_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    common: Any = importlib.import_module("common")
+    paired: Any = importlib.import_module("paired")
+    trial = next(paired.list_trials(paired.SCALES["cpu"], ["otov2"], ["cut"]))
+    (tmp_path / trial.folder).mkdir()
+    slim = {"accuracy": 70.0, "macs": 1, "params": 1}
+    report = {"dense": slim, "slim": slim, "units": {"released": 0}, "seconds": {"decay": 2.0, "measure": 1.0}}
+    (tmp_path / trial.folder / "report.json").write_text(json.dumps(report))
+    row = paired.read(trial, tmp_path)
+    assert paired.key_of(row) == trial.key
+    assert row["seconds"] == 2.0
+    monkeypatch.setattr(common, "FOLDER", tmp_path)
+    common.save("paired_cpu", [row], scale="small", threads=1)
+    assert common.read_rows("paired_cpu", scale="small") == [row]
+    assert common.read_rows("paired_cpu", scale="large") == []
