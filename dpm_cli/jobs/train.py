@@ -132,6 +132,7 @@ class _Training:
     def events(self, *, resume: bool) -> Generator[Event, None, Trained]:
         course, setup, started = self.course, self.setup, time.monotonic()
         setup.world.require_same("the recipe, the model file or the data", course.origin.to_dict())
+        yield from course.tell_notes()
         if resume:
             yield from course.restore()
         started -= sum(course.seconds.values())  # of earlier sessions
@@ -147,8 +148,7 @@ class _Training:
                 f"the model guesses: {trained.accuracy:.2f} % on the test images; lower lr ({lr:g}) or train longer"
             )
         yield from course.tell_corrupt()  # streamed test images are read only now
-        for note in course.notes:
-            yield Note(note)
+        yield from course.tell_notes()
         return trained
 
     def _finish(self, started: float) -> Trained:

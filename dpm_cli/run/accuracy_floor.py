@@ -35,12 +35,14 @@ class AccuracyFloor:
         """Tell whether pruning was finished in the last state that held the floor."""
         return self.held is not None and bool(self.held["is_done"])
 
-    def measure(self) -> None:
-        """Measure the dense accuracy. Call while the model is unchanged."""
-        if self.max_drop is not None:
-            accuracy = self._validate()
-            assert accuracy is not None  # a recipe with a floor has validation images
-            self.dense = accuracy
+    def measure(self) -> float | None:
+        """Measure and return the dense accuracy; None without a floor. Call while the model is unchanged."""
+        if self.max_drop is None:
+            return None
+        accuracy = self._validate()
+        assert accuracy is not None  # a recipe with a floor has validation images
+        self.dense = accuracy
+        return accuracy
 
     def holds(self) -> bool:
         self._seen = None if self.max_drop is None else self._validate()

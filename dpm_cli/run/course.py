@@ -3,7 +3,7 @@
 A course tracks its position, saves it with all changing parts in checkpoints, and resumes from them.
 """
 
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -60,7 +60,7 @@ class Course:
         self.seconds: dict[str, float] = {}  # by stage
         self.notes: list[str] = []
         self._in_stage: State | None = None  # from a checkpoint, until its stage resumes
-        self._told = 0  # number of skipped images already reported
+        self._told = self._noted = 0  # number of skipped images, and of notes, already reported
 
     @property
     def is_over(self) -> bool:
@@ -98,15 +98,15 @@ class Course:
         finish: Generator[Event, None, T],
         *,
         resume: bool,
-        prepare: Callable[[], None] | None = None,
+        prepare: Callable[[], Iterable[str]],
     ) -> Generator[Event, None, T]:
         """Do a whole run, log its events, and return what `finish` returns. Its checkpoints are then removed.
 
-        prepare: called before anything is resumed, while the model is as it was given.
+        prepare: called before anything is resumed, while the model is as it was given; gives notes for the user.
         """
         self.setup.world.require_same("the recipe, the model file or the data", self.origin.to_dict())
-        if prepare:
-            prepare()
+        self.notes += prepare()
+        yield from self.tell_notes()
         if resume:
             yield from self.restore()
         yield from self.tell_corrupt()
@@ -216,6 +216,11 @@ class Course:
         if len(corrupt) > self._told:
             self._told = len(corrupt)
             yield Note(corrupt.note)
+
+    def tell_notes(self) -> Iterator[Event]:
+        """Report the notes that were added since the last call."""
+        new, self._noted = self.notes[self._noted :], len(self.notes)
+        yield from map(Note, new)
 
     def _add_seconds(self, loop: StageLoop) -> None:
         name = loop.stage.name

@@ -189,8 +189,8 @@ class Delivery:
         floor = [outcome.floor.text] if outcome.floor and outcome.floor.text else []
         if outcome.cuts:
             slim = replace(slim, bytes=outcome.cuts[0].report.bytes)
-        scores = (dense.accuracy, slim.accuracy, setup.splits, recipe)
-        learnt = [*remark_on_chance(*scores), *remark_on_teacher(*scores)]
+        scores = (dense.accuracy, slim.accuracy, setup.splits)
+        learnt = [*remark_on_chance(*scores, recipe), *(remark_on_teacher(*scores) if outcome.taught else ())]
         cost = remark_on_cost(recipe, outcome.predicted, (slim.macs, slim.params))
         return Report(
             arch=self.arch,

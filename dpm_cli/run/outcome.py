@@ -38,6 +38,7 @@ class Outcome:
     floor: FloorReport | None = None
     targets: Sequence[TargetReport] = ()  # all, if there are several
     cuts: Sequence[CutModel] = ()  # models with single weights cut; the first one is the slim model
+    taught: bool = False  # by the dense model
 
 
 def describe_outcome(
@@ -59,6 +60,7 @@ def describe_outcome(
         remarks=[*_remark_on_pruning(recipe, pruning), *([subject.meter.note] if subject.meter else [])],
         predicted=(cost.macs(alive), cost.parameters(alive)),
         floor=floor.report(),
+        taught=subject.teacher is not None,
     )
 
 
@@ -120,13 +122,12 @@ def remark_on_chance(dense: float | None, slim: float | None, splits: Splits, re
         )
 
 
-def remark_on_teacher(dense: float | None, slim: float | None, splits: Splits, recipe: Recipe) -> Iterator[str]:
+def remark_on_teacher(dense: float | None, slim: float | None, splits: Splits) -> Iterator[str]:
     """Say so if the slim model is clearly better than the dense one that taught it. Arguments as before.
 
     Clearly: by more than two standard deviations of the difference of two accuracies on so many images.
     """
-    taught = any(stage.epochs and stage.distill for stage in (recipe.train, recipe.finetune))
-    if dense is None or slim is None or not taught:
+    if dense is None or slim is None:
         return
     noise = 200 * math.sqrt(2 * dense / 100 * (1 - dense / 100) / len(splits.test))
     if slim > dense + noise:

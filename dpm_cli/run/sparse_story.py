@@ -11,7 +11,7 @@ from torch import nn
 from dpm_cli.engine.loop import StageLoop, State
 from dpm_cli.engine.precision import choose_layout, lay_out_
 from dpm_cli.engine.setup import Setup
-from dpm_cli.events import Done, Event, Note, Wanted, WeightsCut
+from dpm_cli.events import Done, Event, Wanted, WeightsCut
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage, number_epochs
 from dpm_cli.report import KeptLayer, Report, TargetReport, UnitCounts, Width
@@ -20,6 +20,7 @@ from dpm_cli.run.delivery import Delivery
 from dpm_cli.run.journal import Journal
 from dpm_cli.run.outcome import Outcome
 from dpm_cli.run.resume import Origin
+from dpm_cli.run.teacher import copy_teacher, dismiss_guessing_
 from dpm_cli.sparse.cut import CutModel, cut_model
 from dpm_cli.sparse.on_the_fly import SphereTraining, find_whole_groups
 from dpm_cli.sparse.polarise import count_kept
@@ -33,16 +34,14 @@ REMARK = (
 class SparseSubject:
     """Holds a model that is trained on spheres."""
 
-    teacher: nn.Module | None = None
-
     def __init__(self, module: nn.Module, recipe: Recipe, setup: Setup) -> None:
         self.layout = choose_layout(module, torch.zeros(2, *recipe.model.input))
         self.model = copy.deepcopy(module).to(setup.device)
         lay_out_(self.model, self.layout)
+        self.stages = number_epochs([Stage("sparse", recipe.train, "train.", penalises=True)])
+        self.teacher = copy_teacher(self.model, self.stages)
         self.training = SphereTraining(self.model, recipe.prune, recipe.train)
         self.is_on_spheres = True
-        if recipe.train.distill:
-            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
 
     def unwrap_(self) -> None:
         if self.is_on_spheres:
@@ -88,7 +87,7 @@ class SparseRun:
         self.subject = SparseSubject(model, recipe, setup)
         self.course = Course(
             setup,
-            number_epochs([Stage("sparse", recipe.train, "train.", penalises=True)]),
+            self.subject.stages,
             self.subject,
             Origin.of(recipe, model, setup.splits),
             Journal(output / "metrics.jsonl" if setup.world.is_main else None),
@@ -103,11 +102,15 @@ class SparseRun:
         """Do the run. resume: continue from the checkpoint in the output folder."""
         target = Wanted("sparsity", asked=self.recipe.prune.target.sparsity or ())
         yield self.course.describe_start(self.arch, self.groups, target, round_to=1)
-        report = yield from self.course.carry_out(self._train(), self._finish(), resume=resume)
-        for note in self.notes:
-            yield Note(note)
+        report = yield from self.course.carry_out(
+            self._train(), self._finish(), resume=resume, prepare=self._judge_dense
+        )
+        yield from self.course.tell_notes()
         yield Done()
         return report
+
+    def _judge_dense(self) -> Iterator[str]:
+        return dismiss_guessing_(self.subject, self.setup, classes=self.recipe.model.classes)
 
     def _train(self) -> Generator[Event, None, None]:
         course = self.course
@@ -160,6 +163,7 @@ class SparseRun:
             notes=[*self.notes, REMARK],
             predicted=(groups.cost.macs(everything), groups.cost.parameters(everything)),
             cuts=cuts,
+            taught=self.subject.teacher is not None,
         )
 
 

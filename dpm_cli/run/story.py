@@ -1,6 +1,6 @@
 """Tell the story of a run: train while units decay and die, remove them, fine-tune, export, measure, report."""
 
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, TargetError
-from dpm_cli.events import Done, Event, Note
+from dpm_cli.events import Done, Event
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage
 from dpm_cli.report import Report
@@ -20,6 +20,7 @@ from dpm_cli.run.outcome import describe_outcome, describe_target
 from dpm_cli.run.pruning_stage import PruningStage, SparseLearning
 from dpm_cli.run.resume import Origin
 from dpm_cli.run.subject import Subject
+from dpm_cli.run.teacher import dismiss_guessing_
 
 Events = Generator[Event, None, None]
 
@@ -59,10 +60,10 @@ class Run:
         target = describe_target(subject)
         yield self.course.describe_start(self.arch, subject.dense_groups, target, round_to=subject.round_to)
         report = yield from self.course.carry_out(
-            self._train_and_prune(), self._finish(), resume=resume, prepare=self.floor.measure
+            self._train_and_prune(), self._finish(), resume=resume, prepare=self._judge_dense
         )
-        for note in self.notes + subject.notes:
-            yield Note(note)
+        self.course.notes += subject.notes
+        yield from self.course.tell_notes()
         yield Done()
         if report.floor and report.floor.is_broken:
             raise AccuracyError(report.floor.text or "", report=report)
@@ -72,6 +73,11 @@ class Run:
                 f"{report.target.reached:,} is left; the files hold that model"
             )
         return report
+
+    def _judge_dense(self) -> Iterator[str]:
+        """Measure the dense model where something depends on it: a floor, or what it teaches."""
+        dense = self.floor.measure()
+        return dismiss_guessing_(self.subject, self.setup, classes=self.recipe.model.classes, accuracy=dense)
 
     def _train_and_prune(self) -> Events:
         """Train all stages, and repeat those after pruning if the accuracy floor demands it."""

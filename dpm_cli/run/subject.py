@@ -24,6 +24,7 @@ from dpm_cli.method.survey import survey
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage, number_epochs
 from dpm_cli.run.latency import FIRST_ATTEMPTS, Meter
+from dpm_cli.run.teacher import copy_teacher
 
 
 class Subject:
@@ -62,9 +63,7 @@ class Subject:
                 attempts=FIRST_ATTEMPTS,
             )
         self.model, self.pruning = self._begin()
-        self.teacher: nn.Module | None = None
-        if any(stage.training.distill for stage in self.stages):
-            self.teacher = copy.deepcopy(self.model).eval().requires_grad_(False)
+        self.teacher = copy_teacher(self.model, self.stages)
 
     @property
     def _latency_limit(self) -> int:
