@@ -353,7 +353,8 @@ class Retraining(Training):
 
     distill: Fraction = Field(
         default=0.7,
-        description="weight of the dense model's softened outputs in the loss; 1: labels are not used",
+        description="weight of the dense model's softened outputs in the loss, unless that only guesses; 1: labels are "
+        "not used",
     )
 
 
