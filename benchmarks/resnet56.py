@@ -108,17 +108,18 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     work = arguments.work
     work.mkdir(parents=True, exist_ok=True)
-    rows = {(row["arm"], row["seed"]): row for row in read_rows(NAME)}
-    for seed in arguments.seeds:
-        for arm in arguments.arms:
-            folder = work / folder_of(arm, seed)
-            if not arguments.table and (arm, seed) not in rows:
-                fill(folder, partial(run, arm, seed, arguments.model, arguments.data, folder))
-            if row := read(arm, seed, work):
-                rows[arm, seed] = row
+    trials = [(arm, seed) for seed in arguments.seeds for arm in arguments.arms]
+    known = {(row["arm"], row["seed"]) for row in read_rows(NAME)}
+    for arm, seed in trials:
+        folder = work / folder_of(arm, seed)
+        if not arguments.table and (arm, seed) not in known:
+            fill(folder, partial(run, arm, seed, arguments.model, arguments.data, folder))
+    here = [row for trial in trials if (row := read(*trial, work))]
+    # Read again: another process may have added some.
+    rows = list({(row["arm"], row["seed"]): row for row in [*read_rows(NAME), *here]}.values())
     if rows:
-        print_table(summarise(list(rows.values())))
-        save(NAME, list(rows.values()), recipe=RECIPE, arms=ARMS)
+        print_table(summarise(rows))
+        save(NAME, rows, recipe=RECIPE, arms=ARMS)
 
 
 if __name__ == "__main__":
