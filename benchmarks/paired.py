@@ -330,7 +330,7 @@ def main() -> None:
         return list({key_of(row): row for row in [*read_rows(name, **settings), *here]}.values())
 
     trials = list(list_trials(scale, arguments.bases, arguments.arms))
-    known = {key_of(row) for row in read_rows(name, **settings)}
+    known = {key_of(row) for row in collect()}
     missing = [trial for trial in trials if trial.key not in known] if not arguments.table else []
     work.mkdir(parents=True, exist_ok=True)
     dense = {net: work / f"{scale.arch.partition(':')[0]}-{net.seed}.pt" for net in scale.nets}

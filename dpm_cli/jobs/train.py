@@ -132,7 +132,7 @@ class _Training:
     def events(self, *, resume: bool) -> Generator[Event, None, Trained]:
         course, setup, started = self.course, self.setup, time.monotonic()
         setup.world.require_same("the recipe, the model file or the data", course.origin.to_dict())
-        yield from course.tell_notes()
+        yield from course.tell_new_notes()
         if resume:
             yield from course.restore()
         started -= sum(course.seconds.values())  # of earlier sessions
@@ -148,7 +148,7 @@ class _Training:
                 f"the model guesses: {trained.accuracy:.2f} % on the test images; lower lr ({lr:g}) or train longer"
             )
         yield from course.tell_corrupt()  # streamed test images are read only now
-        yield from course.tell_notes()
+        yield from course.tell_new_notes()
         return trained
 
     def _finish(self, started: float) -> Trained:

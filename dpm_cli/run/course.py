@@ -60,7 +60,8 @@ class Course:
         self.seconds: dict[str, float] = {}  # by stage
         self.notes: list[str] = []
         self._in_stage: State | None = None  # from a checkpoint, until its stage resumes
-        self._told = self._noted = 0  # number of skipped images, and of notes, already reported
+        self._told = 0  # number of skipped images already reported
+        self._noted = 0  # number of notes already reported
 
     @property
     def is_over(self) -> bool:
@@ -106,7 +107,7 @@ class Course:
         """
         self.setup.world.require_same("the recipe, the model file or the data", self.origin.to_dict())
         self.notes += prepare()
-        yield from self.tell_notes()
+        yield from self.tell_new_notes()
         if resume:
             yield from self.restore()
         yield from self.tell_corrupt()
@@ -217,7 +218,7 @@ class Course:
             self._told = len(corrupt)
             yield Note(corrupt.note)
 
-    def tell_notes(self) -> Iterator[Event]:
+    def tell_new_notes(self) -> Iterator[Event]:
         """Report the notes that were added since the last call."""
         new, self._noted = self.notes[self._noted :], len(self.notes)
         yield from map(Note, new)

@@ -105,7 +105,7 @@ class SparseRun:
         report = yield from self.course.carry_out(
             self._train(), self._finish(), resume=resume, prepare=self._judge_dense
         )
-        yield from self.course.tell_notes()
+        yield from self.course.tell_new_notes()
         yield Done()
         return report
 

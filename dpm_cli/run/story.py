@@ -63,7 +63,7 @@ class Run:
             self._train_and_prune(), self._finish(), resume=resume, prepare=self._judge_dense
         )
         self.course.notes += subject.notes
-        yield from self.course.tell_notes()
+        yield from self.course.tell_new_notes()
         yield Done()
         if report.floor and report.floor.is_broken:
             raise AccuracyError(report.floor.text or "", report=report)
