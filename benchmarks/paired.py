@@ -19,12 +19,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
+from baselines import Baseline, run_baseline
 from common import print_table, read_rows, save
 from scipy.stats import t as student
-from soft import prune_softly
 
 import dpm_cli
 from dpm_cli.errors import OutputError
@@ -74,6 +74,7 @@ SCALES = {
 }
 RELEASE = {"criterion": "significance", "rate": 2.0, "length": 1.0, "start": 0.3}
 DISTILL = 0.7
+HESSO_PERIODS = 5  # the reference has 10 in hundreds of epochs
 
 
 @dataclass(frozen=True)
@@ -85,30 +86,28 @@ class Arm:
     rectify: Mapping[str, Any] | None = None
     late: bool = False  # depgraph: cut at the step at which a decay would end, not at the first
     importance: str = "group-norm"  # depgraph
+    hesso: bool = False  # otov2: HESSO's own selection, periods and way to zero
+    baseline: Baseline | None = None  # nothing of ours but the groups and the exact target
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
+SHORT = {
+    "cut": CUT,
+    "cut, distilled": replace(CUT, distill=DISTILL),
+    "+ SP, distilled": replace(SMOOTH, distill=DISTILL),
+    "+ SP + SR, distilled": replace(SMOOTH, distill=DISTILL, rectify=RELEASE),
+}
 ARMS = {
     "depgraph": {
-        "cut": CUT,
-        "cut, distilled": replace(CUT, distill=DISTILL),
+        **SHORT,
         "+ SP": SMOOTH,
-        "+ SP, distilled": replace(SMOOTH, distill=DISTILL),
-        "+ SP + SR, distilled": replace(SMOOTH, distill=DISTILL, rectify=RELEASE),
         "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
         "mixed + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="mixed"),
+        **{name: Arm(baseline=name) for name in get_args(Baseline)},
     },
-    **{
-        base: {
-            "cut": CUT,
-            "cut, distilled": replace(CUT, distill=DISTILL),
-            "+ SP, distilled": replace(SMOOTH, distill=DISTILL),
-            "+ SP + SR, distilled": replace(SMOOTH, distill=DISTILL, rectify=RELEASE),
-        }
-        for base in ("otov2", "gate-decorator")
-    },
-    "soft": {"SFP": CUT, "ASFP": CUT},
+    "otov2": {**SHORT, "HESSO": Arm(smooth=True, hesso=True)},
+    "gate-decorator": SHORT,
 }
 REFERENCES = ("cut", "cut, distilled")
 
@@ -149,16 +148,16 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
     """The method's own stages within `scale.epochs`; decays end at the same step in every arm."""
     arm, per_epoch = ARMS[trial.base][trial.arm], (scale.images or 50_000) // 128
     steps = scale.epochs * per_epoch
-    decay_steps = scale.decay_steps if arm.smooth else 1
     prune: dict[str, Any] = {
-        "base": trial.base if trial.base != "soft" else "depgraph",
+        "base": trial.base,
         "target": {"macs": trial.budget},
         "round_to": 1,
         "rounds": 1,
     }
     train: dict[str, Any] = {"epochs": scale.epochs, "lr": 0.05, "distill": arm.distill}
+    decay: dict[str, Any] = {"steps": scale.decay_steps if arm.smooth else 1, "rectify": arm.rectify or False}
     finetune: dict[str, Any] = {"epochs": 0}
-    match prune["base"]:
+    match trial.base:
         case "depgraph":
             prune["importance"] = arm.importance
             observed = 50 if arm.importance != "group-norm" else 0
@@ -166,9 +165,13 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             prune["end"] = (observed + scale.decay_steps + 1) / steps
         case "otov2":
             prune["end"] = 0.4
+            if arm.hesso:
+                periods = min(HESSO_PERIODS, scale.decay_steps)
+                prune |= {"rounds": periods, "otov2": {"variant": "hesso"}}
+                decay |= {"steps": scale.decay_steps // periods, "envelope": "multiplicative"}
         case "gate-decorator":
             prune["rounds"] = 2  # ticks of one epoch; a tock of a quarter of the rest before and after
-            decay_steps = max(1, decay_steps // 2)  # two decays must fit into the last tock
+            decay["steps"] = max(1, decay["steps"] // 2)  # two decays must fit into the last tock
             train["epochs"] = max(1, (scale.epochs - 2) // 4)
             train["schedule"] = "triangular"
             finetune = {"epochs": scale.epochs - 2 - 2 * train["epochs"], "lr": 0.05, "distill": arm.distill}
@@ -179,7 +182,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             "mean": MEAN, "std": STD,
         },
         "prune": prune,
-        "decay": {"steps": decay_steps, "rectify": arm.rectify or False},
+        "decay": decay,
         "train": train,
         "finetune": finetune,
         "export": [],
@@ -203,8 +206,8 @@ def train_net(net: Net, scale: Scale, data: Path, path: Path) -> None:
 
 def run(trial: Trial, scale: Scale, data: Path, dense: Path, folder: Path) -> None:
     recipe = make_recipe(scale, data, trial)
-    if trial.base == "soft":
-        prune_softly(dense, recipe, epochs=scale.epochs, asymptotic=trial.arm == "ASFP", output=folder)
+    if baseline := ARMS[trial.base][trial.arm].baseline:
+        run_baseline(baseline, dense, recipe, epochs=scale.epochs, output=folder)
     else:
         dpm_cli.prune(dense, recipe, output=folder, resume=True, trust=True)
 
@@ -301,6 +304,7 @@ def main() -> None:
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--bases", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--arms", nargs="+", default=[], help="only these; default: all")
+    parser.add_argument("--budgets", nargs="+", type=float, help="only these shares of the MACs")
     parser.add_argument("--seeds", type=int, help="fewer or more than the scale's own")
     parser.add_argument("--epochs", type=int, help="of every pruning run, in place of the scale's own")
     parser.add_argument("--dense-epochs", type=int, help="of every dense net, in place of the scale's own")
@@ -329,7 +333,8 @@ def main() -> None:
         here = [row for trial in trials if (row := read(trial, work))]
         return list({key_of(row): row for row in [*read_rows(name, **settings), *here]}.values())
 
-    trials = list(list_trials(scale, arguments.bases, arguments.arms))
+    asked = replace(scale, budgets=tuple(arguments.budgets or scale.budgets))
+    trials = list(list_trials(asked, arguments.bases, arguments.arms))
     known = {key_of(row) for row in collect()}
     missing = [trial for trial in trials if trial.key not in known] if not arguments.table else []
     work.mkdir(parents=True, exist_ok=True)

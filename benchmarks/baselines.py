@@ -1,0 +1,127 @@
+"""Other ways to a small net, as baselines in the same engine: what a user would do without Smooth Pruning.
+
+- SFP (He et al., IJCAI 2018) and ASFP (He et al., T-CYB 2019): after every epoch the units that a cut would take are
+  set to zero, and go on training: the next epoch may revive them. At the end they are cut. ASFP takes few units at
+  first and all of them late.
+- uniform: all groups lose the same share of their units, the lowest norms first, before the first step.
+- from scratch: the widths of the plain cut, with new random weights (Liu et al., ICLR 2019).
+
+Units, norms, data, training steps and the exact MAC target are those of the other arms. The SFP papers prune a fraction
+of every layer instead.
+"""
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import nn
+
+from dpm_cli.data import Split
+from dpm_cli.data.splits import Batch
+from dpm_cli.engine.batchnorm import recalibrate_batchnorm_
+from dpm_cli.engine.evaluate import evaluate_module
+from dpm_cli.engine.learner import Learner
+from dpm_cli.engine.precision import Precision, choose_precision
+from dpm_cli.graph import Groups, Units, compact_
+from dpm_cli.graph.labels import Flags
+from dpm_cli.jobs.loading import load_splits
+from dpm_cli.measure import count_parameters
+from dpm_cli.method.budget import Scores, choose_victims, resolve_limit
+from dpm_cli.method.pruners import DepGraph
+from dpm_cli.method.survey import survey
+from dpm_cli.models import build, load_model
+from dpm_cli.recipe import Recipe, parse_recipe
+
+Baseline = Literal["SFP", "ASFP", "uniform", "from scratch"]
+
+
+def run_baseline(baseline: Baseline, dense: Path, values: dict[str, Any], *, epochs: int, output: Path) -> None:
+    """Train, cut and measure; then write what the benchmark reads of a report. Nothing to resume: it is short."""
+    recipe = parse_recipe(values)
+    splits = load_splits(recipe, torch.device("cpu"))
+    spec, is_soft = recipe.model, baseline in ("SFP", "ASFP")
+    model = load_model(dense, arch=spec.arch, classes=spec.classes, shape=spec.input).module
+    torch.manual_seed(recipe.seed)
+    base = DepGraph(recipe.prune, recipe.train, seed=recipe.seed)
+    found = survey(model, torch.zeros(2, *spec.input), recipe.prune, base)
+    groups, widths = found.groups, found.widths
+    dense_macs, dense_params = groups.cost.macs(np.ones(groups.units, bool)), count_parameters(model)
+    dense_accuracy = evaluate_module(model, splits.test, batch=512).accuracy
+    limit = resolve_limit(groups, widths, kind="macs", amount=recipe.prune.target.limits["macs"])
+    started = time.monotonic()
+    base.bind(groups, model)
+
+    def choose(scores: Scores, limit: int) -> Flags:
+        return choose_victims(groups, widths, scores, kind="macs", limit=limit)
+
+    victims = choose(rank_within(groups, base.scores()) if baseline == "uniform" else base.scores(), limit)
+    if baseline == "from scratch":
+        model = build(spec.arch, classes=spec.classes, shape=spec.input)
+    if not is_soft:
+        compact_(model, groups, ~victims)
+    model.to(memory_format=torch.channels_last)
+
+    def end_epoch(epoch: int) -> None:
+        nonlocal victims
+        if is_soft:
+            share = fall(epoch, epochs) if baseline == "ASFP" else 1.0
+            victims = choose(base.scores(), round(dense_macs - (dense_macs - limit) * share))
+            Units(groups, model).scale_(torch.from_numpy(np.where(victims, 0.0, 1.0)).float())
+
+    train_(model, splits.train, recipe, epochs=epochs, end_epoch=end_epoch)
+    if is_soft:
+        compact_(model, groups, ~victims)
+    count = recipe.recalibrate_batches
+    recalibrate_batchnorm_(model, batches_of(splits.train, recipe, epochs), count=count, precision=precision_of(recipe))
+    seconds = time.monotonic() - started
+    report = {
+        "slim": {
+            "accuracy": evaluate_module(model, splits.test, batch=512).accuracy,
+            "macs": groups.cost.macs(~victims),
+            "params": count_parameters(model),
+        },
+        "dense": {"accuracy": dense_accuracy, "macs": dense_macs, "params": dense_params},
+        "units": {"released": 0},
+        "seconds": {"train": seconds},
+    }
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "report.json").write_text(json.dumps(report))
+
+
+def train_(model: nn.Module, images: Split, recipe: Recipe, *, epochs: int, end_epoch: Callable[[int], object]) -> None:
+    """Train as `recipe.train` says, for other epochs than it says."""
+    per_epoch = len(images) // recipe.data.batch
+    training = recipe.train.model_copy(update={"epochs": epochs})
+    learner = Learner(model, training, precision=precision_of(recipe), steps_per_epoch=per_epoch, seed=recipe.seed)
+    model.train()
+    for epoch in range(epochs):
+        for step, batch in enumerate(batches_of(images, recipe, epoch, drop_last=True), epoch * per_epoch):
+            learner.step_(*batch, step=step)
+        end_epoch(epoch)
+
+
+def batches_of(images: Split, recipe: Recipe, epoch: int, *, drop_last: bool = False) -> Iterator[Batch]:
+    data = recipe.data
+    return images.batches(data.batch, seed=recipe.seed, epoch=epoch, augment=data.augment, drop_last=drop_last)
+
+
+def precision_of(recipe: Recipe) -> Precision:
+    return choose_precision(recipe.precision, torch.device("cpu"))
+
+
+def rank_within(groups: Groups, scores: Scores) -> Scores:
+    """Rank (units,) scores within each group, from just above 0 to 1: a global cut then takes equal shares."""
+    ranks = np.empty(groups.units)
+    for group in groups:
+        order = np.argsort(np.argsort(scores[group.range], kind="stable"), kind="stable")
+        ranks[group.range] = (order + 1) / group.size
+    return ranks
+
+
+def fall(epoch: int, epochs: int) -> float:
+    """ASFP's share of the way to the target: three quarters after a third of the epochs, all of it at the end."""
+    return float((1 - 0.25 ** (3 * (epoch + 1) / epochs)) / (1 - 0.25**3))
