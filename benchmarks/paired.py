@@ -3,11 +3,12 @@
 python benchmarks/paired.py --data CIFAR10_FOLDER --work runs                 trains what is missing, prints the tables
 python benchmarks/paired.py --data CIFAR10_FOLDER --work runs --table         only prints and writes them
 
-All arms start from the same dense nets (of different seeds and lengths), have the same number of epochs and the same
-MAC target, and see the same images in the same order for a seed. What is compared is the accuracy of the last weights
-on the test images, which nothing looks at before. Interrupted, it goes on where it was; several processes share the
-work. Rows that benchmarks/results has of the same settings are kept, and not measured again. The folder has the layout
-train/<class>/*, test/<class>/*; the published numbers use CIFAR-10.
+All arms start from the same dense nets (of different seeds and lengths) and have the same number of epochs, but for one
+that has as many seconds as the defaults, and the same MAC target; they see the same images in the same order for a
+seed. What is compared is the accuracy of the last weights on the test images, which nothing looks at before.
+Interrupted, it goes on where it was; several processes share the work. Rows that benchmarks/results has of the same
+settings are kept, and not measured again. The folder has the layout train/<class>/*, test/<class>/*; the published
+numbers use CIFAR-10.
 """
 
 import argparse
@@ -88,6 +89,7 @@ class Arm:
     importance: str = "group-norm"  # depgraph
     hesso: bool = False  # otov2: HESSO's own selection, periods and way to zero
     baseline: Baseline | None = None  # nothing of ours but the groups and the exact target
+    length: float = 1.0  # × the scale's epochs: to compare at equal time
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
@@ -100,6 +102,7 @@ SHORT = {
 ARMS = {
     "depgraph": {
         **SHORT,
+        "cut, longer": replace(CUT, length=5 / 3),  # as many seconds as the defaults take
         "+ SP": SMOOTH,
         "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
@@ -145,16 +148,17 @@ def list_trials(scale: Scale, bases: Sequence[str], arms: Sequence[str]) -> Iter
 
 
 def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
-    """The method's own stages within `scale.epochs`; decays end at the same step in every arm."""
+    """The method's own stages within the arm's epochs; decays end at the same step in every arm."""
     arm, per_epoch = ARMS[trial.base][trial.arm], (scale.images or 50_000) // 128
-    steps = scale.epochs * per_epoch
+    epochs = round(scale.epochs * arm.length)
+    steps = epochs * per_epoch
     prune: dict[str, Any] = {
         "base": trial.base,
         "target": {"macs": trial.budget},
         "round_to": 1,
         "rounds": 1,
     }
-    train: dict[str, Any] = {"epochs": scale.epochs, "lr": 0.05, "distill": arm.distill}
+    train: dict[str, Any] = {"epochs": epochs, "lr": 0.05, "distill": arm.distill}
     decay: dict[str, Any] = {"steps": scale.decay_steps if arm.smooth else 1, "rectify": arm.rectify or False}
     finetune: dict[str, Any] = {"epochs": 0}
     match trial.base:
@@ -172,9 +176,9 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
         case "gate-decorator":
             prune["rounds"] = 2  # ticks of one epoch; a tock of a quarter of the rest before and after
             decay["steps"] = max(1, decay["steps"] // 2)  # two decays must fit into the last tock
-            train["epochs"] = max(1, (scale.epochs - 2) // 4)
+            train["epochs"] = max(1, (epochs - 2) // 4)
             train["schedule"] = "triangular"
-            finetune = {"epochs": scale.epochs - 2 - 2 * train["epochs"], "lr": 0.05, "distill": arm.distill}
+            finetune = {"epochs": epochs - 2 - 2 * train["epochs"], "lr": 0.05, "distill": arm.distill}
     return {
         "model": {"arch": scale.arch, "classes": 10, "input": [3, 32, 32]},
         "data": {
