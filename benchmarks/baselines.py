@@ -5,20 +5,27 @@
   first and all of them late.
 - uniform: all groups lose the same share of their units, the lowest norms first, before the first step.
 - from scratch: the widths of the plain cut, with new random weights (Liu et al., ICLR 2019).
+- searched: of many shares between the groups the one with the lowest loss right after the cut, with recalibrated
+  BatchNorm (as EagleEye judges, Li et al., ECCV 2020; the candidates are ours), before the first step.
 
 Units, norms, data, training steps and the exact MAC target are those of the other arms. The SFP papers prune a fraction
 of every layer instead.
 """
 
+import copy
 import json
+import statistics
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from dpm_cli.data import Split
 from dpm_cli.data.splits import Batch
@@ -36,7 +43,13 @@ from dpm_cli.method.survey import survey
 from dpm_cli.models import build, load_model
 from dpm_cli.recipe import Recipe, parse_recipe
 
-Baseline = Literal["SFP", "ASFP", "uniform", "from scratch"]
+Baseline = Literal["SFP", "ASFP", "uniform", "from scratch", "searched"]
+CANDIDATES, SPREAD, PARENTS = (
+    60,
+    0.2,
+    5,
+)  # of the search: a third at random around the plain cut, the rest from the best
+JUDGED_BY = 18  # batches of training images without changes: 8 for the BatchNorm, 10 for the loss
 
 
 def run_baseline(baseline: Baseline, dense: Path, values: dict[str, Any], *, epochs: int, output: Path) -> None:
@@ -59,6 +72,9 @@ def run_baseline(baseline: Baseline, dense: Path, values: dict[str, Any], *, epo
         return choose_victims(groups, widths, scores, kind="macs", limit=limit)
 
     victims = choose(rank_within(groups, base.scores()) if baseline == "uniform" else base.scores(), limit)
+    if baseline == "searched":
+        judge = partial(judge_cut, model, groups, recipe, list(islice(batches_of(splits.train, recipe), JUDGED_BY)))
+        victims = search_shares(groups, lambda shares: choose(base.scores() * shares, limit), judge, recipe.seed)
     if baseline == "from scratch":
         model = build(spec.arch, classes=spec.classes, shape=spec.input)
     if not is_soft:
@@ -104,13 +120,41 @@ def train_(model: nn.Module, images: Split, recipe: Recipe, *, epochs: int, end_
         end_epoch(epoch)
 
 
-def batches_of(images: Split, recipe: Recipe, epoch: int, *, drop_last: bool = False) -> Iterator[Batch]:
-    data = recipe.data
-    return images.batches(data.batch, seed=recipe.seed, epoch=epoch, augment=data.augment, drop_last=drop_last)
+def batches_of(images: Split, recipe: Recipe, epoch: int | None = None, *, drop_last: bool = False) -> Iterator[Batch]:
+    """epoch: None for images in order and unchanged."""
+    data, augment = recipe.data, None if epoch is None else recipe.data.augment
+    return images.batches(data.batch, seed=recipe.seed, epoch=epoch or 0, augment=augment, drop_last=drop_last)
 
 
 def precision_of(recipe: Recipe) -> Precision:
     return choose_precision(recipe.precision, torch.device("cpu"))
+
+
+def search_shares(
+    groups: Groups, choose: Callable[[Scores], Flags], judge: Callable[[Flags], float], seed: int
+) -> Flags:
+    """Return (units,) the victims with the lowest loss. choose: the victims for (units,) factors of their scores."""
+    dice, tried = np.random.default_rng(seed), list[tuple[float, Scores, Flags]]()
+    for number in range(CANDIDATES):
+        factors, spread = np.ones(len(groups)), SPREAD if number else 0.0
+        if number >= CANDIDATES // 3:
+            best = sorted(tried, key=lambda each: each[0])[:PARENTS]
+            factors, spread = best[dice.integers(len(best))][1], SPREAD / 2
+        factors = factors * np.exp(dice.normal(0, spread, len(groups)))
+        victims = choose(factors[groups.group_of_unit])
+        tried.append((judge(victims), factors, victims))
+    return min(tried, key=lambda each: each[0])[2]
+
+
+@torch.no_grad()
+def judge_cut(model: nn.Module, groups: Groups, recipe: Recipe, batches: list[Batch], victims: Flags) -> float:
+    """Mean loss of the model without the victims, on the later batches, after BatchNorm has seen the others."""
+    cut, calibrating = copy.deepcopy(model), len(batches) * 4 // 9
+    compact_(cut, groups, ~victims)
+    cut.to(memory_format=torch.channels_last)
+    recalibrate_batchnorm_(cut, iter(batches[:calibrating]), count=calibrating, precision=precision_of(recipe))
+    losses = [F.cross_entropy(cut.eval()(images), labels).item() for images, labels in batches[calibrating:]]
+    return statistics.mean(losses)
 
 
 def rank_within(groups: Groups, scores: Scores) -> Scores:

@@ -30,7 +30,7 @@ def dense(tmp_path: Path) -> Path:
     return tmp_path / "dense.pt"
 
 
-@pytest.mark.parametrize("baseline", ["SFP", "ASFP", "uniform", "from scratch"])
+@pytest.mark.parametrize("baseline", ["SFP", "ASFP", "uniform", "from scratch", "searched"])
 def test_every_baseline_trains_and_fills_the_target(baselines: Any, dense: Path, baseline: str) -> None:
     recipe = load_recipe("digits", ["prune.round_to=1", "finetune.epochs=0"]).model_dump(exclude_unset=True)
     output = dense.parent / "out"
@@ -56,3 +56,19 @@ def test_asymptotic_pruning_ends_at_the_target(baselines: Any) -> None:
     assert shares == sorted(shares)
     assert shares[-1] == 1.0
     assert shares[1] == pytest.approx(0.75, abs=0.02)
+
+
+def test_the_search_finds_better_shares_than_the_plain_cut(baselines: Any) -> None:
+    groups = find_groups(build("digits", classes=10, shape=(1, 8, 8)).eval(), torch.zeros(2, 1, 8, 8))
+    scores = np.random.default_rng(0).random(groups.units)
+
+    def take_half(factors: Any) -> Any:
+        return scores * factors < np.median(scores * factors)
+
+    def lost_of_the_first_group(victims: Any) -> float:
+        return float(victims[next(iter(groups)).range].sum())
+
+    plain = take_half(np.ones(groups.units))
+    found = baselines.search_shares(groups, take_half, lost_of_the_first_group, seed=0)
+    assert found.sum() == plain.sum()
+    assert lost_of_the_first_group(found) < lost_of_the_first_group(plain)
