@@ -306,7 +306,7 @@ def show(differences: Sequence[float]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, help="folder with train/ and test/")
-    parser.add_argument("--work", type=Path, required=True, help="where runs and dense checkpoints are kept")
+    parser.add_argument("--work", type=Path, required=True, help="where runs and dense checkpoints of this scale are kept")
     parser.add_argument("--scale", choices=SCALES, default="cpu")
     parser.add_argument("--bases", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--arms", nargs="+", default=[], help="only these; default: all")
