@@ -39,6 +39,7 @@ from dpm_cli.jobs.loading import load_splits
 from dpm_cli.measure import count_parameters
 from dpm_cli.method.budget import Scores, choose_victims, resolve_limit
 from dpm_cli.method.pruners import DepGraph
+from dpm_cli.method.pruners.depgraph import ranks
 from dpm_cli.method.survey import survey
 from dpm_cli.models import build, load_model
 from dpm_cli.recipe import Recipe, parse_recipe
@@ -49,7 +50,7 @@ CANDIDATES, SPREAD, PARENTS = (
     0.2,
     5,
 )  # of the search: a third at random around the plain cut, the rest from the best
-JUDGED_BY = 18  # batches of training images without changes: 8 for the BatchNorm, 10 for the loss
+CALIBRATED_BY, JUDGED_BY = 8, 10  # batches of training images without changes
 
 
 def run_baseline(baseline: Baseline, dense: Path, values: dict[str, Any], *, epochs: int, output: Path) -> None:
@@ -71,10 +72,12 @@ def run_baseline(baseline: Baseline, dense: Path, values: dict[str, Any], *, epo
     def choose(scores: Scores, limit: int) -> Flags:
         return choose_victims(groups, widths, scores, kind="macs", limit=limit)
 
-    victims = choose(rank_within(groups, base.scores()) if baseline == "uniform" else base.scores(), limit)
+    scores = base.scores()
+    victims = choose(rank_within(groups, scores) if baseline == "uniform" else scores, limit)
     if baseline == "searched":
-        judge = partial(judge_cut, model, groups, recipe, list(islice(batches_of(splits.train, recipe), JUDGED_BY)))
-        victims = search_shares(groups, lambda shares: choose(base.scores() * shares, limit), judge, recipe.seed)
+        batches = list(islice(batches_of(splits.train, recipe), CALIBRATED_BY + JUDGED_BY))
+        judge = partial(judge_cut, model, groups, recipe, batches)
+        victims = search_shares(groups, lambda factors: choose(scores * factors, limit), judge, recipe.seed)
     if baseline == "from scratch":
         model = build(spec.arch, classes=spec.classes, shape=spec.input)
     if not is_soft:
@@ -149,21 +152,18 @@ def search_shares(
 @torch.no_grad()
 def judge_cut(model: nn.Module, groups: Groups, recipe: Recipe, batches: list[Batch], victims: Flags) -> float:
     """Mean loss of the model without the victims, on the later batches, after BatchNorm has seen the others."""
-    cut, calibrating = copy.deepcopy(model), len(batches) * 4 // 9
+    cut, calibrating, judging = copy.deepcopy(model), batches[:CALIBRATED_BY], batches[CALIBRATED_BY:]
     compact_(cut, groups, ~victims)
     cut.to(memory_format=torch.channels_last)
-    recalibrate_batchnorm_(cut, iter(batches[:calibrating]), count=calibrating, precision=precision_of(recipe))
-    losses = [F.cross_entropy(cut.eval()(images), labels).item() for images, labels in batches[calibrating:]]
+    recalibrate_batchnorm_(cut, iter(calibrating), count=CALIBRATED_BY, precision=precision_of(recipe))
+    cut.eval()
+    losses = [F.cross_entropy(cut(images), labels).item() for images, labels in judging]
     return statistics.mean(losses)
 
 
 def rank_within(groups: Groups, scores: Scores) -> Scores:
     """Rank (units,) scores within each group, from just above 0 to 1: a global cut then takes equal shares."""
-    ranks = np.empty(groups.units)
-    for group in groups:
-        order = np.argsort(np.argsort(scores[group.range], kind="stable"), kind="stable")
-        ranks[group.range] = (order + 1) / group.size
-    return ranks
+    return np.concatenate([(ranks(scores[group.range]) + 1) / group.size for group in groups])
 
 
 def fall(epoch: int, epochs: int) -> float:
