@@ -118,13 +118,17 @@ def draft_recipe(
     *,
     arch: str | None = None,
     weights: str | None = None,
+    shape: Shape | None = None,
     file: str = "mine.yaml",
     machine: Machine | None = None,
 ) -> str:
-    """Write the text of a recipe for these images. file: what it will be called. Raises DataError or RecipeError."""
+    """Write the text of a recipe for these images. Raises DataError or RecipeError.
+
+    shape: of the input, else one that suits the images. file: what it will be called.
+    """
     look, machine = look_at(data), machine or Machine.here()
     arch = arch or choose_arch(look)
-    shape = choose_shape(look, arch)
+    shape = shape or choose_shape(look, arch)
     if not is_own_code(arch):
         with torch.device("meta"):
             build(arch, classes=len(look.classes), shape=shape)  # raises RecipeError for a mistyped name

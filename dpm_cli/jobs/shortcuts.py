@@ -6,9 +6,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpm_cli.data.look import TABLES, look_at
-from dpm_cli.errors import UsageError
+from dpm_cli.errors import ModelFileError, UsageError
 from dpm_cli.jobs.draft import draft_recipe
 from dpm_cli.jobs.starting import name_published
+from dpm_cli.models.read import read_model_file
+from dpm_cli.models.slim import name_arch
+from dpm_cli.models.slim_content import Content, is_slim, parse_content
 from dpm_cli.recipe import Recipe, load_recipe, read_recipe
 
 
@@ -30,7 +33,8 @@ def settle(
 ) -> Recipe:
     """Combine a recipe with options; `overrides` (key=value) win. Without a recipe, draft one for the images.
 
-    model: what is to be pruned; `torchvision:NAME` names the architecture too. Raises a UsageError.
+    model: what is to be pruned; `torchvision:NAME` names the architecture too, and a slim.pt also what its inputs are.
+    Raises a UsageError.
     """
     named = name_published(str(model)) if model is not None else None
     arch = shortcuts.arch or (named[0] if named else None)
@@ -39,11 +43,24 @@ def settle(
         return load_recipe(recipe, [*_change(shortcuts, arch, before, overrides), *overrides])
     if shortcuts.data is None:
         raise UsageError("no settings are given: name a --recipe, or --data (and --arch) to have one made")
-    if arch is None and model is not None:
+    slim = None if model is None or named else _read_slim(Path(model))
+    if slim is not None:
+        arch = name_arch(slim, arch, Path(str(model)))
+    elif arch is None and model is not None:
         raise UsageError(f"which architecture has {model}? --arch names it, such as --arch torchvision:resnet18")
-    text = draft_recipe(shortcuts.data, arch=arch, weights=shortcuts.weights)
+    text = draft_recipe(shortcuts.data, arch=arch, weights=shortcuts.weights, shape=slim.shape if slim else None)
     before = read_recipe(text)
-    return read_recipe(text, [*_change(shortcuts, arch, before, overrides), *overrides])
+    pixels = [f"data.mean={[*slim.metadata.mean]}", f"data.std={[*slim.metadata.std]}"] if slim else []
+    return read_recipe(text, [*pixels, *_change(shortcuts, arch, before, overrides), *overrides])
+
+
+def _read_slim(path: Path) -> Content | None:
+    """Read what a slim.pt says; None for other files, and for those that cannot be read: the job will say why."""
+    try:
+        content = read_model_file(path)
+        return parse_content(content, path) if is_slim(content) else None
+    except ModelFileError:
+        return None
 
 
 def _change(shortcuts: Shortcuts, arch: str | None, before: Recipe, overrides: Sequence[str]) -> Iterator[str]:

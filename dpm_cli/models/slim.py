@@ -174,10 +174,10 @@ def _build(arch: str, classes: int, shape: Shape) -> nn.Module:
         return build(arch, classes=classes, shape=shape)
 
 
-def _sketch_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
-    """Build the dense module without its large tensors, which the file will replace, if its constructor allows that.
+def name_arch(content: Content, arch: str | None, path: Path) -> str:
+    """Return what builds the dense module: `arch`, or what the file says.
 
-    Raises ModelFileError if the file names code, or another architecture than `arch`.
+    Raises ModelFileError if only the file names code, if neither names anything, or if they do not agree.
     """
     saved = content.arch
     if saved is None and arch is None:
@@ -194,8 +194,16 @@ def _sketch_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
         )
     if saved is not None and arch is not None and saved != arch and not (is_own_code(saved) and is_own_code(arch)):
         raise ModelFileError(f"{path} holds a {saved}, model.arch is {arch}")
+    return arch or saved or ""
+
+
+def _sketch_dense(content: Content, arch: str | None, path: Path) -> nn.Module:
+    """Build the dense module without its large tensors, which the file will replace, if its constructor allows that.
+
+    Raises ModelFileError if the file names code, or another architecture than `arch`.
+    """
     try:
-        sketched = sketch(arch or saved or "", classes=content.classes, shape=content.shape)
+        sketched = sketch(name_arch(content, arch, path), classes=content.classes, shape=content.shape)
     except RecipeError as error:
         raise ModelFileError(f"{path} cannot be rebuilt: {error}") from None
     return sketched if sketched is not None else _build_dense(content, arch, path)

@@ -8,9 +8,11 @@ from PIL import Image
 
 import dpm_cli
 from dpm_cli.data.look import look_at
-from dpm_cli.errors import DataError, OutputError, RecipeError, UsageError
+from dpm_cli.errors import DataError, ModelFileError, OutputError, RecipeError, UsageError
 from dpm_cli.jobs.draft import Machine, choose_batch, choose_epochs, draft_recipe
 from dpm_cli.jobs.shortcuts import Shortcuts, settle
+from dpm_cli.layers.images import Framing
+from dpm_cli.models import Metadata, build, save_slim
 from dpm_cli.recipe.reader import read_recipe
 
 LAPTOP = Machine(memory=8 << 30, has_gpu=False, cores=2)
@@ -153,6 +155,42 @@ def test_epochs_add_no_stage_that_a_recipe_leaves_out() -> None:
 
 def test_a_published_model_names_the_architecture(photos: str) -> None:
     assert settle(None, [], Shortcuts(data=photos), model="torchvision:resnet34").model.arch == "torchvision:resnet34"
+
+
+def save_photo_model(arch: str | None, classes: int = 3) -> None:
+    """Write slim.pt: a network for images of 40×40 whose pixels were scaled in its own way."""
+    module = build("resnet20", classes=classes, shape=(3, 40, 40))
+    metadata = Metadata(classes, Framing((3, 40, 40)), mean=(0.1, 0.2, 0.3), std=(0.4, 0.5, 0.6), arch=arch)
+    save_slim(Path("slim.pt"), module, recipe="", report={}, metadata=metadata, dense=module)
+
+
+def test_a_slim_model_names_its_architecture_and_its_inputs(photos: str) -> None:
+    save_photo_model("resnet20")
+    recipe = settle(None, [], Shortcuts(data=photos), model="slim.pt")
+    assert (recipe.model.arch, recipe.model.input) == ("resnet20", (3, 40, 40))
+    assert (recipe.data.mean, recipe.data.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+
+
+def test_what_was_typed_wins_over_what_a_slim_model_says(photos: str) -> None:
+    save_photo_model("resnet20")
+    recipe = settle(None, ["data.mean=[0, 0, 0]"], Shortcuts(data=photos, arch="resnet20"), model="slim.pt")
+    assert (recipe.data.mean, recipe.data.std) == ((0.0, 0.0, 0.0), (0.4, 0.5, 0.6))
+
+
+@pytest.mark.parametrize(
+    ("saved", "given", "message"),
+    [
+        ("nets:Net", None, "names code to import, 'nets:Net'"),
+        (None, None, "was pruned from a Python object"),
+        ("resnet20", "resnet56", "holds a resnet20, model.arch is resnet56"),
+    ],
+)
+def test_an_architecture_that_only_a_file_names_is_never_imported(
+    photos: str, saved: str | None, given: str | None, message: str
+) -> None:
+    save_photo_model(saved)
+    with pytest.raises(ModelFileError, match=message):
+        settle(None, [], Shortcuts(data=photos, arch=given), model="slim.pt")
 
 
 def test_an_option_is_consent_to_the_code_that_it_names(photos: str) -> None:
