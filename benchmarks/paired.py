@@ -60,6 +60,8 @@ SCALES = {
     "cpu-all": Scale(
         "resnet20", None, (Net(10, 77), Net(7, 0), Net(30, 5)), epochs=6, decay_steps=200, budgets=(0.25,), seeds=1
     ),
+    # For a folder with 10 000 training images: teachers trained long on what their pupils see, and nothing else.
+    "cpu-few": Scale("resnet20", 10_000, (Net(60, 3), Net(30, 4)), epochs=6, decay_steps=70, budgets=(0.25,), seeds=5),
     "rehearsal": Scale("resnet20", 128, (Net(1, 0),), epochs=4, decay_steps=1, budgets=(0.5,), seeds=1),
     "rehearsal-vit": Scale("small_vit:small_vit", 128, (Net(1, 0),), epochs=4, decay_steps=1, budgets=(0.5,), seeds=1),
     "gpu": Scale(
