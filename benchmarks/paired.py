@@ -96,6 +96,7 @@ class Arm:
     hesso: bool = False  # otov2: HESSO's own selection, periods and way to zero
     baseline: Baseline | None = None  # nothing of ours but the groups and the exact target
     length: float = 1.0  # × the scale's epochs: to compare at equal time
+    round_to: int = 1  # multiples of this
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
@@ -109,6 +110,8 @@ ARMS = {
     "depgraph": {
         **SHORT,
         "cut, longer": replace(CUT, length=5 / 3),  # as many seconds as the defaults take
+        "cut, in fours": replace(CUT, round_to=4),
+        "cut, in eights": replace(CUT, round_to=8),
         "+ SP": SMOOTH,
         "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
@@ -161,7 +164,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
     prune: dict[str, Any] = {
         "base": trial.base,
         "target": {"macs": trial.budget},
-        "round_to": 1,
+        "round_to": arm.round_to,
         "rounds": 1,
     }
     train: dict[str, Any] = {"epochs": epochs, "lr": 0.05, "distill": arm.distill}
