@@ -97,6 +97,7 @@ class Arm:
     baseline: Baseline | None = None  # nothing of ours but the groups and the exact target
     length: float = 1.0  # × the scale's epochs: to compare at equal time
     round_to: int = 1  # multiples of this
+    end: float | None = None  # depgraph: of the training; rounds and decays until then are `auto`, as in the defaults
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
@@ -113,6 +114,8 @@ ARMS = {
         "cut, in fours": replace(CUT, round_to=4),
         "cut, in eights": replace(CUT, round_to=8),
         "+ SP": SMOOTH,
+        "+ SP in rounds to 0.5, distilled": replace(SMOOTH, distill=DISTILL, end=0.5),
+        "+ SP in rounds to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2),
         "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
         "mixed + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="mixed"),
@@ -176,6 +179,9 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             observed = 50 if arm.importance != "group-norm" else 0
             prune["start"] = (observed + (scale.decay_steps if arm.late else 0)) / steps
             prune["end"] = (observed + scale.decay_steps + 1) / steps
+            if arm.end is not None:
+                prune |= {"rounds": "auto", "end": arm.end}
+                decay["steps"] = "auto"
         case "otov2":
             prune["end"] = 0.4
             if arm.hesso:
