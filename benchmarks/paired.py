@@ -97,7 +97,9 @@ class Arm:
     baseline: Baseline | None = None  # nothing of ours but the groups and the exact target
     length: float = 1.0  # × the scale's epochs: to compare at equal time
     round_to: int = 1  # multiples of this
-    end: float | None = None  # depgraph: of the training; rounds and decays until then are `auto`, as in the defaults
+    end: float | None = None  # depgraph: of the train stage; decays until then are `auto`
+    rounds: int | str = 1
+    stages: int = 1  # depgraph: of equal length; in the second the slim net is finetuned
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
@@ -114,8 +116,12 @@ ARMS = {
         "cut, in fours": replace(CUT, round_to=4),
         "cut, in eights": replace(CUT, round_to=8),
         "+ SP": SMOOTH,
-        "+ SP in rounds to 0.5, distilled": replace(SMOOTH, distill=DISTILL, end=0.5),
-        "+ SP in rounds to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2),
+        "+ SP to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2),
+        "+ SP in rounds to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2, rounds="auto"),
+        "+ SP in rounds to 0.5, distilled": replace(SMOOTH, distill=DISTILL, end=0.5, rounds="auto"),
+        "+ SP in rounds to 0.5 of two stages, distilled": replace(
+            SMOOTH, distill=DISTILL, end=0.5, rounds="auto", stages=2
+        ),
         "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
         "mixed + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="mixed"),
@@ -168,7 +174,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
         "base": trial.base,
         "target": {"macs": trial.budget},
         "round_to": arm.round_to,
-        "rounds": 1,
+        "rounds": arm.rounds,
     }
     train: dict[str, Any] = {"epochs": epochs, "lr": 0.05, "distill": arm.distill}
     decay: dict[str, Any] = {"steps": scale.decay_steps if arm.smooth else 1, "rectify": arm.rectify or False}
@@ -180,8 +186,9 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             prune["start"] = (observed + (scale.decay_steps if arm.late else 0)) / steps
             prune["end"] = (observed + scale.decay_steps + 1) / steps
             if arm.end is not None:
-                prune |= {"rounds": "auto", "end": arm.end}
-                decay["steps"] = "auto"
+                prune["end"], decay["steps"] = arm.end, "auto"
+            train["epochs"] = epochs // arm.stages
+            finetune = train | {"epochs": epochs - train["epochs"]}
         case "otov2":
             prune["end"] = 0.4
             if arm.hesso:
