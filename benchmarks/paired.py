@@ -117,6 +117,7 @@ ARMS = {
         "cut, in eights": replace(CUT, round_to=8),
         "+ SP": SMOOTH,
         "+ SP to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2),
+        "+ SP to 0.4 of two stages, distilled": replace(SMOOTH, distill=DISTILL, end=0.4, stages=2),
         "+ SP in rounds to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2, rounds="auto"),
         "+ SP in rounds to 0.5, distilled": replace(SMOOTH, distill=DISTILL, end=0.5, rounds="auto"),
         "+ SP in rounds to 0.5 of two stages, distilled": replace(
