@@ -28,6 +28,7 @@ DENSE = "dense, fine-tuned"
 ARMS: dict[str, list[str]] = {
     DENSE: [],
     "slim": [],
+    "slim, in one round": ["prune.rounds=1", "prune.end=0.2"],
     "slim, the dense model as teacher": ["train.distill=0.7"],
     "fitted for an epoch, slim, the fitted model as teacher": ["train.distill=0.7", "train.epochs=11"],
 }
