@@ -11,7 +11,7 @@ from dpm_cli.recipe.sections import Decay, Prune
 
 MOST_ROUNDS = 5  # that `auto` plans
 MOST_LOOKS = 20  # that it plans if every round is judged by the accuracy that it leaves: smaller steps come closer
-WORTH_A_ROUND = 30  # steps; `auto` plans fewer rounds rather than shorter ones
+WORTH_A_ROUND, WORTH_A_LOOK = 100, 30  # steps; `auto` plans fewer rounds rather than shorter ones
 SHARE = 0.6  # of a round that `auto` lets units decay; the rest recovers before the next choice
 
 
@@ -27,8 +27,9 @@ class Rounds:
 def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> Rounds:
     """Spread rounds evenly over a stage of `steps`, between its fractions `prune.start` and `prune.end`.
 
-    Each round takes `decay.steps` (one-step pruning takes no steps). With releases, one more round must fit after the
-    last to replace released units. warm_up: steps that the base pruner must see first. A stage without steps has one
+    Each round takes `decay.steps` (one-step pruning takes no steps). Without a `prune.end`, rounds and decays that are
+    given as numbers may take until the middle. With releases, one more round must fit after the last to replace
+    released units. warm_up: steps that the base pruner must see first. A stage without steps has one
     round, which cuts at once. Raises RecipeError if the rounds do not fit.
     """
     if not steps:
@@ -36,9 +37,12 @@ def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> 
             raise RecipeError("train.epochs is 0, but units are chosen by what training shows of them")
         return Rounds((0,), 0, decay_steps=1)
     first, last = find_span(steps, prune, warm_up=warm_up)
+    if prune.end is None:
+        last = max(last, min(first + _count_asked(prune, decay), round(prune.latest * steps)))
     after = steps - last
-    most = MOST_LOOKS if prune.target.drop is not None else MOST_ROUNDS
-    rounds = _fit_rounds(last - first, decay, most) if prune.rounds == "auto" else prune.rounds
+    most, least = (MOST_LOOKS, WORTH_A_LOOK) if prune.target.drop is not None else (MOST_ROUNDS, WORTH_A_ROUND)
+    least = least if decay.steps == "auto" else decay.steps
+    rounds = max(1, min(most, (last - first) // least)) if prune.rounds == "auto" else prune.rounds
     room = (last - first) // rounds
     decay_steps = _fit_decay(steps, room, after, decay) if decay.steps == "auto" else decay.steps
     taken = count_taken(decay_steps)
@@ -84,7 +88,7 @@ def find_span(steps: int, prune: Prune, *, warm_up: int) -> tuple[int, int]:
     At least one step lies between them if the stage has one to spare.
     """
     first = max(round(prune.start * steps), warm_up)
-    return first, max(round(prune.end * steps), min(first + 1, steps))
+    return first, max(round(prune.last * steps), min(first + 1, steps))
 
 
 def count_taken(decay_steps: int) -> int:
@@ -92,15 +96,15 @@ def count_taken(decay_steps: int) -> int:
     return 0 if decay_steps == 1 else decay_steps
 
 
+def _count_asked(prune: Prune, decay: Decay) -> int:
+    """Count the steps that the rounds take as far as they are given; what is `auto` asks for nothing."""
+    rounds = 1 if prune.rounds == "auto" else prune.rounds
+    return rounds * (1 if decay.steps == "auto" else decay.steps)
+
+
 def longest_decay(steps: int) -> int:
     """Return the most that `decay.steps: auto` gives in a training of `steps`: 200, and more in long ones."""
     return max(200, int(2 * math.sqrt(steps)))
-
-
-def _fit_rounds(span: int, decay: Decay, most: int) -> int:
-    """Choose the number of rounds for `span` steps, at most so many."""
-    least = WORTH_A_ROUND if decay.steps == "auto" else decay.steps
-    return max(1, min(most, span // least))
 
 
 def _fit_decay(steps: int, room: int, after: int, decay: Decay) -> int:

@@ -78,7 +78,7 @@ def _find_ways_out(settings: _Settings, epochs: str) -> Iterator[str]:
         yield f"{epochs}: {least}"
     if settings.changed("decay", steps="auto").fit("prune", rounds="auto"):
         yield "decay.steps: auto and prune.rounds: auto"
-    if end := next((end for end in ENDS if prune.start < end < prune.end and settings.fit("prune", end=end)), None):
+    if end := next((end for end in _other_ends(prune) if settings.fit("prune", end=end)), None):
         yield f"prune.end: {end}"
     if prune.observe_steps != "auto" and settings.fit("prune", observe_steps="auto"):
         yield "prune.observe_steps: auto"
@@ -94,13 +94,18 @@ def _find_ways_out(settings: _Settings, epochs: str) -> Iterator[str]:
 def _find_larger_changes(settings: _Settings, epochs: str) -> Iterator[str]:
     """Yield a change of everything that has a say, for settings that no single change makes fit."""
     settings = settings.changed("decay", steps="auto").changed("prune", rounds="auto", observe_steps="auto")
-    for end in (settings.prune.end, *(end for end in ENDS if settings.prune.start < end < settings.prune.end)):
+    for end in (settings.prune.last, *_other_ends(settings.prune)):
         moved = settings.changed("prune", end=end)
         least = settings.training.epochs if moved.fits else _smallest(settings.training.epochs, moved.with_epochs)
         if least is not None:
-            changes = [f"prune.end: {end}", "decay.steps: auto", "prune.rounds: auto", "prune.observe_steps: auto"]
+            changes = [f"prune.end: {end:g}", "decay.steps: auto", "prune.rounds: auto", "prune.observe_steps: auto"]
             yield " and ".join([*changes, f"{epochs}: {least}"])
             return
+
+
+def _other_ends(prune: Prune) -> list[float]:
+    """List what else prune.end could be, the nearest first."""
+    return sorted((end for end in ENDS if prune.start < end), key=lambda end: abs(end - prune.last))
 
 
 def _largest(above: int, fits: Callable[[int], bool]) -> int | None:

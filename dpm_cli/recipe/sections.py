@@ -31,6 +31,7 @@ from dpm_cli.recipe.values import (
 )
 
 MAX_NUMBERS = 1 << 22  # limit per image: a typo must not fill the memory
+SHORT_SPAN, LONG_SPAN = 0.2, 0.5  # of the train stage: how long units are chosen where prune.end is null
 
 
 class Model(Section):
@@ -170,8 +171,11 @@ class Prune(Section):
         default="auto", description="rounds in which units are chosen; auto: 5, or as many as fit"
     )
     start: Fraction = Field(default=0.0, description="fraction of the train stage at which the first round starts")
-    end: Fraction = Field(
-        default=0.5, description="fraction of the train stage at which the last planned round is finished"
+    end: Fraction | None = Field(
+        default=None,
+        description="fraction of the train stage at which the last planned round is finished; null: after a fifth of "
+        "what follows `start`, or as many steps as `rounds` and `decay.steps` ask for, up to half; after half for "
+        "target.drop and for bases other than depgraph",
     )
     round_to: Step = Field(
         default="auto", description="widths stay multiples of this; auto: 8, or less if the target needs it"
@@ -226,10 +230,24 @@ class Prune(Section):
             raise ValueError("base on-the-fly cuts weights to a target.sparsity, the others units to macs or such")
         return self
 
+    @property
+    def last(self) -> float:
+        """Return `end`, or what null stands for if the rounds ask for no more."""
+        if self.end is not None:
+            return self.end
+        if self.base != "depgraph" or self.target.drop is not None:
+            return self.latest
+        return self.start + SHORT_SPAN * (1 - self.start)
+
+    @property
+    def latest(self) -> float:
+        """Return the largest `end` that null stands for."""
+        return self.start + LONG_SPAN * (1 - self.start)
+
     @model_validator(mode="after")
     def _starts_before_it_ends(self) -> "Prune":
-        if self.start >= self.end:
-            raise ValueError(f"start ({self.start}) must lie before end ({self.end})")
+        if self.start >= self.last:
+            raise ValueError(f"start ({self.start}) must lie before end ({self.last})")
         return self
 
 

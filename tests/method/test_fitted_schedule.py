@@ -33,19 +33,38 @@ def ways_out(error: pytest.ExceptionInfo[RecipeError]) -> list[list[str]]:
     ]
 
 
-def test_long_trainings_get_five_rounds_of_two_hundred_steps() -> None:
-    assert plan(recipe_of(), 45_000) == (5, 200, 3510)
+def test_long_trainings_get_five_rounds_in_their_first_fifth() -> None:
+    assert plan(recipe_of(), 45_000) == (5, 168, 1404)  # of 7020 steps
+
+
+@pytest.mark.parametrize(
+    ("overrides", "end"),
+    [
+        (["prune.start=0.5"], 4212),  # a fifth of what follows
+        (["prune.base=otov2"], 3510),
+        (['prune.target={"drop": 1}'], 3510),
+        (["prune.end=0.4"], 2808),
+    ],
+    ids=str,
+)
+def test_the_end_depends_on_what_is_pruned_for(overrides: list[str], end: int) -> None:
+    assert plan(recipe_of(*overrides), 45_000)[2] == end
 
 
 def test_short_trainings_get_fewer_rounds_before_short_decays() -> None:
-    assert plan(recipe_of("train.epochs=5"), 2_000) == (1, 22, 38)  # 15 steps an epoch: 38 of 75 for one round
+    assert plan(recipe_of("train.epochs=5"), 2_000) == (1, 9, 15)  # 15 steps an epoch: 15 of 75 for one round
     assert plan(recipe_of("train.epochs=1"), 300) == (1, 1, 1)
 
 
 def test_what_is_given_as_a_number_stays_and_the_rest_is_fitted_to_it() -> None:
-    assert plan(recipe_of("decay.steps=100"), 10_000) == (5, 100, 780)
-    assert plan(recipe_of("decay.steps=300"), 10_000) == (2, 300, 780)
-    assert plan(recipe_of("prune.rounds=10"), 10_000) == (10, 46, 780)
+    assert plan(recipe_of("decay.steps=100"), 10_000) == (3, 100, 312)
+    assert plan(recipe_of("decay.steps=300"), 10_000) == (1, 300, 312)
+    assert plan(recipe_of("prune.rounds=10"), 10_000) == (10, 18, 312)
+
+
+def test_numbers_that_need_more_than_a_fifth_may_take_half() -> None:
+    assert plan(recipe_of("prune.rounds=5", "decay.steps=100"), 10_000) == (5, 100, 500)
+    assert plan(recipe_of("decay.steps=700"), 10_000) == (1, 700, 700)
 
 
 def test_ticks_are_as_many_as_leave_few_gates_but_not_endless() -> None:
