@@ -97,8 +97,6 @@ def prune(
             kind = SparseRun if recipe.cuts_weights else Run
             run = kind(recipe, setup, start.module, arch=start.arch, output=folder)
             run.notes.extend(start.notes)
-            if overwrite and world.is_main:
-                remove_checkpoints(folder / CHECKPOINT)  # otherwise a later --resume would continue the abandoned run
             if start.arch is None:
                 run.notes.append(
                     f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
@@ -107,6 +105,9 @@ def prune(
             if world.size > 1:
                 run.notes.append(f"trained by {world.size} processes")
             with _recording(recipe, folder, world, on_event, model) as tell:
+                if overwrite and world.is_main:  # otherwise a later --resume would take up the abandoned run
+                    (folder / REPORT).unlink(missing_ok=True)
+                    remove_checkpoints(folder / CHECKPOINT)
                 return follow(run.events(resume=resume), tell)
 
 
