@@ -134,6 +134,11 @@ def parts_of(exported: Path) -> list[Path]:
     return [exported, exported.with_suffix(".bin")] if exported.suffix == ".xml" else [exported]
 
 
+def size_of(exported: Path) -> int:
+    """Count the bytes of an exported file, with all its parts that are there."""
+    return sum(part.stat().st_size for part in parts_of(exported) if part.is_file())
+
+
 def marks_of(checkpoint: Path) -> dict[Path, bytes]:
     """Map the checkpoints that exist to their mark."""
     return {path: MAGIC for path in (checkpoint, previous_of(checkpoint)) if os.path.lexists(path)}

@@ -463,6 +463,13 @@ def test_evaluating_a_torch_export_archive_needs_trust(finished, tmp_path):
     assert measured.latency.keys() == {"pt2"}
 
 
+@pytest.mark.thorough
+def test_size_of_an_openvino_file_counts_its_weights(finished, tmp_path):
+    pytest.importorskip("openvino")
+    (made,) = dpm_cli.export_slim(finished[0] / "slim.pt", formats=["openvino"], output=tmp_path)
+    assert dpm_cli.evaluate(made.path, recipe(), latency=False).bytes == made.bytes
+
+
 def test_slim_file_is_exported_again(finished, tmp_path):
     folder, report = finished
     (made,) = dpm_cli.export_slim(folder / "slim.pt", formats=["torchscript"], output=tmp_path / "new")
