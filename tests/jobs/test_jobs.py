@@ -35,7 +35,7 @@ from dpm_cli.measure import count_parameters, measure_in_turns, measure_latency
 from dpm_cli.models import build, load, load_slim
 from dpm_cli.recipe import hash_recipe, load_recipe, parse_recipe
 from dpm_cli.recipe.sections import Prune
-from dpm_cli.report import Report
+from dpm_cli.report import Report, TargetReport
 
 
 @pytest.fixture(autouse=True)
@@ -269,8 +269,8 @@ def test_overwriting_forgets_the_finished_run_once_nothing_is_refused(finished, 
         if event.kind == "start":
             raise KeyboardInterrupt
 
+    settings = recipe(prune={"target": {"macs": target}})
     with pytest.raises(TargetError if is_left else KeyboardInterrupt):
-        settings = recipe(prune={"target": {"macs": target}})
         dpm_cli.prune(dense_file, settings, output=tmp_path, overwrite=True, on_event=stop)
     assert (tmp_path / "report.json").exists() == is_left
 
@@ -287,6 +287,21 @@ def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense
     assert said[0] == said[1]
     assert broken.value.exit_code == 4
     assert count_parameters(load(tmp_path / "slim.pt")) == said[0][1].dense.params
+
+
+def test_run_that_missed_its_target_delivers_and_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
+    missed, pages = TargetReport("macs", 0.5, 1_000_000, 2_000_000, 1_500_000), []
+    monkeypatch.setattr("dpm_cli.run.outcome._compare_with_target", lambda subject: [missed])
+    monkeypatch.setattr("dpm_cli.jobs.prune.write_page", pages.append)
+    for resume in (False, True):
+        with pytest.raises(TargetError) as error:
+            dpm_cli.prune(dense_file, recipe(), output=tmp_path, resume=resume)
+        assert error.value.report.target == missed
+        assert str(error.value) == (
+            "target macs ≤ 1.00 M is not met, because layers had to stay whole: 1.50 M is left; the files hold that "
+            "model"
+        )
+    assert pages == [tmp_path]
 
 
 def test_report_that_is_none_is_refused(dense_file, tmp_path):
