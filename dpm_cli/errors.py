@@ -9,8 +9,9 @@ DpmError                    exit code 1
 │   ├── UnsupportedModelError 2  a model that cannot be analysed, trained or exported
 │   ├── DataError           2  data that is missing or not as described
 │   └── OutputError         2  an output folder that cannot be used
-├── TargetError             3  the target cannot be met, or was not met
-├── AccuracyError           4  an accuracy floor was broken
+├── MissedError             1  the result is not what was asked for
+│   ├── TargetError         3  the target cannot be met, or was not met
+│   └── AccuracyError       4  an accuracy floor was broken
 ├── Interrupted             130  stopped by the user; resumable
 └── ToldElsewhere           another process of the run reports the failure
 """
@@ -71,20 +72,24 @@ class OutputError(UsageError):
     """An output folder cannot be used."""
 
 
-class TargetError(DpmError):
+class MissedError(DpmError):
+    """The result is not what was asked for. If a run has written all its files, `report` is its report."""
+
+    def __init__(self, message: str, *, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
+
+
+class TargetError(MissedError):
     """The target cannot be met (raised before training, with the achievable range), or was not met."""
 
     exit_code = 3
 
 
-class AccuracyError(DpmError):
-    """An accuracy floor was broken. The run has written all its files; `report` is its report."""
+class AccuracyError(MissedError):
+    """An accuracy floor was broken."""
 
     exit_code = 4
-
-    def __init__(self, message: str, *, report: Any = None) -> None:
-        super().__init__(message)
-        self.report = report
 
 
 class Interrupted(DpmError):

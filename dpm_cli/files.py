@@ -37,6 +37,7 @@ MARKS = {  # what a run writes -> bytes that every such file of ours holds
     "model.int8.onnx": b"dpm_recipe",
     "model.pt2": b"dpm.json",
     "model.xml": b"dpm_recipe",
+    "model.bin": b"dpm-weights",  # of model.xml
     "model.pte": b"ET",  # its format has no place for more
     METADATA: b'"dpm_recipe"',
     PAGE: b'content="dpm"',
@@ -126,6 +127,16 @@ def written_in(folder: Path) -> dict[Path, bytes]:
     names = sorted(os.listdir(folder))  # glob would leave out links that lead nowhere
     found = {folder / name: mark for known, mark in MARKS.items() for name in fnmatch.filter(names, known)}
     return found | marks_of(folder / CHECKPOINT)
+
+
+def parts_of(exported: Path) -> list[Path]:
+    """List the files that an exported file consists of: the graph of OpenVINO has its weights beside it."""
+    return [exported, exported.with_suffix(".bin")] if exported.suffix == ".xml" else [exported]
+
+
+def size_of(exported: Path) -> int:
+    """Count the bytes of an exported file, with all its parts that are there."""
+    return sum(part.stat().st_size for part in parts_of(exported) if part.is_file())
 
 
 def marks_of(checkpoint: Path) -> dict[Path, bytes]:

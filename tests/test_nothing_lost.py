@@ -43,7 +43,7 @@ def prune(model: str | Path = "model.pt", **more: Any) -> Any:
 # ------------------------------------------------------------------------------------------------------ no mark of ours
 
 
-@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.previous.pt", "slim.pt"])
+@pytest.mark.parametrize("name", ["checkpoint.pt", "checkpoint.previous.pt", "slim.pt", "model.bin"])
 def test_model_among_the_files_of_a_run_is_refused(model: Path, name: str) -> None:
     Path("out").mkdir()
     given = model.rename(f"out/{name}")
@@ -83,7 +83,8 @@ def test_file_without_our_mark_is_never_replaced(name: str) -> None:
 
 @pytest.mark.slow
 def test_everything_that_a_run_writes_carries_its_mark() -> None:
-    formats = ["torchscript", "onnx", "pt2"]
+    pytest.importorskip("openvino")
+    formats = ["torchscript", "onnx", "pt2", "openvino"]
     stop = iter([False] * 5 + [True] * 99)
     with pytest.raises(Interrupted):
         prune(recipe=recipe(export=formats, checkpoint={"every": 1}), should_stop=lambda: next(stop))
@@ -93,16 +94,20 @@ def test_everything_that_a_run_writes_carries_its_mark() -> None:
         "slim-*.pt",
         "model.fp16.onnx",
         "model.int8.onnx",
+        "model.pte",
     }
     prepare_output(Path("out"), overwrite=True, resume=False)
 
 
 @pytest.mark.thorough
-def test_export_replaces_only_files_of_ours(model: Path) -> None:
+@pytest.mark.parametrize(("format", "name"), [("torchscript", "model.ts"), ("openvino", "model.bin")])
+def test_export_replaces_only_files_of_ours(format: str, name: str) -> None:
+    if format == "openvino":
+        pytest.importorskip("openvino")
     prune()
-    Path("model.ts").write_text(PRECIOUS)
-    assert main(["export", "out/slim.pt", "--format", "torchscript", "--overwrite"]) == 2
-    assert Path("model.ts").read_text() == PRECIOUS
+    Path(name).write_text(PRECIOUS)
+    assert main(["export", "out/slim.pt", "--format", format, "--overwrite"]) == 2
+    assert Path(name).read_text() == PRECIOUS
 
 
 def test_table_does_not_replace_the_model(model: Path, capsys: pytest.CaptureFixture[str]) -> None:

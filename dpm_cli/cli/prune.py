@@ -33,7 +33,7 @@ from dpm_cli.cli.options import (
 from dpm_cli.cli.outcome import flush, print_json
 from dpm_cli.cli.processes import speaking
 from dpm_cli.cli.progress import follow
-from dpm_cli.errors import AccuracyError
+from dpm_cli.errors import MissedError
 from dpm_cli.files import CHECKPOINT
 
 
@@ -66,7 +66,7 @@ def prune(
     Ctrl-C saves a checkpoint and stops; the same command with --resume goes on. On several GPUs: torchrun
     --nproc-per-node=K -m dpm_cli prune ...
     """
-    broken: AccuracyError | None = None
+    missed: MissedError | None = None
     with speaking(device) as is_speaker:
         shortcuts = (arch, data, weights, macs, params, epochs, batch)
         resumed = output if resume else None
@@ -89,19 +89,21 @@ def prune(
                     on_event=stop.listening(tell),
                     should_stop=lambda: stop.is_wanted() and stop.exit_code,
                 )
-            except AccuracyError as error:
-                report, broken = error.report, error
+            except MissedError as error:
+                if error.report is None:
+                    raise
+                report, missed = error.report, error
         if is_speaker:
             show(report, as_json=as_json)
-        if broken:  # the run has written everything, and its report is shown as usual
-            _end(broken, is_speaker)
+        if missed:  # the run has written everything, and its report is shown as usual
+            _end(missed, is_speaker)
 
 
-def _end(broken: AccuracyError, is_speaker: bool) -> NoReturn:
+def _end(missed: MissedError, is_speaker: bool) -> NoReturn:
     flush()
     if is_speaker:
-        print(f"error: {broken}", file=sys.stderr)
-    raise typer.Exit(broken.exit_code)
+        print(f"error: {missed}", file=sys.stderr)
+    raise typer.Exit(missed.exit_code)
 
 
 def show(report: "dpm_cli.Report", *, as_json: bool) -> None:

@@ -12,13 +12,17 @@ from torch import Tensor
 from dpm_cli.errors import ModelFileError, RunError, one_line
 from dpm_cli.export.exported import ExportedModel
 from dpm_cli.export.noise import quiet
+from dpm_cli.files import MARKS
 from dpm_cli.measure import keeping_denormals
 
 METADATA = ["dpm", "metadata"]  # its place in the file
 
 
 def serialise(onnx: bytes, metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
-    """Convert an ONNX file; return the graph (.xml) and the weights (.bin) in float32. Raises RunError."""
+    """Convert an ONNX file; return the graph (.xml) and the weights (.bin) in float32. Raises RunError.
+
+    Our mark follows the weights, where nothing in the graph points.
+    """
     import openvino
 
     with tempfile.TemporaryDirectory(prefix="dpm-") as folder, quiet():
@@ -30,7 +34,7 @@ def serialise(onnx: bytes, metadata: Mapping[str, str]) -> tuple[bytes, bytes]:
             openvino.save_model(model, target, compress_to_fp16=False)
         except Exception as error:  # the ONNX file has run before, so this is the converter's problem
             raise RunError(f"OpenVINO cannot convert the model: {one_line(error, root_cause=True)}") from error
-        return target.read_bytes(), target.with_suffix(".bin").read_bytes()
+        return target.read_bytes(), target.with_suffix(".bin").read_bytes() + MARKS["model.bin"]
 
 
 def read(path: Path, *, threads: int | None = None) -> ExportedModel:

@@ -80,27 +80,25 @@ def export_model(
     def write(temporary: Path) -> None:
         nonlocal difference
         temporary.write_bytes(content)
-        if weights:
-            temporary.with_suffix(".bin").write_bytes(weights)
         try:
+            if weights:
+                temporary.with_suffix(".bin").write_bytes(weights)
             difference = largest_difference(expected, _read(temporary, format).outputs)
+            if difference > tolerance:
+                raise FormatError(
+                    f"its outputs differ from the model's by {difference:.1e} of their largest, tolerance is "
+                    f"{tolerance:.0e}"
+                )
+            if weights:  # first, so that there is never a graph without its weights
+                os.replace(temporary.with_suffix(".bin"), path.with_suffix(".bin"))
         except DpmError as error:
             problem = str(error).replace(str(temporary), "the file")
             raise FormatError(f"{path.name} was not written: {problem}") from error
-        if difference > tolerance:
-            raise FormatError(
-                f"{path.name} was not written: its outputs differ from the model's by {difference:.1e} "
-                f"of their largest, tolerance is {tolerance:.0e}"
-            )
+        finally:
+            if weights:
+                temporary.with_suffix(".bin").unlink(missing_ok=True)
 
-        if weights:  # first, so that there is never a graph without its weights
-            os.replace(temporary.with_suffix(".bin"), path.with_suffix(".bin"))
-
-    try:
-        write_atomic(path, write)
-    finally:
-        for left in path.parent.glob(f".{path.stem}-*.bin") if weights else ():
-            left.unlink(missing_ok=True)
+    write_atomic(path, write)
     return Exported(format, path, len(content) + len(weights), difference)
 
 

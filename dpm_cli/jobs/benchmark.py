@@ -9,6 +9,7 @@ from torch import Tensor
 
 from dpm_cli.errors import UsageError
 from dpm_cli.export import RUNS, choose_runtime, open_exported, require_runtime
+from dpm_cli.files import size_of
 from dpm_cli.jobs.loading import AnyRecipe, open_deployed, resolve_recipe
 from dpm_cli.layers.images import Shape
 from dpm_cli.measure import Latency, Run, clocks_of, measure_in_turns
@@ -85,10 +86,8 @@ class _Subject:
 def _look_at(path: Path, recipe: AnyRecipe | None, trust: bool) -> _Subject:
     """Find out what a file is and what it takes. Raises ModelFileError or UsageError."""
     exported = open_deployed(path, trust)
-    size = path.stat().st_size
+    size = size_of(path)
     if exported is not None:
-        weights = path.with_suffix(".bin")
-        size += weights.stat().st_size if exported.format == "openvino" and weights.exists() else 0
         shape = exported.shape or (resolve_recipe(recipe, trust=trust).model.input if recipe is not None else None)
         if shape is None:
             raise UsageError(f"{path} does not say how large its images are: give --recipe")

@@ -17,9 +17,11 @@ from dpm_cli.files import (
     find_holder,
     find_leftovers,
     marks_of,
+    parts_of,
     previous_of,
     read_regular_text,
     require_ours,
+    size_of,
     written_in,
 )
 from dpm_cli.models.read import read_model_file
@@ -153,11 +155,12 @@ def _require_all(place: Path) -> None:
     sizes = {Path(each.path).name: each.bytes for each in report.exports}
     for name in (*(Path(path).name for path in report.files.values()), *sizes):
         path = place / name
-        if not path.is_file():
-            raise OutputError(f"{_clean(path)} is missing; run again with --overwrite")
-        if name in sizes and _size(path) != sizes[name]:
+        for part in parts_of(path):
+            if not part.is_file():
+                raise OutputError(f"{_clean(part)} is missing; run again with --overwrite")
+        if name in sizes and size_of(path) != sizes[name]:
             raise OutputError(
-                f"{_clean(path)} has {_size(path)} bytes, and {REPORT} says {sizes[name]}; run again with --overwrite"
+                f"{_clean(path)} has {size_of(path)} bytes, and {REPORT} says {sizes[name]}; run again with --overwrite"
             )
 
 

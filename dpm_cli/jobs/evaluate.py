@@ -15,6 +15,7 @@ from dpm_cli.engine.evaluate import evaluate as score_runner
 from dpm_cli.engine.faults import explaining_faults
 from dpm_cli.errors import ModelFileError, UsageError
 from dpm_cli.export import ExportedModel, require_runtime
+from dpm_cli.files import size_of
 from dpm_cli.jobs.loading import AnyRecipe, load_splits, open_deployed, resolve_recipe
 from dpm_cli.measure import Run, count_bytes, count_macs, count_parameters, measure_latency
 from dpm_cli.models import load_model
@@ -71,7 +72,7 @@ def _score_exported(path: Path, exported: ExportedModel, recipe: Recipe, splits:
 
     score = score_runner(logits, splits.test, batch=recipe.data.batch) if splits.labelled else None
     macs, params = exported.cost(exported.shape or recipe.model.input)
-    return replace(_combine(path, exported.format, path.stat().st_size, score, splits), macs=macs, params=params)
+    return replace(_combine(path, exported.format, size_of(path), score, splits), macs=macs, params=params)
 
 
 def _score_weights(path: Path, loaded: Loaded, recipe: Recipe, splits: Splits, device: torch.device) -> Evaluated:

@@ -12,6 +12,7 @@ from dpm_cli.export import Calibration, require_format
 from dpm_cli.files import (
     MARKS,
     METADATA,
+    parts_of,
     read_regular_text,
     require_apart,
     require_ours,
@@ -57,7 +58,8 @@ def export_slim(
     loaded, folder = load_slim(Path(slim), arch, model=model, trust=trust), Path(output)
     require_writable(folder)
     paths = {known: folder / name for known, name in EXPORT_NAMES.items() if known in formats}
-    there = {path: MARKS[path.name] for path in paths.values() if os.path.lexists(path)}
+    parts = [part for path in paths.values() for part in parts_of(path)]
+    there = {path: MARKS[path.name] for path in parts if os.path.lexists(path)}
     for path in there:
         if not overwrite:
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")

@@ -5,12 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
+from dpm_cli.display import numbers
 from dpm_cli.display.page import write_page
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
-from dpm_cli.errors import AccuracyError, OutputError
+from dpm_cli.errors import AccuracyError, OutputError, TargetError
 from dpm_cli.events import Event, PhaseBegan
 from dpm_cli.files import (
     CHECKPOINT,
@@ -71,13 +72,13 @@ def prune(
     should_stop: called after every step; if it returns true or an exit code, the run writes a checkpoint and raises
     Interrupted. Under a launcher such as torchrun all processes prune together. Each calls `on_event` and returns the
     report; only the first one writes files.
-    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; an AccuracyError is
-    raised after everything was written, and carries the report.
+    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; one for a
+    broken floor or a missed target is raised after everything was written, and carries the report.
     """
     recipe, folder = resolve_recipe(recipe, trust=trust), Path(output)
     with join(device) as world:
         if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder / CHECKPOINT)):
-            return cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
+            return _judge(cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None)))
         tell = telling(on_event)
         tell(PhaseBegan("load", "loading the model"))
         torch_device = choose_device(device)
@@ -97,8 +98,6 @@ def prune(
             kind = SparseRun if recipe.cuts_weights else Run
             run = kind(recipe, setup, start.module, arch=start.arch, output=folder)
             run.notes.extend(start.notes)
-            if overwrite and world.is_main:
-                remove_checkpoints(folder / CHECKPOINT)  # otherwise a later --resume would continue the abandoned run
             if start.arch is None:
                 run.notes.append(
                     f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
@@ -107,7 +106,11 @@ def prune(
             if world.size > 1:
                 run.notes.append(f"trained by {world.size} processes")
             with _recording(recipe, folder, world, on_event, model) as tell:
-                return follow(run.events(resume=resume), tell)
+                if overwrite and world.is_main:  # otherwise a later --resume would take up the abandoned run
+                    (folder / REPORT).unlink(missing_ok=True)
+                    remove_checkpoints(folder / CHECKPOINT)
+                report = follow(run.events(resume=resume), tell)
+            return _judge(report)
 
 
 def _inputs(model: AnyModel | None, recipe: Recipe) -> dict[str, str | Path | None]:
@@ -134,19 +137,15 @@ def _claimed(
 def _recording(
     recipe: Recipe, folder: Path, world: World, on_event: OnEvent, model: AnyModel | None
 ) -> Iterator[Callable[[Event], None]]:
-    """Log the run to other stores, and write report.html when it is over, also if the accuracy floor was broken."""
+    """Log the run to other stores, and write report.html when it is over."""
     if not world.is_main:
         yield telling(on_event)
         return
-    try:
-        with tracking(recipe, folder, telling(on_event)) as tell:
-            write_resolved(
-                folder, recipe, str(model) if isinstance(model, str | Path) else None
-            )  # so that --resume needs no repeated --set
-            yield tell
-    except AccuracyError:
-        write_page(folder)
-        raise
+    with tracking(recipe, folder, telling(on_event)) as tell:
+        write_resolved(
+            folder, recipe, str(model) if isinstance(model, str | Path) else None
+        )  # so that --resume needs no repeated --set
+        yield tell
     write_page(folder)
 
 
@@ -158,6 +157,19 @@ def _earlier_report(folder: Path, recipe: Recipe) -> Report:
         raise OutputError(f"{folder / REPORT} is not a report: {error}; start anew with --overwrite") from None
     if report.recipe_hash != hash_recipe(recipe):
         raise OutputError(f"{folder} holds a finished run of another recipe: choose another folder, or --overwrite")
+    return report
+
+
+def _judge(report: Report) -> Report:
+    """Return the report of a run that kept what was asked of it. Otherwise raises AccuracyError or TargetError."""
     if report.floor and report.floor.is_broken:
         raise AccuracyError(report.floor.text or "", report=report)
+    missed = [each for each in report.targets or [report.target] if not each.is_met]
+    if missed:
+        limits = " and ".join(f"{each.kind} ≤ {numbers.cost(each.kind, each.limit)}" for each in missed)
+        left = " and ".join(numbers.cost(each.kind, each.reached) for each in missed)
+        raise TargetError(
+            f"target {limits} is not met, because layers had to stay whole: {left} is left; the files hold that model",
+            report=report,
+        )
     return report

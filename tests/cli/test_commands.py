@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import dpm_cli
-from dpm_cli.errors import AccuracyError
+from dpm_cli.errors import AccuracyError, MissedError, TargetError
 from dpm_cli.events import Note
 from dpm_cli.layers.images import Framing
 from dpm_cli.models import Metadata, build, save_slim
@@ -141,17 +141,29 @@ def test_with_json_stdout_is_the_report_alone(dpm: Any, stand_in: Any, report: R
     assert "note: working" in dpm("prune", "model.pt", "-r", "digits", "--json").err
 
 
-def test_a_broken_floor_shows_the_report_and_fails(dpm: Any, report: Report, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("error", "code"), [(AccuracyError, 4), (TargetError, 3)])
+def test_a_run_that_missed_something_shows_the_report_and_fails(
+    dpm: Any, report: Report, monkeypatch: pytest.MonkeyPatch, error: type[MissedError], code: int
+) -> None:
     def prune(*_: object, **__: object) -> None:
-        raise AccuracyError("round 2 broke the accuracy floor", report=report)
+        raise error("round 2 broke the accuracy floor", report=report)
 
     monkeypatch.setattr(dpm_cli, "prune", prune)
     ended = dpm("prune", "model.pt", "-r", "digits")
-    assert ended.code == 4
+    assert ended.code == code
     assert "125.7 M" in ended.out
     assert ended.err == "error: round 2 broke the accuracy floor\n"
     ended = dpm("prune", "model.pt", "-r", "digits", "--json")
-    assert (ended.code, json.loads(ended.out)) == (4, json.loads(report.to_json()))
+    assert (ended.code, json.loads(ended.out)) == (code, json.loads(report.to_json()))
+
+
+def test_a_target_that_is_refused_has_no_report(dpm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def prune(*_: object, **__: object) -> None:
+        raise TargetError("target macs cannot be met")
+
+    monkeypatch.setattr(dpm_cli, "prune", prune)
+    ended = dpm("prune", "model.pt", "-r", "digits")
+    assert (ended.code, ended.out, ended.err) == (3, "", "error: target macs cannot be met\n")
 
 
 def test_quiet_keeps_the_table(dpm: Any, stand_in: Any, report: Report) -> None:

@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,13 @@ from digits_recipe import recipe
 
 import dpm_cli
 from dpm_cli.cli.app import main
+from dpm_cli.display.page import read_report
 from dpm_cli.errors import Interrupted, OutputError
-from dpm_cli.files import CHECKPOINT, LOCK, locked
+from dpm_cli.files import CHECKPOINT, LOCK, MARKS, locked
 from dpm_cli.jobs.doctor import examine
 from dpm_cli.measure import measure_in_turns
 from dpm_cli.models import build
+from dpm_cli.report import ExportedFile
 from dpm_cli.results import Examined
 
 OFTEN = recipe(checkpoint={"every": 1}, export=["torchscript"])
@@ -163,6 +166,17 @@ def test_truncated_results_are_damaged(finished: Path) -> None:
         assert f"out/{name}" in str(found.problem)
         path.write_bytes(whole)
     assert examine(finished).state == "finished"
+
+
+def test_openvino_file_is_its_graph_with_the_weights(finished: Path) -> None:
+    report = read_report(finished)
+    (finished / "model.xml").write_bytes(MARKS["model.xml"])
+    (finished / "model.bin").write_bytes(MARKS["model.bin"])
+    made = ExportedFile("openvino", "out/model.xml", len(MARKS["model.xml"] + MARKS["model.bin"]), 0.0)
+    (finished / "report.json").write_text(replace(report, exports=[*report.exports, made]).to_json())
+    assert examine(finished).state == "finished"
+    (finished / "model.bin").unlink()
+    assert examine(finished).problem == "out/model.bin is missing; run again with --overwrite"
 
 
 def test_run_that_writes_there_now(stopped: Path) -> None:

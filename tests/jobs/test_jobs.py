@@ -35,7 +35,7 @@ from dpm_cli.measure import count_parameters, measure_in_turns, measure_latency
 from dpm_cli.models import build, load, load_slim
 from dpm_cli.recipe import hash_recipe, load_recipe, parse_recipe
 from dpm_cli.recipe.sections import Prune
-from dpm_cli.report import Report
+from dpm_cli.report import Report, TargetReport
 
 
 @pytest.fixture(autouse=True)
@@ -261,6 +261,20 @@ def test_finished_run_resumed_returns_its_report(finished, dense_file):
         dpm_cli.prune(dense_file, recipe(export=["torchscript"]), output=folder)
 
 
+@pytest.mark.parametrize(("target", "is_left"), [(0.5, False), (0.0001, True)])
+def test_overwriting_forgets_the_finished_run_once_nothing_is_refused(finished, dense_file, tmp_path, target, is_left):
+    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
+
+    def stop(event):
+        if event.kind == "start":
+            raise KeyboardInterrupt
+
+    settings = recipe(prune={"target": {"macs": target}})
+    with pytest.raises(TargetError if is_left else KeyboardInterrupt):
+        dpm_cli.prune(dense_file, settings, output=tmp_path, overwrite=True, on_event=stop)
+    assert (tmp_path / "report.json").exists() == is_left
+
+
 @pytest.mark.thorough
 def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
     accuracies = itertools.chain([90.0], itertools.repeat(0.0))  # the dense model is measured first
@@ -273,6 +287,21 @@ def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense
     assert said[0] == said[1]
     assert broken.value.exit_code == 4
     assert count_parameters(load(tmp_path / "slim.pt")) == said[0][1].dense.params
+
+
+def test_run_that_missed_its_target_delivers_and_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
+    missed, pages = TargetReport("macs", 0.5, 1_000_000, 2_000_000, 1_500_000), []
+    monkeypatch.setattr("dpm_cli.run.outcome._compare_with_target", lambda subject: [missed])
+    monkeypatch.setattr("dpm_cli.jobs.prune.write_page", pages.append)
+    for resume in (False, True):
+        with pytest.raises(TargetError) as error:
+            dpm_cli.prune(dense_file, recipe(), output=tmp_path, resume=resume)
+        assert error.value.report.target == missed
+        assert str(error.value) == (
+            "target macs ≤ 1.00 M is not met, because layers had to stay whole: 1.50 M is left; the files hold that "
+            "model"
+        )
+    assert pages == [tmp_path]
 
 
 def test_report_that_is_none_is_refused(dense_file, tmp_path):
@@ -447,6 +476,13 @@ def test_evaluating_a_torch_export_archive_needs_trust(finished, tmp_path):
     assert (measured.kind, measured.bytes) == ("pt2", made.bytes)
     assert measured.accuracy == report.slim.accuracy
     assert measured.latency.keys() == {"pt2"}
+
+
+@pytest.mark.thorough
+def test_size_of_an_openvino_file_counts_its_weights(finished, tmp_path):
+    pytest.importorskip("openvino")
+    (made,) = dpm_cli.export_slim(finished[0] / "slim.pt", formats=["openvino"], output=tmp_path)
+    assert dpm_cli.evaluate(made.path, recipe(), latency=False).bytes == made.bytes
 
 
 def test_slim_file_is_exported_again(finished, tmp_path):

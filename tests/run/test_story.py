@@ -17,7 +17,7 @@ from dpm_cli.data.digits import read_digits
 from dpm_cli.engine.checkpoint import load_checkpoint
 from dpm_cli.engine.precision import choose_precision
 from dpm_cli.engine.setup import Setup
-from dpm_cli.errors import AccuracyError, FormatError, Interrupted, OutputError, RecipeError, RunError, TargetError
+from dpm_cli.errors import FormatError, Interrupted, OutputError, RecipeError, RunError, TargetError
 from dpm_cli.events import EpochEnded, Note
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.jobs.loading import follow, make_setup
@@ -754,13 +754,10 @@ def units_after_rounds(folder):
 
 
 def go_and_break(output, recipe, splits, **settings):
-    run, events = make_run(output, recipe, splits, **settings), []
-    with pytest.raises(AccuracyError) as broken:
-        follow(run.events(), events.append)
-    report = broken.value.report
+    _, events, report = go(output, recipe, splits, **settings)
+    assert report.floor.is_broken
     assert report == Report.from_json((Path(output) / "report.json").read_text())
-    assert str(broken.value) == report.floor.text
-    assert "\n" not in str(broken.value)
+    assert "\n" not in report.floor.text
     return report, events
 
 
@@ -860,8 +857,7 @@ def test_stopped_run_breaks_its_floor_with_the_same_bits(tmp_path, splits, whole
     for folder in folders:
         folder.mkdir()
     go_and_break(folders[0], recipe, splits)
-    with pytest.raises(AccuracyError):
-        resume_to_the_end(folders[1], recipe, splits, lambda attempt: stop_after(1 + attempt % 5))
+    resume_to_the_end(folders[1], recipe, splits, lambda attempt: stop_after(1 + attempt % 5))
     assert_same_bits(*(tensors_of(folder) for folder in folders))
     assert timeless(metrics(folders[0])) == timeless(metrics(folders[1]))
 
