@@ -97,7 +97,9 @@ class Pruner:
         self._hook = register_optimizer_step_post_hook(_Watcher(self))
         chosen.enter(stages[0], model, 0)
         _origins[model] = Origin(dense.to("meta"), _image_shape(example))
-        self._begin_step()
+        if not steps:  # otherwise the first step starts a round, as `load_state_dict` needs the dense model
+            self._start_round()
+            self._remove(())
 
     @property
     def groups(self) -> Groups:
@@ -132,6 +134,8 @@ class Pruner:
         if not self.is_done:
             if all(parameter.grad is None for parameter in self._pruning.units.parameters):
                 raise UsageError("before_step found no gradients: call it between loss.backward() and optimizer.step()")
+            if self._pruning.is_due(self.step):
+                self._start_round()
             self._pruning.before_step_()
         self._rates.clear()
         self._has_observed = True
@@ -160,8 +164,6 @@ class Pruner:
         is_mid_round = self._remove_every and self.step % self._remove_every == 0 and self._pruning.has_dead
         if self._pruning.is_over or is_mid_round:
             self._remove(optimizers)
-        if self.step < self.steps:
-            self._begin_step(optimizers)
 
     def finish(self) -> None:
         """Call when the loop is over. Raises TargetError if the target is not met; the model then stays as it is."""
@@ -184,13 +186,8 @@ class Pruner:
         self._pruning.load_state_dict(state["pruning"])
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
 
-    def _begin_step(self, optimizers: tuple[Optimizer, ...] = ()) -> None:
-        """Start a round if one is due before the next step; end it at once if it cuts units in one step."""
-        if self._pruning.is_due(self.step):
-            choice = self._pruning.start_round()
-            self._tell(RoundStarted(stage="train", step=self.step, **asdict(choice)))
-        if self._pruning.is_over:
-            self._remove(optimizers)
+    def _start_round(self) -> None:
+        self._tell(RoundStarted(stage="train", step=self.step, **asdict(self._pruning.start_round())))
 
     def _remove(self, optimizers: tuple[Optimizer, ...]) -> None:
         """Remove the dead units from the model and the optimizers."""

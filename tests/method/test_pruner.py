@@ -102,13 +102,19 @@ def test_a_loop_meets_its_target_and_the_slim_model_is_saved_and_loaded(base, tm
     assert torch.equal(again(images), model.eval()(images))
 
 
-@pytest.mark.parametrize("base", ["depgraph", "otov2"])
 @pytest.mark.parametrize("stop", [1, 4, 5, 9])
+@pytest.mark.parametrize(
+    ("base", "decay"),
+    [
+        ("depgraph", {"steps": 3, "rectify": {"start": 0.0, "rate": 0.5, "length": 0.5}}),
+        ("otov2", DECAY),
+        ("depgraph", {"steps": 1, "rectify": False}),
+    ],
+    ids=["depgraph", "otov2", "cut at once"],
+)
 @pytest.mark.every(3)
-def test_an_interrupted_loop_ends_with_the_same_bits(base, stop):
-    settings = {"base": base, "decay": {"steps": 3, "rectify": {"start": 0.0, "rate": 0.5, "length": 0.5}}}
-    if base == "otov2":
-        settings["decay"] = DECAY
+def test_an_interrupted_loop_ends_with_the_same_bits(base, decay, stop):
+    settings = {"base": base, "decay": decay}
     whole = make_net()
     pruner = make_pruner(whole, **settings)
     go(whole, pruner, sgd(whole.parameters()))
