@@ -75,6 +75,9 @@ class Pruner:
             raise UsageError(f"steps is {steps}; it counts the optimizer steps that are to come")
         values = {"base": base, "target": dict(target)} | dict(prune or {})
         settings = check_section(Prune, values, "prune")
+        if settings.floor is not None:
+            name = "prune.max_drop" if settings.target.drop is None else "target drop"
+            raise UsageError(f"{name} is measured on validation images, which only dpm prune has: give macs alone")
         fades = check_section(Decay, dict(decay or {}), "decay")
         chosen = make_base(settings, Training(epochs=steps), seed=seed)
         stages = number_epochs(chosen.stages())

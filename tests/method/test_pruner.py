@@ -319,6 +319,10 @@ def test_settings_that_do_not_fit_are_refused_before_anything_changes():
         make_pruner(model, base="on-the-fly", target={"sparsity": 0.5})
     with pytest.raises(TargetError, match="cannot be met"):
         make_pruner(model, target={"macs": 0.0001})
+    with pytest.raises(UsageError, match="target drop is measured on validation images, which only dpm prune has"):
+        make_pruner(model, target={"drop": 1.0})
+    with pytest.raises(UsageError, match=r"prune\.max_drop is measured on validation images"):
+        make_pruner(model, prune={"max_drop": 1.0})
     assert model.inner.out_channels == 12
 
 
