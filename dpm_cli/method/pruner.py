@@ -169,12 +169,21 @@ class Pruner:
             self._remove(optimizers)
 
     def finish(self) -> None:
-        """Call when the loop is over. Raises TargetError if the target is not met; the model then stays as it is."""
+        """Call when the loop is over.
+
+        Raises TargetError if the target is not met. The model then stays as it is, or, where no step could help because
+        layers had to stay whole, is finished.
+        """
         if not self.is_done:
             raise self._missed()
         self._hook.remove()
         self._pruning.unwrap_()
         self._is_finished = True
+        if self.cost() > self._pruning.wanted:
+            left = self._pruning.goal.describe(self.cost())
+            raise TargetError(
+                f"target {self._pruning.goal} is not met, because layers had to stay whole: {left} are left"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an interrupted loop needs to resume, besides the states of model and optimizer."""
@@ -198,7 +207,8 @@ class Pruner:
         removal = pruning.finish_round(self._example) if pruning.is_over else pruning.remove_dead(self._example)
         for optimizer in optimizers:
             shrink_optimizer_(optimizer, self.model, removal.before, removal.kept)
-        self._tell(tell_removal(pruning, removal, stage="train", step=self.step))
+        for event in tell_removal(pruning, removal, stage="train", step=self.step):
+            self._tell(event)
 
     def _require_ours(self, optimizers: tuple[Optimizer, ...]) -> None:
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

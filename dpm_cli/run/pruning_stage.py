@@ -137,6 +137,4 @@ class PruningStage(CourseHooks):
         self.require_agreement(f"what round {pruning.round} removed")
         subject.difference = max(subject.difference, removal.difference)
         subject.check_latency()
-        yield tell_removal(pruning, removal, stage=loop.stage.name, step=loop.step)
-        for layer in removal.held:
-            yield Note(f"{layer.layer} is kept whole from now on: {layer.reason}")
+        yield from tell_removal(pruning, removal, stage=loop.stage.name, step=loop.step)

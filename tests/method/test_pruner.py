@@ -10,7 +10,7 @@ from torch import nn
 
 import dpm_cli
 from dpm_cli.errors import RecipeError, TargetError, UsageError
-from dpm_cli.events import RoundStarted, UnitsRemoved
+from dpm_cli.events import Note, RoundStarted, UnitsRemoved
 
 STEPS, DECAY = 12, {"steps": 3, "rectify": False}
 
@@ -40,6 +40,15 @@ class TwoInputs(nn.Module):
 
     def forward(self, a, b):
         return {"logits": self.left(a) + self.right(b), "pair": (a.mean(), b.mean())}
+
+
+class Counting(Net):
+    """Scales by the number of its inner channels, so that they have to stay."""
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        inner = F.relu(self.inner_norm(self.inner(x)))
+        return self.head((x + self.back(inner * (inner.shape[1] / 12))).mean((2, 3)))
 
 
 def make_net(kind=Net):
@@ -304,6 +313,21 @@ def test_steps_that_are_over_before_the_target_is_met_are_told():
     images, labels = batch(5)
     F.cross_entropy(model(images), labels).backward()
     with pytest.raises(TargetError, match="not met after 5 of 5 steps"):
+        pruner.before_step()
+
+
+def test_a_target_that_layers_put_out_of_reach_is_told(monkeypatch):
+    monkeypatch.setattr("dpm_cli.graph.rehearsal.make_lively", lambda *_: None)  # nothing compares outputs before
+    model, events = make_net(Counting), []
+    prune = {"rounds": 2, "round_to": 1, "min_keep": 0.1}
+    pruner = make_pruner(model, target={"macs": 0.08}, prune=prune, on_event=events.append)
+    go(model, pruner, sgd(model.parameters()))
+    with pytest.raises(
+        TargetError, match=r"target macs <= [\d,]+ is not met, because layers had to stay whole: [\d,]+ "
+    ):
+        pruner.finish()
+    assert any("inner is kept whole from now on" in event.text for event in events if isinstance(event, Note))
+    with pytest.raises(UsageError, match="after finish"):
         pruner.before_step()
 
 
