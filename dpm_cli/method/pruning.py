@@ -132,11 +132,11 @@ class Pruning:
     def is_done(self) -> bool:
         """Tell whether the target is met and no round is in progress, nor, at pace "rounds", still planned.
 
-        An open goal is met when no round is planned.
+        An open goal is met when no round is planned, too.
         """
-        if self.in_round or (self.is_planned and (self.base.pace == "rounds" or self.goal.is_open)):
+        if self.in_round or (self.is_planned and self.base.pace == "rounds" and not self.goal.is_open):
             return False
-        return self.goal.is_open or self.is_met
+        return (self.goal.is_open and not self.is_planned) or self.is_met
 
     def is_due(self, step: int) -> bool:
         """Tell whether a round starts before this step: a planned one, or a further one to replace released units."""
