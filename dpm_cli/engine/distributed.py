@@ -94,7 +94,7 @@ class World:
         return loss
 
     def mean(self, value: Tensor) -> Tensor:
-        """Average () over the processes, on the device."""
+        """Average a tensor over the processes, on the device."""
         return value
 
     def roll(self, batch: Tensor) -> Tensor:

@@ -8,8 +8,7 @@ No labels and no gradients are needed. Fold before the units are zeroed: a dead 
 """
 
 import copy
-from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import numpy as np
 import torch
@@ -23,6 +22,7 @@ from dpm_cli.layers.modes import in_mode
 MatrixLayer = nn.Linear | nn.modules.conv._ConvNd
 ReadAxes = list[tuple[int, Ids]]  # (axis of a weight, unit of every index along it)
 Shifts = dict[str, str]  # layer -> the tensor through which a constant can be added to its outputs
+Pool = Callable[[Tensor], Tensor]
 
 
 def find_shifts(model: nn.Module, example: Example) -> Shifts:
@@ -56,12 +56,20 @@ def give_biases_(model: nn.Module, groups: Groups, shifts: Shifts) -> list[str]:
 
 
 @torch.no_grad()
-def fold_means_(model: nn.Module, groups: Groups, alive: Flags, images: Iterable[Tensor], shifts: Shifts) -> list[str]:
+def fold_means_(
+    model: nn.Module,
+    groups: Groups,
+    alive: Flags,
+    images: Iterable[Tensor],
+    shifts: Shifts,
+    *,
+    pool: Pool = Tensor.clone,
+) -> list[str]:
     """Add the mean of dead units to the layers that read them. Call before the units are zeroed.
 
-    alive: (units,). images: batches (B, C, H, W). Returns the layers that read dead units but could take no constant.
+    Arguments as of `measure_lost`. Returns the layers that read dead units but could take no constant.
     """
-    lost = measure_lost(model, groups, alive, images)
+    lost = measure_lost(model, groups, alive, images, pool=pool)
     left = []
     for layer in (layer for layer, axes in _consumers(groups).items() if _reads_dead(axes, alive)):
         owner, _, name = shifts.get(layer, "").rpartition(".")
@@ -76,13 +84,15 @@ def fold_means_(model: nn.Module, groups: Groups, alive: Flags, images: Iterable
 
 
 @torch.no_grad()
-def measure_lost(model: nn.Module, groups: Groups, alive: Flags, images: Iterable[Tensor]) -> dict[str, Tensor]:
+def measure_lost(
+    model: nn.Module, groups: Groups, alive: Flags, images: Iterable[Tensor], *, pool: Pool = Tensor.clone
+) -> dict[str, Tensor]:
     """Measure what dead inputs add to each layer's outputs, on average over images and positions, in eval mode.
 
+    alive: (units,). images: batches (B, C, H, W). pool: averages over the processes, each with its slice of the images.
     Returns layer -> (channels,). Layers whose weights are used without calling them are absent.
     """
-    sums: dict[str, Tensor] = {}
-    counts: dict[str, int] = defaultdict(int)
+    sums: dict[str, Tensor] = {}  # layer -> (channels + 1,); the last one counts
     hooks = []
     for layer, axes in _consumers(groups).items():
         module = model.get_submodule(layer)
@@ -100,8 +110,7 @@ def measure_lost(model: nn.Module, groups: Groups, alive: Flags, images: Iterabl
                 lost = part(inputs[0])
                 channels = lost.dim() - 1 if isinstance(part, nn.Linear) else 1
                 rows = lost.double().movedim(channels, 0).flatten(1)  # (channels, images and positions)
-                sums[layer] = sums.get(layer, 0) + rows.sum(1)
-                counts[layer] += rows.shape[1]
+                sums[layer] = sums.get(layer, 0) + torch.cat([rows.sum(1), rows.new_tensor([rows.shape[1]])])
 
             hooks.append(module.register_forward_hook(add))
     try:
@@ -111,7 +120,8 @@ def measure_lost(model: nn.Module, groups: Groups, alive: Flags, images: Iterabl
     finally:
         for hook in hooks:
             hook.remove()
-    return {layer: total / counts[layer] for layer, total in sums.items()}
+    means = {layer: pool(total) for layer, total in sums.items()}
+    return {layer: mean[:-1] / mean[-1] for layer, mean in means.items()}
 
 
 def _consumers(groups: Groups) -> dict[str, ReadAxes]:

@@ -37,8 +37,8 @@ def inspect(
     if sensitivity is not None and not recipe.data.labels:
         raise UsageError("the sensitivity is measured with labels, but data.labels is false")
     start = load_start(model, recipe, trust)
-    plan = Plan(start.module, recipe)
     torch_device = choose_device(device)
+    plan = Plan(start.module, recipe, torch_device)
     ready = Readiness(recipe, start, torch_device, Path("out"))
     result = replace(
         plan.describe(start.arch),

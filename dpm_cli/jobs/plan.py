@@ -4,7 +4,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.distributed import ALONE
 from dpm_cli.graph.labels import Flags
 from dpm_cli.method.budget import (
@@ -34,8 +33,8 @@ KINDS = COST_KINDS
 class Plan:
     """Finds the groups of one module under one recipe. Raises what `find_groups` raises."""
 
-    def __init__(self, module: nn.Module, recipe: Recipe) -> None:
-        """module: in eval mode on the CPU."""
+    def __init__(self, module: nn.Module, recipe: Recipe, device: torch.device) -> None:
+        """module: in eval mode on the CPU. device: of the run, on which a latency may be measured."""
         self.prune = prune = recipe.prune
         example = torch.zeros(2, *recipe.model.input)
         self.scores: Scores  # (units,) of the current weights
@@ -47,7 +46,7 @@ class Plan:
             self.scores = np.zeros(0)
         else:
             base = make_base(prune, recipe.train, seed=recipe.seed)
-            meter = Meter(prune.latency, recipe.model.input, ALONE, choose_device("auto"))
+            meter = Meter(prune.latency, recipe.model.input, ALONE, device)
             found = survey(module, example, prune, base, folds_means=recipe.folds_means, time_widths=meter.time_widths)
             latency = found.latency
             self.module, self.groups = found.module, found.groups

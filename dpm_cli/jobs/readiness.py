@@ -3,6 +3,7 @@
 import copy
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -97,8 +98,8 @@ class Readiness:
         self._try(lambda: require_exportable(recipe, start))
         self.splits: Splits | None = self._try(lambda: load_splits(recipe, device))
         if self.splits is not None:
-            setup = make_setup(recipe, self.splits, folder / CHECKPOINT, device)
-            self.run = self._try(lambda: _plan_run(recipe, setup))
+            setup = self._try(partial(make_setup, recipe, self.splits, folder / CHECKPOINT, device))
+            self.run = self._try(partial(_plan_run, recipe, setup)) if setup else None
 
     @property
     def exit_code(self) -> int:

@@ -75,6 +75,9 @@ class Pruner:
             raise UsageError(f"steps is {steps}; it counts the optimizer steps that are to come")
         values = {"base": base, "target": dict(target)} | dict(prune or {})
         settings = check_section(Prune, values, "prune")
+        if settings.floor is not None:
+            name = "prune.max_drop" if settings.target.drop is None else "target drop"
+            raise UsageError(f"{name} is measured on validation images, which only dpm prune has: give macs alone")
         fades = check_section(Decay, dict(decay or {}), "decay")
         chosen = make_base(settings, Training(epochs=steps), seed=seed)
         stages = number_epochs(chosen.stages())
@@ -97,7 +100,9 @@ class Pruner:
         self._hook = register_optimizer_step_post_hook(_Watcher(self))
         chosen.enter(stages[0], model, 0)
         _origins[model] = Origin(dense.to("meta"), _image_shape(example))
-        self._begin_step()
+        if not steps:  # otherwise the first step starts a round, as `load_state_dict` needs the dense model
+            self._start_round()
+            self._remove(())
 
     @property
     def groups(self) -> Groups:
@@ -132,6 +137,8 @@ class Pruner:
         if not self.is_done:
             if all(parameter.grad is None for parameter in self._pruning.units.parameters):
                 raise UsageError("before_step found no gradients: call it between loss.backward() and optimizer.step()")
+            if self._pruning.is_due(self.step):
+                self._start_round()
             self._pruning.before_step_()
         self._rates.clear()
         self._has_observed = True
@@ -160,16 +167,23 @@ class Pruner:
         is_mid_round = self._remove_every and self.step % self._remove_every == 0 and self._pruning.has_dead
         if self._pruning.is_over or is_mid_round:
             self._remove(optimizers)
-        if self.step < self.steps:
-            self._begin_step(optimizers)
 
     def finish(self) -> None:
-        """Call when the loop is over. Raises TargetError if the target is not met; the model then stays as it is."""
+        """Call when the loop is over.
+
+        Raises TargetError if the target is not met. The model then stays as it is, or, where no step could help because
+        layers had to stay whole, is finished.
+        """
         if not self.is_done:
             raise self._missed()
         self._hook.remove()
         self._pruning.unwrap_()
         self._is_finished = True
+        if self.cost() > self._pruning.wanted:
+            left = self._pruning.goal.describe(self.cost())
+            raise TargetError(
+                f"target {self._pruning.goal} is not met, because layers had to stay whole: {left} are left"
+            )
 
     def state_dict(self) -> dict[str, Any]:
         """Return what an interrupted loop needs to resume, besides the states of model and optimizer."""
@@ -184,13 +198,8 @@ class Pruner:
         self._pruning.load_state_dict(state["pruning"])
         self.step, self.skipped = int(state["step"]), int(state["skipped"])
 
-    def _begin_step(self, optimizers: tuple[Optimizer, ...] = ()) -> None:
-        """Start a round if one is due before the next step; end it at once if it cuts units in one step."""
-        if self._pruning.is_due(self.step):
-            choice = self._pruning.start_round()
-            self._tell(RoundStarted(stage="train", step=self.step, **asdict(choice)))
-        if self._pruning.is_over:
-            self._remove(optimizers)
+    def _start_round(self) -> None:
+        self._tell(RoundStarted(stage="train", step=self.step, **asdict(self._pruning.start_round())))
 
     def _remove(self, optimizers: tuple[Optimizer, ...]) -> None:
         """Remove the dead units from the model and the optimizers."""
@@ -198,7 +207,8 @@ class Pruner:
         removal = pruning.finish_round(self._example) if pruning.is_over else pruning.remove_dead(self._example)
         for optimizer in optimizers:
             shrink_optimizer_(optimizer, self.model, removal.before, removal.kept)
-        self._tell(tell_removal(pruning, removal, stage="train", step=self.step))
+        for event in tell_removal(pruning, removal, stage="train", step=self.step):
+            self._tell(event)
 
     def _require_ours(self, optimizers: tuple[Optimizer, ...]) -> None:
         held = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}

@@ -4,7 +4,7 @@ One object holds everything that changes with the structure of the model, so tha
 and a checkpoint can restore it.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from dpm_cli.events import UnitsRemoved
+from dpm_cli.events import Event, Note, UnitsRemoved
 from dpm_cli.graph import Groups, Kept, Units, compact_
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.labels import Flags
@@ -132,11 +132,11 @@ class Pruning:
     def is_done(self) -> bool:
         """Tell whether the target is met and no round is in progress, nor, at pace "rounds", still planned.
 
-        An open goal is met when no round is planned.
+        An open goal is met when no round is planned, too.
         """
-        if self.in_round or (self.is_planned and (self.base.pace == "rounds" or self.goal.is_open)):
+        if self.in_round or (self.is_planned and self.base.pace == "rounds" and not self.goal.is_open):
             return False
-        return self.goal.is_open or self.is_met
+        return (self.goal.is_open and not self.is_planned) or self.is_met
 
     def is_due(self, step: int) -> bool:
         """Tell whether a round starts before this step: a planned one, or a further one to replace released units."""
@@ -356,10 +356,10 @@ def foresee(pruning: Pruning) -> Flags:
     return alive
 
 
-def tell_removal(pruning: Pruning, removal: Removal, *, stage: str, step: int) -> UnitsRemoved:
-    """Make the event of a removal, with what is left of the model."""
+def tell_removal(pruning: Pruning, removal: Removal, *, stage: str, step: int) -> Iterator[Event]:
+    """Make the events of a removal: what is left of the model, and which layers had to stay whole."""
     cost, alive = pruning.groups.cost, pruning.all_alive
-    return UnitsRemoved(
+    yield UnitsRemoved(
         stage=stage,
         round=pruning.round,
         step=step,
@@ -370,3 +370,5 @@ def tell_removal(pruning: Pruning, removal: Removal, *, stage: str, step: int) -
         units=pruning.groups.units,
         difference=removal.difference,
     )
+    for layer in removal.held:
+        yield Note(f"{layer.layer} is kept whole from now on: {layer.reason}")

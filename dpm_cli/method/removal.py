@@ -52,14 +52,18 @@ class Ancestry:
         """groups: of the dense model."""
         self.survivors: Flags = np.ones(groups.units, bool)  # of its units
         self.held: dict[int, str] = {}  # numbers of its groups, with the reasons
-        self._dense = groups.groups
+        self._dense, self._layer_macs = groups.groups, groups.layer_macs
         self._groups: Ids = np.arange(len(groups))  # the dense numbers of the groups that may still lose units
         self.units: Ids = np.arange(groups.units)  # the dense numbers of their units, (units now,)
 
     @property
     def kept(self) -> list[Kept]:
         """Return the layers that turned out to have to stay whole."""
-        return [Kept(layer, reason) for i, reason in self.held.items() for layer in self._dense[i].layers]
+        return [
+            Kept(layer, reason, self._layer_macs.get(layer, 0))
+            for i, reason in self.held.items()
+            for layer in self._dense[i].layers
+        ]
 
     def lose(self, dead: Flags) -> None:
         """Forget the units that leave. dead: (units now,)"""

@@ -60,8 +60,8 @@ class Reselection:
         self.ranked = torch.from_numpy(rank(scores)).to(self.evidence.device)
 
     def is_due(self, elapsed: int, steps: int) -> bool:
-        """Tell whether to choose again after so many steps of a decay of `steps`."""
-        return elapsed == math.ceil((self.settings.start or 0) * steps)
+        """Tell whether to choose again after so many steps of a decay of `steps`: neither the first nor the last."""
+        return elapsed == min(max(math.ceil((self.settings.start or 0) * steps), 1), steps - 1)
 
     def observe(self, units: Units, norms: Tensor) -> None:
         """Store ⟨x, g⟩ of the raw gradient g. norms: (units,) ‖x‖."""

@@ -29,13 +29,15 @@ def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> 
 
     Each round takes `decay.steps` (one-step pruning takes no steps). Without a `prune.end`, rounds and decays that are
     given as numbers may take until the middle. With releases, one more round must fit after the last to replace
-    released units. warm_up: steps that the base pruner must see first. A stage without steps has one
-    round, which cuts at once. Raises RecipeError if the rounds do not fit.
+    released units. warm_up: steps that the base pruner must see first. A stage without steps has one round, which cuts
+    at once; `target.drop` alone has many, to look after each. Raises RecipeError if they do not fit.
     """
     if not steps:
         if warm_up:
             raise RecipeError("train.epochs is 0, but units are chosen by what training shows of them")
-        return Rounds((0,), 0, decay_steps=1)
+        target, looks = prune.target, MOST_LOOKS if prune.rounds == "auto" else prune.rounds
+        is_open = not (target.drop is None or target.limits or target.latency)
+        return Rounds((0,) * (looks if is_open else 1), 0, decay_steps=1)
     first, last = find_span(steps, prune, warm_up=warm_up)
     if prune.end is None:
         last = max(last, min(first + _count_asked(prune, decay), round(prune.latest * steps)))

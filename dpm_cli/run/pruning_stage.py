@@ -1,6 +1,6 @@
 """Add sparse learning and pruning rounds to the stages of training."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
 
 from dpm_cli.engine.loop import EndStage, StageLoop
@@ -88,15 +88,13 @@ class PruningStage(CourseHooks):
 
     def end(self, loop: StageLoop) -> Iterator[Event]:
         pruning = self._pruning
-        while not loop.learner.steps and pruning.is_due(0):  # without training, all units are cut at once
-            units = pruning.groups.units
-            yield self._start_round(loop)
-            yield from self._remove(loop, pruning.finish_round)
-            if pruning.groups.units == units:  # nothing is left to remove
-                break
-        if pruning.goal.is_open and loop.learner.steps and self._is_last:
+        if pruning.goal.is_open and self._is_last:
             yield from self._go_further(loop)
-        elif pruning.is_done and self.floor.holds():
+            return
+        while not loop.learner.steps and pruning.is_due(0):  # without training, all units are cut at once
+            if not (yield from self._cut_round(loop)).chosen:  # nothing is left to remove
+                break
+        if pruning.is_done and self.floor.holds():
             self.floor.remember()
 
     @property
@@ -111,15 +109,22 @@ class PruningStage(CourseHooks):
             self.floor.remember()
             if pruning.is_met:
                 return
-            started = self._start_round(loop)
+            started = yield from self._cut_round(loop)
+            while not started.chosen and started.limit > pruning.goal.limit:  # coarse widths are ahead of their rounds
+                started = yield from self._cut_round(loop)
             if not started.chosen:
                 return
-            yield started
-            pruning.decay.cut_()
-            yield from self._remove(loop, pruning.finish_round)
             batches = self.subject.recipe.recalibrate_batches
             setup.recalibrate_(self.subject.model, self.course.unused_epoch, batches=batches)
         yield self.floor.go_back(f"round {pruning.round}", stage=loop.stage.name, step=loop.step)
+
+    def _cut_round(self, loop: StageLoop) -> Generator[Event, None, RoundStarted]:
+        """Cut the units of a round at once, without training."""
+        started = self._start_round(loop)
+        yield started
+        self._pruning.decay.cut_()
+        yield from self._remove(loop, self._pruning.finish_round)
+        return started
 
     def _start_round(self, loop: StageLoop) -> RoundStarted:
         self.subject.settle_latency()
@@ -137,6 +142,4 @@ class PruningStage(CourseHooks):
         self.require_agreement(f"what round {pruning.round} removed")
         subject.difference = max(subject.difference, removal.difference)
         subject.check_latency()
-        yield tell_removal(pruning, removal, stage=loop.stage.name, step=loop.step)
-        for layer in removal.held:
-            yield Note(f"{layer.layer} is kept whole from now on: {layer.reason}")
+        yield from tell_removal(pruning, removal, stage=loop.stage.name, step=loop.step)

@@ -137,8 +137,8 @@ class Subject:
     def _fold_means(self, groups: Groups, alive: Flags) -> None:
         """Fold the mean outputs of units into the layers that read them, before the units are cut at once."""
         epoch = sum(stage.training.epochs for stage in self.stages)  # one that no stage uses
-        batches = islice(self.setup.epoch_batches(epoch), self.recipe.compact.fold_batches)
-        left = fold_means_(self.model, groups, alive, (images for images, _ in batches), self._shifts)
+        images = (batch for batch, _ in islice(self.setup.epoch_batches(epoch), self.recipe.compact.fold_batches))
+        left = fold_means_(self.model, groups, alive, images, self._shifts, pool=self.setup.world.mean)
         if left:
             self.notes.append(
                 f"no means were folded into {listing(left)}, whose weights are used by other code than their own"

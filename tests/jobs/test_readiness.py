@@ -11,7 +11,7 @@ from torch import nn
 
 import dpm_cli
 from dpm_cli.cli.app import main
-from dpm_cli.errors import DpmError
+from dpm_cli.errors import DpmError, OutputError
 from dpm_cli.events import StageBegan
 from dpm_cli.models import build
 
@@ -61,6 +61,18 @@ def test_what_stops_a_run_is_found_and_said_in_the_same_words(
     assert message in plan.problems[0]
     assert plan.problems[0] == begins(dense, recipe(**changes), tmp_path / "out")
     assert plan.to_dict()["problems"] == list(plan.problems)
+
+
+def test_a_precision_that_the_device_lacks_is_one_of_the_problems(
+    dense: torch.nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dpm_cli.jobs.readiness.require_space", refuse_space)
+    plan = dpm_cli.inspect(dense, recipe(precision="fp16"), device="cpu")
+    assert [problem.partition(",")[0] for problem in plan.problems] == ["no room", "precision is 'fp16'"]
+
+
+def refuse_space(folder: Path, count: int) -> None:
+    raise OutputError("no room")
 
 
 @pytest.mark.thorough

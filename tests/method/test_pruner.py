@@ -10,7 +10,7 @@ from torch import nn
 
 import dpm_cli
 from dpm_cli.errors import RecipeError, TargetError, UsageError
-from dpm_cli.events import RoundStarted, UnitsRemoved
+from dpm_cli.events import Note, RoundStarted, UnitsRemoved
 
 STEPS, DECAY = 12, {"steps": 3, "rectify": False}
 
@@ -40,6 +40,15 @@ class TwoInputs(nn.Module):
 
     def forward(self, a, b):
         return {"logits": self.left(a) + self.right(b), "pair": (a.mean(), b.mean())}
+
+
+class Counting(Net):
+    """Scales by the number of its inner channels, so that they have to stay."""
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        inner = F.relu(self.inner_norm(self.inner(x)))
+        return self.head((x + self.back(inner * (inner.shape[1] / 12))).mean((2, 3)))
 
 
 def make_net(kind=Net):
@@ -102,13 +111,19 @@ def test_a_loop_meets_its_target_and_the_slim_model_is_saved_and_loaded(base, tm
     assert torch.equal(again(images), model.eval()(images))
 
 
-@pytest.mark.parametrize("base", ["depgraph", "otov2"])
 @pytest.mark.parametrize("stop", [1, 4, 5, 9])
+@pytest.mark.parametrize(
+    ("base", "decay"),
+    [
+        ("depgraph", {"steps": 3, "rectify": {"start": 0.0, "rate": 0.5, "length": 0.5}}),
+        ("otov2", DECAY),
+        ("depgraph", {"steps": 1, "rectify": False}),
+    ],
+    ids=["depgraph", "otov2", "cut at once"],
+)
 @pytest.mark.every(3)
-def test_an_interrupted_loop_ends_with_the_same_bits(base, stop):
-    settings = {"base": base, "decay": {"steps": 3, "rectify": {"start": 0.0, "rate": 0.5, "length": 0.5}}}
-    if base == "otov2":
-        settings["decay"] = DECAY
+def test_an_interrupted_loop_ends_with_the_same_bits(base, decay, stop):
+    settings = {"base": base, "decay": decay}
     whole = make_net()
     pruner = make_pruner(whole, **settings)
     go(whole, pruner, sgd(whole.parameters()))
@@ -301,6 +316,21 @@ def test_steps_that_are_over_before_the_target_is_met_are_told():
         pruner.before_step()
 
 
+def test_a_target_that_layers_put_out_of_reach_is_told(monkeypatch):
+    monkeypatch.setattr("dpm_cli.graph.rehearsal.make_lively", lambda *_: None)  # nothing compares outputs before
+    model, events = make_net(Counting), []
+    prune = {"rounds": 2, "round_to": 1, "min_keep": 0.1}
+    pruner = make_pruner(model, target={"macs": 0.08}, prune=prune, on_event=events.append)
+    go(model, pruner, sgd(model.parameters()))
+    with pytest.raises(
+        TargetError, match=r"target macs <= [\d,]+ is not met, because layers had to stay whole: [\d,]+ "
+    ):
+        pruner.finish()
+    assert any("inner is kept whole from now on" in event.text for event in events if isinstance(event, Note))
+    with pytest.raises(UsageError, match="after finish"):
+        pruner.before_step()
+
+
 def test_settings_that_do_not_fit_are_refused_before_anything_changes():
     model = make_net()
     with pytest.raises(RecipeError, match=r"prune: unknown key 'round'; did you mean 'rounds'\?"):
@@ -313,6 +343,10 @@ def test_settings_that_do_not_fit_are_refused_before_anything_changes():
         make_pruner(model, base="on-the-fly", target={"sparsity": 0.5})
     with pytest.raises(TargetError, match="cannot be met"):
         make_pruner(model, target={"macs": 0.0001})
+    with pytest.raises(UsageError, match="target drop is measured on validation images, which only dpm prune has"):
+        make_pruner(model, target={"drop": 1.0})
+    with pytest.raises(UsageError, match=r"prune\.max_drop is measured on validation images"):
+        make_pruner(model, prune={"max_drop": 1.0})
     assert model.inner.out_channels == 12
 
 

@@ -76,8 +76,11 @@ def test_who_comes_later_is_zero_with_the_others_and_who_is_released_stays() -> 
 def test_rounds_that_must_not_release_do_not_choose_again() -> None:
     decay = Decay(Units(GROUPS, NET), steps=4, rectifier=reselection(start=0.0))
     decay.start(np.array([True, False, False, False]), rectify=False, scores=np.arange(4.0))
+    decay.advance_()
     assert decay.reconsider() is None
     decay.start(np.array([False, True, False, False]), scores=np.arange(4.0))
+    decay.observe()
+    decay.advance_()
     assert decay.reconsider() is not None
 
 
@@ -86,6 +89,22 @@ def test_it_chooses_when_four_tenths_are_over_unless_told_otherwise() -> None:
     assert not reselection(start=None).is_due(3, 10)
     assert reselection(start=0.6).is_due(6, 10)
     assert reselection(start=0.61).is_due(7, 10)
+
+
+@pytest.mark.parametrize(("start", "steps"), [(0.0, 4), (0.9, 4), (0.6, 2), (1.0, 4), (0.5, 4), (1.0, 2)])
+def test_it_chooses_once_in_every_decay(start: float, steps: int) -> None:
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 6 * 6, 3))
+    decay = Decay(Units(GROUPS, model), steps=steps, rectifier=reselection(start=start))
+    decay.start(np.array([True, False, False, False]), scores=np.arange(4.0))
+    times = 0
+    while decay.remaining:
+        decay.observe()
+        decay.advance_()
+        if decay.reconsider() is not None:
+            times += 1
+            decay.exchange(np.array([False, True, False, False]))
+    assert times == 1
+    assert decay.dead.tolist() == [False, True, False, False]
 
 
 @pytest.mark.parametrize(

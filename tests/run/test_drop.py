@@ -113,6 +113,39 @@ def test_a_run_that_waits_goes_on_after_an_interruption(tmp_path: Path) -> None:
     assert all(torch.equal(tensor, parts["state_dict"][name]) for name, tensor in whole["state_dict"].items())
 
 
+def test_rounds_whose_share_is_gone_already_stop_no_further_one(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Widths in steps of 8 are so coarse that some of the rounds that are made up for choose nothing."""
+
+    def validate(self: AccuracyFloor) -> float:
+        pruning = self.subject.pruning
+        return 80.0 if pruning.round and pruning.skipped < 10 else 90.0
+
+    monkeypatch.setattr(AccuracyFloor, "_validate", validate)
+    torch.manual_seed(0)
+    settings = recipe(
+        **WAITING
+        | {"prune": WAITING["prune"] | {"rounds": 12, "round_to": 8}, "decay": {"steps": 1}, "train": {"epochs": 5}}
+    )
+    report = dpm_cli.prune(build("digits", classes=10, shape=(1, 8, 8)), settings, output=tmp_path)
+    assert [width.after for width in report.widths if width.layer == "block1.conv1"] == [8]
+
+
+def test_without_training_the_floor_is_looked_at_after_every_round(trained: Path, tmp_path: Path) -> None:
+    settings = recipe(
+        data={"limit": None},
+        prune={"target": {"drop": 3.0}, "rounds": "auto", "round_to": 1},
+        decay={"steps": "auto"},
+        train={"epochs": 0},
+    )
+    report = dpm_cli.prune(trained, settings, output=tmp_path)
+    assert report.floor is not None
+    assert report.validation_accuracy is not None
+    assert report.validation_accuracy >= report.floor.limit
+    assert report.slim.macs < report.dense.macs
+
+
 def test_several_targets_all_hold(tmp_path: Path) -> None:
     torch.manual_seed(0)
     settings = recipe(prune={"target": {"macs": 0.6, "size": "80KB"}})

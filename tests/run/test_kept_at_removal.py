@@ -26,7 +26,7 @@ def _blind(monkeypatch):
 def test_a_run_keeps_what_changes_outputs_and_delivers(tmp_path, splits):
     recipe = make_recipe("prune.target.macs=0.35", "prune.min_keep=0.1")
     run, events, report = go(tmp_path, recipe, splits, model=Counting().eval(), precision=FP32)
-    assert "inner" in {kept.layer for kept in report.kept}
+    assert {kept.layer: kept.macs for kept in report.kept}["inner"] == 9 * 8 * 12 * 8 * 8
     assert any("inner is kept whole from now on" in event.text for event in events if isinstance(event, Note))
     assert any("please report this model" in note for note in report.notes)
     assert report.target.is_met

@@ -190,6 +190,14 @@ def test_batch_that_is_too_small_for_its_processes_is_refused(together, files, t
     assert_told_once(ended, 2, "data.batch is 2, less than an image for each of 3 processes")
 
 
+def test_means_are_folded_as_by_one_process(together, files, tmp_path):
+    untrained = ("--set", "train.epochs=0", "--set", "finetune.epochs=0")
+    run_alone(files, tmp_path / "alone", *untrained)
+    ended = together(RUN, NOTHING, *files, tmp_path / "two", *untrained)
+    assert codes(ended) == [0, 0], ended
+    assert_same_victims(tmp_path / "two", tmp_path / "alone")
+
+
 def test_finished_run_prints_its_report_again(together, files, alone):
     ended = together(RUN, NOTHING, *files, alone, "--resume", "--json")
     assert codes(ended) == [0, 0]
