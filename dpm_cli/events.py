@@ -71,12 +71,13 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The run continues from a checkpoint."""
+    """The run continues from a checkpoint. before: steps of all stages that are over."""
 
     kind: ClassVar[str] = "resumed"
     stage: str
     step: int
     path: str
+    before: int
 
 
 @dataclass(frozen=True)

@@ -77,7 +77,7 @@ CUT = WeightsCut(0.5, 0.498, 1_800_000, dense=93.5, cut=91.0, recovered=92.0, re
 STEP = StepTaken(stage="train", step=4, steps=8, epoch=1, epochs=2)
 EVENTS = [
     START,
-    Resumed(stage="train", step=4, path="out/checkpoint.pt"),
+    Resumed(stage="train", step=4, path="out/checkpoint.pt", before=0),
     StageBegan("train"),
     ROUND,
     STEP,
