@@ -72,7 +72,7 @@ class AccuracyFloor:
         pruning = subject.pruning
         if not self.broken:
             goal = pruning.goal
-            left = f"{goal.kind} {goal.describe(pruning.cost())}" + (f" (target {goal.limit:,})" if goal.asked else "")
+            left = f"{goal.kind} {goal.describe(pruning.cost())}" + (f" (target {goal})" if goal.asked else "")
             self.broken = (
                 f"{culprit} broke the accuracy floor and did not recover: {self.compare()} ({self.max_drop:g} points "
                 f"below the dense model); the run went back to the last state that held, with {left}"

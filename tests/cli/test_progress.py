@@ -113,6 +113,10 @@ class OfALaterVersion(Event):
             "model  125.7 M MACs  855.8 K parameters  1120 units  target sparsity 0.5, 0.9  cpu bf16",
         ),
         (
+            replace(START, target=Wanted("macs and latency", asked=(0.5, 12e6))),
+            "resnet56  125.7 M MACs  855.8 K parameters  1120 units  target macs and latency 0.5, 12.0 ms  cpu bf16",
+        ),
+        (
             BACK,
             "round 2 broke the accuracy floor: validation 88.00 % is below 90.50 %  "
             "back to 91.0 M MACs, 610.0 K parameters",
