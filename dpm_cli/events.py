@@ -40,7 +40,7 @@ class Wanted:
     several targets at once.
     """
 
-    kind: str  # macs | params | channels | size | sparsity | drop, or several: "macs and size"
+    kind: str  # macs | params | channels | size | latency | sparsity | drop, or several: "macs and size"
     limit: int | None = None
     dense: int | None = None
     asked: tuple[float, ...] = ()  # as in the recipe, where there is no limit

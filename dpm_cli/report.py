@@ -33,7 +33,7 @@ class Measured:
 class TargetReport:
     """Compares the requested cost with the cost that was reached, in the same unit."""
 
-    kind: str  # macs | params | channels | size | latency, in nanoseconds | drop, whose cost is in MACs
+    kind: str  # macs | params | channels | size | latency, in nanoseconds | sparsity | drop, whose cost is in MACs
     asked: float  # as in the recipe: a fraction to keep, an absolute number, or points
     limit: int
     dense: int

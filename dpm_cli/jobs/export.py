@@ -43,9 +43,9 @@ def export_slim(
 
         dpm_cli.export_slim("slim.pt", formats=["onnx"], output="deploy")
 
-    formats: torchscript, onnx, onnx-fp16, onnx-int8, pt2. arch: needed for architectures from your own code. model: a
-    freshly built dense module, for a file that was saved without an architecture. opset: of ONNX. Every file is
-    reloaded and compared before it gets its name.
+    formats: torchscript, onnx, onnx-fp16, onnx-int8, pt2, openvino, executorch. arch: needed for architectures from
+    your own code. model: a freshly built dense module, for a file that was saved without an architecture. opset: of
+    ONNX. Every file is reloaded and compared before it gets its name.
 
     recipe, overrides: `data` and `quantize` for onnx-int8, and changes such as "data.root=photos"; by default, the
     recipe in slim.pt. trust: run code that this recipe names for its data, and accept images far larger than the file.

@@ -11,7 +11,7 @@ from dpm_cli.run.subject import Subject
 class AccuracyFloor:
     """Limits how far validation accuracy may fall below the dense model's. All accuracies are in percent.
 
-    Without `prune.max_drop` there is no floor: every state passes, and none is remembered.
+    Without `prune.max_drop` or `target.drop` there is no floor: every state passes, and none is remembered.
     """
 
     def __init__(self, subject: Subject, max_drop: float | None) -> None:
