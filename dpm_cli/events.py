@@ -195,7 +195,10 @@ class WentBack(Event):
 
 @dataclass(frozen=True)
 class WeightsCut(Event):
-    """Single weights of the trained model were cut to a sparsity. Accuracies are in percent, on the test set."""
+    """Single weights of the trained model were cut to a sparsity. Accuracies are in percent, on the test set.
+
+    dense: of the trained model, before the cut.
+    """
 
     kind: ClassVar[str] = "cut"
     is_logged: ClassVar[bool] = True

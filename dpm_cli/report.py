@@ -106,7 +106,7 @@ class SparsityReport:
     asked: float  # share of weights to cut
     reached: float
     bytes: int  # of the weights, packed as in slim.pt
-    dense: float | None  # before the cut
+    dense: float | None  # of the trained model, before the cut
     cut: float | None  # with zeros
     recovered: float | None  # with recovered values in place of the cut weights
     recalibrated: float | None  # and with recomputed BatchNorm statistics, if the recipe asks for them

@@ -72,7 +72,7 @@ def _describe_round(event: RoundStarted) -> str:
 
 def _describe_cut(event: WeightsCut) -> str:
     accuracies = {
-        "dense": event.dense,
+        "trained": event.dense,
         "cut": event.cut,
         "recovered": event.recovered,
         "recalibrated": event.recalibrated,

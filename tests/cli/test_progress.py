@@ -121,7 +121,7 @@ class OfALaterVersion(Event):
             "round 2 broke the accuracy floor: validation 88.00 % is below 90.50 %  "
             "back to 91.0 M MACs, 610.0 K parameters",
         ),
-        (CUT, "cut to sparsity 0.498  1.80 MB  dense 93.50 %  cut 91.00 %  recovered 92.00 %"),
+        (CUT, "cut to sparsity 0.498  1.80 MB  trained 93.50 %  cut 91.00 %  recovered 92.00 %"),
     ],
 )
 def test_an_event_is_one_line(event: Event, line: str | None) -> None:
