@@ -74,19 +74,11 @@ def export_slim(
     image = torch.randn(1, *loaded.shape, generator=generator)
     calibration = _load_calibration(Path(slim), loaded, recipe, overrides, trust) if "onnx-int8" in paths else None
     write_text_atomic(beside, described)
-    exported = []
-    for format in sorted(paths, key="onnx-int8".__eq__):  # the one that may fail comes last
-        made = export_one(
-            loaded.module,
-            image,
-            format,
-            folder,
-            metadata=loaded.metadata.to_strings(),
-            opset=opset,
-            calibration=calibration,
-        )
-        exported.append(made)
-    return exported
+    metadata = loaded.metadata.to_strings()
+    return [
+        export_one(loaded.module, image, format, folder, metadata=metadata, opset=opset, calibration=calibration)
+        for format in sorted(paths, key="onnx-int8".__eq__)  # the one that may fail comes last
+    ]
 
 
 def _load_calibration(
