@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dpm_cli.errors import UsageError
-from dpm_cli.files import read_regular_text
+from dpm_cli.files import REPORT, read_regular_text
 from dpm_cli.report import Report
 
 
@@ -17,7 +17,7 @@ class ComparedRun:
     report: str
     arch: str | None
     base: str
-    target: str  # macs | params | channels | sparsity
+    target: str  # macs | params | channels | size | latency | sparsity | drop
     asked: float
     met: bool
     macs_dense: int
@@ -38,7 +38,7 @@ class ComparedRun:
 
 def summarise_all(paths: Sequence[Path]) -> list[ComparedRun]:
     """Read the reports of runs and name them. Raises UsageError for a file that is not a report."""
-    files = [path / "report.json" if path.is_dir() else path for path in paths]
+    files = [path / REPORT if path.is_dir() else path for path in paths]
     return [_summarise(file, name) for file, name in zip(files, name_runs(files))]
 
 

@@ -86,7 +86,7 @@ def find_width_limits(groups: Groups, *, round_to: int, min_keep: float) -> Widt
 
 
 def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
-    """Count the MACs, parameters or units of a set of survivors. alive: (units,)"""
+    """Return the cost of a set of survivors, in the unit of its kind. alive: (units,)"""
     match kind:
         case "macs":
             return cost.macs(alive)
