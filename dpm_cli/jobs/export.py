@@ -76,15 +76,8 @@ def export_slim(
     write_text_atomic(beside, described)
     exported = []
     for format in sorted(paths, key="onnx-int8".__eq__):  # the one that may fail comes last
-        made = export_one(
-            loaded.module,
-            image,
-            format,
-            folder,
-            metadata=loaded.metadata.to_strings(),
-            opset=opset,
-            calibration=calibration,
-        )
+        metadata = loaded.metadata.to_strings()
+        made = export_one(loaded.module, image, format, folder, metadata=metadata, opset=opset, calibration=calibration)
         exported.append(made)
     return exported
 
