@@ -83,7 +83,8 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Allow files that can run code: pickled modules, .pt2, foreign TorchScript, recipes that name code.",
+        help="Allow files that can run code: pickled modules, .pt2, foreign TorchScript, recipes that name code. "
+        "Code that a slim.pt names needs --arch, or such a recipe.",
     ),
 ]
 OwnArch = Annotated[
