@@ -18,13 +18,13 @@ from dpm_cli.files import (
     CHECKPOINT,
     MARKS,
     REPORT,
+    created,
     is_unfinished,
     locked,
     prepare_output,
     read_regular_text,
     require_apart,
     require_ours,
-    require_writable,
     written_in,
 )
 from dpm_cli.jobs.alone import alone_in_process
@@ -132,8 +132,7 @@ def _claimed(
     if not world.is_main:
         yield
         return
-    require_writable(folder)
-    with locked(folder, wanted=lock):
+    with created(folder), locked(folder, wanted=lock):
         require_apart(inputs, written_in(folder), folder)
         prepare_output(folder, overwrite=overwrite, resume=resume)
         yield

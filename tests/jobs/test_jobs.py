@@ -263,6 +263,13 @@ def test_finished_run_resumed_returns_its_report(finished, dense_file):
         dpm_cli.prune(dense_file, recipe(export=["torchscript"]), output=folder)
 
 
+@pytest.mark.parametrize("target", [{"size": "1KB"}, {"macs": 2}])
+def test_run_that_is_refused_before_training_leaves_no_new_folder(dense_file, tmp_path, target):
+    with pytest.raises(TargetError):
+        dpm_cli.prune(dense_file, recipe(prune={"target": target}), output=tmp_path / "new" / "out")
+    assert not any(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("content", ["other weights", "damaged", "missing"])
 def test_finished_run_is_not_resumed_from_another_model_file(finished, dense, dense_file, tmp_path, content):
     path = tmp_path / "model.pt"
