@@ -122,6 +122,12 @@ def is_unfinished(checkpoint: Path) -> bool:
     return checkpoint.exists() or previous_of(checkpoint).exists()
 
 
+def require_resumable(model: Path) -> None:
+    """Raise OutputError if a model is there and no training of it can be resumed."""
+    if model.exists() and not is_unfinished(checkpoint_of(model)):
+        raise OutputError(f"{model} exists and no training of it is unfinished: use it, or --overwrite to train again")
+
+
 def written_in(folder: Path) -> dict[Path, bytes]:
     """Map everything in a folder that bears the name of a run's file to the mark that such a file holds."""
     names = sorted(os.listdir(folder))  # glob would leave out links that lead nowhere

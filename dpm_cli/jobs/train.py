@@ -32,6 +32,7 @@ from dpm_cli.files import (
     require_apart,
     require_ours,
     require_regular,
+    require_resumable,
     require_utf8,
     write_atomic,
 )
@@ -216,7 +217,9 @@ def _claimed(
         require_apart(inputs, ours | {path: b""}, path.parent)
         require_ours(ours)
         has_begun = is_unfinished(checkpoint)
-        if path.exists() and not overwrite and not (resume and has_begun):
+        if resume:
+            require_resumable(path)
+        elif path.exists() and not overwrite:
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
         if has_begun and not (overwrite or resume):
             raise OutputError(

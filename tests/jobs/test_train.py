@@ -286,8 +286,8 @@ def test_unfinished_training_is_resumed_or_replaced_but_never_by_accident(tmp_pa
 def test_finished_training_is_only_replaced_on_request(tmp_path, whole):
     path = tmp_path / "model.pt"
     path.write_bytes(whole()[0].read_bytes())
-    for resume in (False, True):
-        refuse(path, r"model\.pt exists: choose another --output, or --overwrite to replace it", resume=resume)
+    refuse(path, r"model\.pt exists: choose another --output, or --overwrite to replace it")
+    refuse(path, r"model\.pt exists and no training of it is unfinished: use it, or --overwrite", resume=True)
     seen = []
     dpm_cli.train(
         settings_of("adamw"), output=path, overwrite=True, on_event=lambda event: seen.append(path.read_bytes())
