@@ -77,7 +77,7 @@ def test_slim_files_of_own_code_need_its_name_and_others_do_not(
         ({"threads": [-1]}, "threads is -1"),
         ({"seconds": 0.0}, "seconds is 0"),
         ({"runtimes": ["tflite"]}, "runtime 'tflite' is not known"),
-        ({"runtimes": ["torch"]}, "is a onnx file, which torch cannot run"),
+        ({"runtimes": ["torch"]}, "is an ONNX file, which torch cannot run"),
     ],
 )
 def test_bad_options_are_refused(file: Path, options: dict[str, object], message: str) -> None:
