@@ -5,14 +5,13 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from dpm_cli.display import numbers
 from dpm_cli.display.page import write_page
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
 from dpm_cli.engine.digest import digest
 from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
-from dpm_cli.errors import AccuracyError, OutputError, TargetError
+from dpm_cli.errors import OutputError
 from dpm_cli.events import Event, PhaseBegan
 from dpm_cli.files import (
     CHECKPOINT,
@@ -40,6 +39,7 @@ from dpm_cli.jobs.loading import (
 from dpm_cli.jobs.readiness import require_means, require_workable
 from dpm_cli.jobs.starting import AnyModel, Start, load_start
 from dpm_cli.jobs.tracking import tracking
+from dpm_cli.jobs.verdict import find_missed
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.recipe import Recipe, hash_recipe
 from dpm_cli.report import Report
@@ -176,14 +176,6 @@ def _earlier_report(folder: Path, recipe: Recipe) -> Report:
 
 def _judge(report: Report) -> Report:
     """Return the report of a run that kept what was asked of it. Otherwise raises AccuracyError or TargetError."""
-    if report.floor and report.floor.is_broken:
-        raise AccuracyError(report.floor.text or "", report=report)
-    missed = [each for each in report.targets or [report.target] if not each.is_met]
-    if missed:
-        limits = " and ".join(f"{each.kind} ≤ {numbers.cost(each.kind, each.limit)}" for each in missed)
-        left = " and ".join(numbers.cost(each.kind, each.reached) for each in missed)
-        raise TargetError(
-            f"target {limits} is not met, because layers had to stay whole: {left} is left; the files hold that model",
-            report=report,
-        )
+    if missed := find_missed(report):
+        raise missed
     return report
