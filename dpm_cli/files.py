@@ -123,6 +123,12 @@ def is_unfinished(checkpoint: Path) -> bool:
     return checkpoint.exists() or previous_of(checkpoint).exists()
 
 
+def require_resumable(model: Path) -> None:
+    """Raise OutputError if a model is there and no training of it can be resumed."""
+    if model.exists() and not is_unfinished(checkpoint_of(model)):
+        raise OutputError(f"{model} exists and no training of it is unfinished: use it, or --overwrite to train again")
+
+
 def written_in(folder: Path) -> dict[Path, bytes]:
     """Map everything in a folder that bears the name of a run's file to the mark that such a file holds."""
     names = sorted(os.listdir(folder))  # glob would leave out links that lead nowhere
@@ -148,10 +154,15 @@ def marks_of(checkpoint: Path) -> dict[Path, bytes]:
 def require_ours(marks: Mapping[Path, bytes]) -> None:
     """Raise OutputError that names the first path that is no regular file with its mark: it must not be replaced."""
     for path, mark in marks.items():
-        if not _is_regular(path):
-            raise OutputError(f"{path} is {_describe(path)}, not a file of dpm: move it, or choose another --output")
+        require_regular(path)
         if not _holds(path, mark):
             raise OutputError(f"{path} was not written by dpm: move it, or choose another --output")
+
+
+def require_regular(path: Path) -> None:
+    """Raise OutputError for a link, a folder, a pipe or a device: it must not be replaced."""
+    if not _is_regular(path):
+        raise OutputError(f"{path} is {_describe(path)}, not a file of dpm: move it, or choose another --output")
 
 
 def require_apart(inputs: Mapping[str, str | Path | None], outputs: Mapping[Path, bytes], folder: Path) -> None:
@@ -202,6 +213,22 @@ def require_writable(folder: Path) -> None:
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or error
         raise OutputError(f"output folder {str(folder)!r} cannot be written: {reason}") from None
+
+
+@contextlib.contextmanager
+def created(folder: Path) -> Iterator[None]:
+    """Create a folder that can be written, and remove it in the end if it is new and still empty.
+
+    Raises OutputError as `require_writable` does.
+    """
+    new = [place for place in (folder, *folder.parents) if not os.path.lexists(place)]
+    require_writable(folder)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):  # it holds something
+            for place in new:
+                place.rmdir()
 
 
 def require_space(folder: Path, needed: int) -> None:

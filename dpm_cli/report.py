@@ -145,6 +145,7 @@ class Report:
     sparsities: list[SparsityReport] = field(
         default_factory=list
     )  # only for the base on-the-fly; the first one is the slim model
+    origin: str | None = None  # digest of the weights that the run started from; None if an older version wrote this
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self) | {"target": asdict(self.target) | {"met": self.target.is_met}}

@@ -331,6 +331,7 @@ def test_training_tells_of_corrupt_test_images_too(photos, tmp_path, memory_limi
 def test_one_corrupt_image_too_many_stops(model, photos, tmp_path, memory_limit, limit):
     damage(photos, "train/3/4.png", "train/5/1.png")
     settings = folder_recipe(photos, max_corrupt=limit, memory_limit=memory_limit, workers=0, validation=0)
+    (tmp_path / "out").mkdir()
     with pytest.raises(DataError, match=r"train/[35]/[41]\.png is not a readable image .*data\.max_corrupt") as error:
         dpm_cli.prune(model, settings, output=tmp_path / "out")
     assert_one_line(error.value, 2)

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import dpm_cli
-from dpm_cli.cli.options import AsJson, Trust
+from dpm_cli.cli.options import AsJson, OwnArch, Trust
 from dpm_cli.cli.outcome import print_csv, print_json
 from dpm_cli.cli.progress import working
 from dpm_cli.errors import UsageError
@@ -35,6 +35,7 @@ def benchmark(
     recipe: Annotated[
         str | None, typer.Option("--recipe", "-r", metavar="RECIPE", help="Says what dense weights belong to.")
     ] = None,
+    arch: OwnArch = None,
     trust: Trust = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print comma-separated values, for a spreadsheet.")] = False,
     as_json: AsJson = False,
@@ -54,6 +55,7 @@ def benchmark(
             threads=threads or (),
             seconds=seconds,
             recipe=recipe,
+            arch=arch,
             trust=trust,
         )
     if as_json:

@@ -1,5 +1,6 @@
 """`dpm init`: write a recipe for one's own images."""
 
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -35,9 +36,9 @@ def init(
         raise UsageError("which images? --data FOLDER, with a folder of images for each class; or a CSV file")
     with libraries_on_stderr():
         recipe = dpm_cli.init(data, arch=arch, weights=weights, output=output, overwrite=overwrite)
-    model = recipe.model
+    model, file = recipe.model, shlex.quote(str(output))
     trust = " --trust" if recipe.code else ""
     print(f"{output}: {model.arch}, {model.classes} classes, input {'×'.join(map(str, model.input))}")
-    print(f"Next: dpm train -r {output} -o model.pt{trust}, then: dpm prune model.pt -r {output} -o out{trust}")
+    print(f"Next:\n  dpm train -r {file} -o model.pt{trust}\n  dpm prune model.pt -r {file} -o out{trust}")
     if model.arch.startswith(("torchvision:", "timm:")):
-        print(f"Or, from published weights: dpm prune {model.arch} -r {output} -o out")
+        print(f"Or, from published weights:\n  dpm prune {model.arch} -r {file} -o out")

@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 import dpm_cli
+from dpm_cli.files import checkpoint_of, require_resumable
 
 ModelFile = Annotated[
     Path | None,
@@ -83,7 +84,8 @@ Trust = Annotated[
     bool,
     typer.Option(
         "--trust",
-        help="Allow files that can run code: pickled modules, .pt2, foreign TorchScript, recipes that name code.",
+        help="Allow files that can run code: pickled modules, .pt2, foreign TorchScript, recipes that name code. "
+        "Code that a slim.pt names needs --arch, or such a recipe.",
     ),
 ]
 OwnArch = Annotated[
@@ -108,12 +110,13 @@ def _has_changes(overrides: list[str], shortcuts: Given) -> bool:
 def read_training_settings(
     recipe: str | None, overrides: list[str], shortcuts: Given, model: Path | None, resumed: Path | None
 ) -> "dpm_cli.Recipe":
-    """Read the settings of `dpm train`. resumed: checkpoint whose settings hold if none are given."""
+    """Read the settings of `dpm train`. resumed: the model whose checkpoint tells them if none are given."""
     if resumed is not None and recipe is None and not _has_changes(overrides, shortcuts):
         from dpm_cli.run.resume import read_begun
 
-        if begun := read_begun(resumed):
+        if begun := read_begun(checkpoint_of(resumed)):
             return begun
+        require_resumable(resumed)
     return read_settings(recipe, overrides, shortcuts, model)
 
 

@@ -64,7 +64,7 @@ def train(
     """
     with speaking(device) as is_speaker:
         shortcuts = (arch, data, weights, None, None, epochs, batch)
-        resumed = checkpoint_of(output) if resume else None
+        resumed = output if resume else None
         settings = read_training_settings(recipe, collect_overrides(overrides, seed), shortcuts, model, resumed)
         with (
             follow(quiet=quiet or not is_speaker, as_json=as_json) as tell,

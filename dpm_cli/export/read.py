@@ -55,21 +55,21 @@ def open_exported(
         choose_runtime("executorch", runtime, path)
         return executorch.read(path)
     if not start.startswith(b"PK"):
-        choose_runtime("onnx", runtime, path)
         if confined and path.suffix != ".onnx" and is_weights(start):
             raise ModelFileError(f"{path} holds weights, not an exported file; give a .ts, .onnx or .pt2 file")
+        choose_runtime("onnx", runtime, path)
         if confined and not trust and ours_onnx.find_foreign(path):
             return open_confined(path, runtime, threads)
         return read_onnx(path, runtime, threads)
-    choose_runtime("torchscript", runtime, path)
-    return _open_archive(path, trust=trust)
+    return _open_archive(path, runtime, trust=trust)
 
 
-def _open_archive(path: Path, *, trust: bool) -> ExportedModel:
+def _open_archive(path: Path, runtime: str | None, *, trust: bool) -> ExportedModel:
     """Open TorchScript or torch.export, which hold code. Raises ModelFileError for what needs trust."""
     if not trust and (excess := _ask(find_excess, path)):
         raise ModelFileError(f"{path} is no archive that a model needs: {excess}")
     if _ask(torchscript.is_torchscript, path):
+        choose_runtime("torchscript", runtime, path)
         if not trust and (foreign := _ask(find_foreign, path)):
             raise ModelFileError(
                 f"{path} is TorchScript that dpm did not write ({foreign}), and could read and write files: give the "
@@ -78,6 +78,7 @@ def _open_archive(path: Path, *, trust: bool) -> ExportedModel:
         return torchscript.read(path)
     if not _ask(pt2.is_torch_export, path):
         raise ModelFileError(f"{path} is an archive, but neither TorchScript nor torch.export; give a .ts or .pt2 file")
+    choose_runtime("pt2", runtime, path)
     if not trust:
         raise ModelFileError(
             f"{path} is a torch.export archive, which may run code when it is opened: give the .ts or .onnx file, or "

@@ -15,6 +15,14 @@ RUNS: dict[str, tuple[Runtime, ...]] = {  # format of a file -> runtimes that ca
     "pt2": ("torch",),
     "weights": ("torch",),  # of a module
 }
+KINDS = {  # format of a file -> what to call it
+    "onnx": "an ONNX file",
+    "openvino": "an OpenVINO file",
+    "executorch": "an ExecuTorch file",
+    "torchscript": "a TorchScript file",
+    "pt2": "a torch.export file",
+    "weights": "a file of weights",
+}
 RUNTIMES: tuple[Runtime, ...] = ("torch", "onnxruntime", "openvino", "executorch", "tensorrt")
 INSTALLS = {
     "openvino": "pip install 'dpm-cli[openvino]'",
@@ -54,7 +62,7 @@ def choose_runtime(format: str, wanted: str | None, path: object) -> Runtime:
     runtime = require_runtime(wanted or able[0])
     if runtime not in able:
         raise UsageError(
-            f"{path} is a {format} file, which {runtime} cannot run; {', '.join(able)} can. "
+            f"{path} is {KINDS[format]}, which {runtime} cannot run; {', '.join(able)} can. "
             "dpm export slim.pt --format … writes others"
         )
     return runtime

@@ -13,9 +13,11 @@ from dpm_cli.files import size_of
 from dpm_cli.jobs.loading import AnyRecipe, open_deployed, resolve_recipe
 from dpm_cli.layers.images import Shape
 from dpm_cli.measure import Latency, Run, clocks_of, measure_in_turns
-from dpm_cli.models import load_model, load_slim
+from dpm_cli.models import load_model
 from dpm_cli.models.read import read_model_file
-from dpm_cli.models.slim_content import is_slim
+from dpm_cli.models.slim import rebuild
+from dpm_cli.models.slim_content import is_slim, parse_content
+from dpm_cli.recipe import is_own_code
 from dpm_cli.results import Benchmarked
 
 MOST = 10_000  # images of a batch, or threads
@@ -30,6 +32,7 @@ def benchmark(
     seconds: float = 1.0,
     turns: int = 5,
     recipe: AnyRecipe | None = None,
+    arch: str | None = None,
     trust: bool = False,
 ) -> list[Benchmarked]:
     """Measure the latency of files on the CPU, all in turns, so that a busy moment of the machine hits them all.
@@ -38,12 +41,12 @@ def benchmark(
 
     files: exported files, slim.pt, and with `recipe` dense weights. runtimes: the usual one of each file by default;
     files that one of them cannot run are left out there. threads: as many as torch has by default. seconds: of each
-    measurement. The first file is what the others are compared with: of one thread by processor time, which other
-    programs do not slow down, of several by the clock.
+    measurement. arch: builds each slim.pt of your own code, as for `load`. The first file is what the others are
+    compared with: of one thread by processor time, which other programs do not slow down, of several by the clock.
     """
     _require_sensible(files, batches, threads, seconds, turns)
     runtimes = [require_runtime(each) for each in runtimes]
-    subjects = [_look_at(Path(file), recipe, trust) for file in files]
+    subjects = [_look_at(Path(file), recipe, arch, trust) for file in files]
     contenders: dict[str, Run] = {}
     rows: dict[str, Benchmarked] = {}
     for count in threads or [torch.get_num_threads()]:
@@ -83,7 +86,7 @@ class _Subject:
         return self.module or open_exported(self.path, trust=trust, runtime=runtime, threads=threads, confined=True)
 
 
-def _look_at(path: Path, recipe: AnyRecipe | None, trust: bool) -> _Subject:
+def _look_at(path: Path, recipe: AnyRecipe | None, arch: str | None, trust: bool) -> _Subject:
     """Find out what a file is and what it takes. Raises ModelFileError or UsageError."""
     exported = open_deployed(path, trust)
     size = size_of(path)
@@ -92,8 +95,10 @@ def _look_at(path: Path, recipe: AnyRecipe | None, trust: bool) -> _Subject:
         if shape is None:
             raise UsageError(f"{path} does not say how large its images are: give --recipe")
         return _Subject(path, exported.format, shape, size, None)
-    if is_slim(read_model_file(path, trust=trust)):
-        slim = load_slim(path)
+    if is_slim(content := read_model_file(path, trust=trust)):
+        parsed = parse_content(content, path)
+        needs_arch = parsed.arch is None or is_own_code(parsed.arch)
+        slim = rebuild(parsed, path, arch if needs_arch else None, trust=trust)
         return _Subject(path, "weights", slim.shape, size, slim.module.eval())
     if recipe is None:
         raise UsageError(f"{path} holds weights of a model that only a recipe describes: give --recipe")

@@ -25,6 +25,7 @@ from dpm_cli.files import (
     size_of,
     written_in,
 )
+from dpm_cli.jobs.verdict import find_missed
 from dpm_cli.models.read import read_model_file
 from dpm_cli.models.slim_content import is_slim, parse_content
 from dpm_cli.recipe import Recipe, read_recipe
@@ -92,8 +93,9 @@ def _conclude(
         if each.state == "damaged":
             raise OutputError(f"{place / each.name}: {each.what}; run again with --overwrite")
     if any(each.name == REPORT for each in files):
-        _require_all(place)
-        return "finished", [f"finished; {_quote('dpm', 'report', place)} draws its page again"]
+        missed = find_missed(_require_all(place))
+        how = f", with exit code {missed.exit_code}: {missed}" if missed else ""
+        return "finished", [f"finished{how}; {_quote('dpm', 'report', place)} draws its page again"]
     if {NAME, METRICS} & {each.name for each in files}:
         return "begun", [f"nothing was saved yet: {_resume(place)} starts at the beginning"]
     return "empty", ["no run and no unfinished training is here"]
@@ -149,8 +151,8 @@ def _list_saved(path: Path, saved: _Saved) -> Found:
     return Found(path.name, _size(path), "whole", saved.position)
 
 
-def _require_all(place: Path) -> None:
-    """Raise OutputError that names a result of report.json that is not there, or of another size."""
+def _require_all(place: Path) -> Report:
+    """Return the report. Raises OutputError that names a result of it that is not there, or of another size."""
     report = Report.from_json(read_regular_text(place / REPORT))
     sizes = {Path(each.path).name: each.bytes for each in report.exports}
     for name in (*(Path(path).name for path in report.files.values()), *sizes):
@@ -162,6 +164,7 @@ def _require_all(place: Path) -> None:
             raise OutputError(
                 f"{_clean(path)} has {size_of(path)} bytes, and {REPORT} says {sizes[name]}; run again with --overwrite"
             )
+    return report
 
 
 def _size(path: Path) -> int:

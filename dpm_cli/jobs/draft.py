@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -188,6 +189,7 @@ def choose_epochs(look: Look, shape: Shape, machine: Machine) -> int:
 
 def _write(look: Look, machine: Machine, arch: str, shape: Shape, weights: str | None, file: str) -> str:
     """Fill in the template; lines that say nothing here are left out."""
+    file = shlex.quote(file)
     has_published = arch.startswith(("torchvision:", "timm:"))
     from_published = f"{arch.partition(':')[0]}:DEFAULT are published ones; " if has_published else ""
     training = f"epochs: {choose_epochs(look, shape, machine)}, {choose_optimizer(arch)}"

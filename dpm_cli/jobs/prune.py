@@ -5,25 +5,25 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import cast
 
-from dpm_cli.display import numbers
 from dpm_cli.display.page import write_page
 from dpm_cli.engine.checkpoint import remove_checkpoints
 from dpm_cli.engine.device import choose_device
+from dpm_cli.engine.digest import digest
 from dpm_cli.engine.distributed import World, join
 from dpm_cli.engine.faults import explaining_faults
-from dpm_cli.errors import AccuracyError, OutputError, TargetError
+from dpm_cli.errors import OutputError
 from dpm_cli.events import Event, PhaseBegan
 from dpm_cli.files import (
     CHECKPOINT,
     MARKS,
     REPORT,
+    created,
     is_unfinished,
     locked,
     prepare_output,
     read_regular_text,
     require_apart,
     require_ours,
-    require_writable,
     written_in,
 )
 from dpm_cli.jobs.alone import alone_in_process
@@ -37,12 +37,14 @@ from dpm_cli.jobs.loading import (
     telling,
 )
 from dpm_cli.jobs.readiness import require_means, require_workable
-from dpm_cli.jobs.starting import AnyModel, load_start
+from dpm_cli.jobs.starting import AnyModel, Start, load_start
 from dpm_cli.jobs.tracking import tracking
+from dpm_cli.jobs.verdict import find_missed
 from dpm_cli.measure import flushing_denormals
 from dpm_cli.recipe import Recipe, hash_recipe
 from dpm_cli.report import Report
 from dpm_cli.run.resolved import write_resolved
+from dpm_cli.run.resume import require_same_weights
 from dpm_cli.run.sparse_story import SparseRun
 from dpm_cli.run.story import Run
 
@@ -78,7 +80,7 @@ def prune(
     recipe, folder = resolve_recipe(recipe, trust=trust), Path(output)
     with join(device) as world:
         if world.share(resume and (folder / REPORT).exists() and not is_unfinished(folder / CHECKPOINT)):
-            return _judge(cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None)))
+            return _judge(_finished(folder, world, model, recipe, trust))
         tell = telling(on_event)
         tell(PhaseBegan("load", "loading the model"))
         torch_device = choose_device(device)
@@ -97,17 +99,21 @@ def prune(
             tell(PhaseBegan("analyse", "analysing the model"))
             kind = SparseRun if recipe.cuts_weights else Run
             run = kind(recipe, setup, start.module, arch=start.arch, output=folder)
-            run.notes.extend(start.notes)
-            if start.arch is None:
-                run.notes.append(
-                    f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
-                    "dpm_cli.load(path, model=...) and a freshly built dense module"
-                )
-            if world.size > 1:
-                run.notes.append(f"trained by {world.size} processes")
+            run.notes.extend(_remark_on_start(start, recipe, world))
             with _recording(recipe, folder, world, on_event, model, overwrite=overwrite) as tell:
                 report = follow(run.events(resume=resume), tell)
             return _judge(report)
+
+
+def _remark_on_start(start: Start, recipe: Recipe, world: World) -> Iterator[str]:
+    yield from start.notes
+    if start.arch is None:
+        yield (
+            f"the model is not what model.arch ({recipe.model.arch}) builds: load slim.pt again with "
+            "dpm_cli.load(path, model=...) and a freshly built dense module"
+        )
+    if world.size > 1:
+        yield f"trained by {world.size} processes"
 
 
 def _inputs(model: AnyModel | None, recipe: Recipe) -> dict[str, str | Path | None]:
@@ -123,8 +129,7 @@ def _claimed(
     if not world.is_main:
         yield
         return
-    require_writable(folder)
-    with locked(folder, wanted=lock):
+    with created(folder), locked(folder, wanted=lock):
         require_apart(inputs, written_in(folder), folder)
         prepare_output(folder, overwrite=overwrite, resume=resume)
         yield
@@ -149,6 +154,15 @@ def _recording(
     write_page(folder)
 
 
+def _finished(folder: Path, world: World, model: AnyModel | None, recipe: Recipe, trust: bool) -> Report:
+    """Return the report of a finished run. Raises UsageError if it was made from another model or recipe."""
+    report = cast(Report, world.share(_earlier_report(folder, recipe) if world.is_main else None))
+    if report.origin is not None:
+        start = load_start(model, recipe, trust)
+        require_same_weights(report.origin, digest(start.module.state_dict()), folder / REPORT)
+    return report
+
+
 def _earlier_report(folder: Path, recipe: Recipe) -> Report:
     require_ours({folder / REPORT: MARKS[REPORT]})
     try:
@@ -162,14 +176,6 @@ def _earlier_report(folder: Path, recipe: Recipe) -> Report:
 
 def _judge(report: Report) -> Report:
     """Return the report of a run that kept what was asked of it. Otherwise raises AccuracyError or TargetError."""
-    if report.floor and report.floor.is_broken:
-        raise AccuracyError(report.floor.text or "", report=report)
-    missed = [each for each in report.targets or [report.target] if not each.is_met]
-    if missed:
-        limits = " and ".join(f"{each.kind} ≤ {numbers.cost(each.kind, each.limit)}" for each in missed)
-        left = " and ".join(numbers.cost(each.kind, each.reached) for each in missed)
-        raise TargetError(
-            f"target {limits} is not met, because layers had to stay whole: {left} is left; the files hold that model",
-            report=report,
-        )
+    if missed := find_missed(report):
+        raise missed
     return report

@@ -24,12 +24,15 @@ from dpm_cli.events import Event, Note, PhaseBegan
 from dpm_cli.files import (
     LOCK,
     checkpoint_of,
+    created,
     is_unfinished,
     locked,
     marks_of,
     remove_leftovers,
     require_apart,
     require_ours,
+    require_regular,
+    require_resumable,
     require_utf8,
     write_atomic,
 )
@@ -205,18 +208,18 @@ def _claimed(
         return
     if overwrite and resume:
         raise OutputError("--resume continues a training and --overwrite starts it again: give one of them")
-    if not path.parent.is_dir():
-        raise OutputError(f"{path.parent} is not a folder: create it, or choose another --output")
     require_utf8(path)
-    if os.path.lexists(path) and (path.is_symlink() or not path.is_file()):
-        raise OutputError(f"{path} is a link or no regular file: choose another --output")
-    checkpoint = checkpoint_of(path)
-    with locked(path.parent, f"{LOCK}-{path.stem}", wanted=lock):  # model.pt and model.pth have the same checkpoints
+    if os.path.lexists(path):
+        require_regular(path)
+    checkpoint, name = checkpoint_of(path), f"{LOCK}-{path.stem}"  # model.pt and model.pth have the same checkpoints
+    with created(path.parent), locked(path.parent, name, wanted=lock):
         ours = marks_of(checkpoint)
         require_apart(inputs, ours | {path: b""}, path.parent)
         require_ours(ours)
         has_begun = is_unfinished(checkpoint)
-        if path.exists() and not overwrite and not (resume and has_begun):
+        if resume:
+            require_resumable(path)
+        elif path.exists() and not overwrite:
             raise OutputError(f"{path} exists: choose another --output, or --overwrite to replace it")
         if has_begun and not (overwrite or resume):
             raise OutputError(

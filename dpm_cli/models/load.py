@@ -15,7 +15,14 @@ from dpm_cli.models.sketch import sketch
 from dpm_cli.models.slim import TOLERANCE, rebuild
 from dpm_cli.models.slim_content import Content, is_slim, parse_content
 from dpm_cli.models.structure import Edits, apply_edits_, find_edits, named_tensors
-from dpm_cli.models.weights import find_weights, load_weights_, require_fit, require_sound, require_tensors
+from dpm_cli.models.weights import (
+    find_weights,
+    load_weights_,
+    require_fit,
+    require_sound,
+    require_tensors,
+    strip_wrappers,
+)
 from dpm_cli.models.zoo import auxiliary_heads, build
 
 
@@ -45,7 +52,8 @@ def load_model(path: str | Path, *, arch: str, classes: int, shape: Shape, trust
         return _adopt(weights, _build(arch, classes, shape), path, arch, shape, classes)
     tensors = require_tensors(weights, path)
     heads = auxiliary_heads(arch)
-    ignored = tuple(name for name in tensors if heads and name.removeprefix("module.").startswith(heads))
+    tensors = strip_wrappers(tensors, heads) if heads else tensors
+    ignored = tuple(name for name in tensors if name.startswith(heads))
     tensors = {name: tensors[name] for name in tensors if name not in ignored}
     if (sketched := sketch(arch, classes=classes, shape=shape)) is not None:
         require_fit(sketched, tensors, path, arch=arch)  # before the memory of the architecture is taken

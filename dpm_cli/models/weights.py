@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from dpm_cli.errors import ModelFileError, listing
 
 KEYS = ("state_dict", "model_state_dict", "model", "net")  # where training scripts keep the state dict in a checkpoint
-WRAPPERS = ("module.", "_orig_mod.")  # what DataParallel and torch.compile put before every name
+WRAPPERS = ("module.", "_orig_mod.", "model.")  # what DataParallel, torch.compile and Lightning put before every name
 SHOWN = 5  # keys to list per kind of mismatch
 
 
@@ -125,13 +125,17 @@ def _find_problem(tensor: Tensor) -> str | None:
 
 
 def strip_wrappers(tensors: dict[str, Tensor], expected: Collection[str]) -> dict[str, Tensor]:
-    """Remove prefixes that all names have, unless the module's own names have them too."""
-    foreign = [wrapper for wrapper in WRAPPERS if not all(name.startswith(wrapper) for name in expected)]
-    shared = os.path.commonprefix(list(tensors))  # noqa: RUF071  # of names, not of paths
-    # At once, because a stranger's names may begin with thousands of them.
-    found = re.match(f"(?:{'|'.join(map(re.escape, foreign))})*", shared)
-    length = found.end() if found else 0
+    """Remove prefixes that all names have, but not those that the module's own names have too."""
+    found, own = _find_wrappers(tensors), _find_wrappers(expected)
+    length = len(found) - len(own) if found.endswith(own) else 0
     return {name[length:]: tensor for name, tensor in tensors.items()}
+
+
+def _find_wrappers(names: Collection[str]) -> str:
+    shared = os.path.commonprefix(list(names))  # noqa: RUF071  # of names, not of paths
+    # At once, because a stranger's names may begin with thousands of them.
+    found = re.match(f"(?:{'|'.join(map(re.escape, WRAPPERS))})*", shared)
+    return found.group() if found else ""
 
 
 def _compare(name: str, tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> str:

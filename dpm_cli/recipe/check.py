@@ -1,7 +1,7 @@
 """Explain mistakes in settings, one line each, with the place, the value and the nearest known key."""
 
 import difflib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
@@ -22,12 +22,24 @@ def check_section(kind: type[S], values: Mapping[str, Any], name: str) -> S:
     try:
         return kind.model_validate(dict(values))
     except ValidationError as error:
-        raise RecipeError([f"{name}: {problem}" for problem in explain(error, kind)]) from None
+        raise RecipeError(explain(error, kind, name)) from None
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> list[str]:
-    """Write one line per mistake in a section or recipe of type `root`: where, what, and the nearest known key."""
-    return [_explain_one(problem, root) for problem in error.errors(include_url=False)]
+def explain(
+    error: ValidationError, root: type[BaseModel], name: str, typed: Collection[str] = frozenset()
+) -> list[str]:
+    """Write one line per mistake in a section or recipe of type `root`: where, what, and the nearest known key.
+
+    name: of what holds the values. typed: settings that do not come from there, as the user typed them.
+    """
+    return [
+        ("" if _is_among(problem["loc"], typed) else f"{name}: ") + _explain_one(problem, root)
+        for problem in error.errors(include_url=False)
+    ]
+
+
+def _is_among(path: Sequence[str | int], settings: Collection[str]) -> bool:
+    return any(".".join(map(str, path[:length])) in settings for length in range(1, len(path) + 1))
 
 
 def _explain_one(problem: Any, root: type[BaseModel]) -> str:

@@ -71,12 +71,13 @@ def parse_recipe(values: object, overrides: Sequence[str] = (), *, name: str = "
         raise RecipeError(f"{name} is not a mapping of settings")
     for override in overrides:
         values = _override(values, override)
+    typed = frozenset(override.partition("=")[0].strip() for override in overrides)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        raise RecipeError([f"{name}: {problem}" for problem in explain(error, Recipe)]) from None
+        raise RecipeError(explain(error, Recipe, name, typed)) from None
     recipe._changes = tuple(overrides)
-    recipe._typed = frozenset(override.partition("=")[0].strip() for override in overrides)
+    recipe._typed = typed
     return recipe
 
 

@@ -17,8 +17,15 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
+def _read_percent(value: object) -> object:
+    """Turn "50%" into 0.5; other values stay as they are."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", value) if isinstance(value, str) else None
+    return min(float(match[1]) / 100, 1.0) if match else value  # above 1 it would be taken for an absolute number
+
+
 def parse_amount(value: object) -> float:
-    """Read a kept fraction in (0, 1) or an absolute number such as 60000000, "60M" or "1.2G"."""
+    """Read a kept fraction in (0, 1), also as "47%", or an absolute number such as 60000000, "60M" or "1.2G"."""
+    value = _read_percent(value)
     if isinstance(value, str) and (match := re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGBkmgb]?)\s*", value)):
         value = float(match[1]) * SUFFIXES.get(match[2].upper(), 1)
     if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < MOST_AMOUNT:
@@ -29,7 +36,8 @@ def parse_amount(value: object) -> float:
 
 
 def parse_size(value: object) -> float:
-    """Read a kept fraction in (0, 1), or bytes such as "5MB", "800 KB" or 5000000."""
+    """Read a kept fraction in (0, 1), also as "47%", or bytes such as "5MB", "800 KB" or 5000000."""
+    value = _read_percent(value)
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?)B\s*", value, re.IGNORECASE)
         if not match:
@@ -39,7 +47,8 @@ def parse_size(value: object) -> float:
 
 
 def parse_latency(value: object) -> float:
-    """Read a kept fraction in (0, 1), or a time such as "12ms", "0.5 ms" or "800us"; return nanoseconds."""
+    """Read a kept fraction in (0, 1), also as "60%", or a time such as "12ms" or "800us"; return nanoseconds."""
+    value = _read_percent(value)
     if isinstance(value, str):
         match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(us|µs|ms|s)\s*", value)
         if match and 0 < float(match[1]) < MOST_AMOUNT:

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dpm_cli.engine.digest import digest
 from dpm_cli.engine.evaluate import evaluate, evaluate_module
 from dpm_cli.engine.precision import lay_out_
 from dpm_cli.engine.setup import Setup
@@ -216,6 +217,7 @@ class Delivery:
             notes=[*outcome.notes, *cost, *outcome.remarks, *learnt, *remark_on_data(setup.splits), *floor],
             floor=outcome.floor,
             sparsities=[cut.report for cut in outcome.cuts],
+            origin=digest(self.dense.state_dict()),
         )
 
     def _save(self, slim: nn.Module, report: Report, outcome: Outcome) -> None:

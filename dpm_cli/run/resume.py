@@ -15,6 +15,8 @@ from dpm_cli.errors import OutputError, one_line
 from dpm_cli.recipe import Recipe, dump_recipe
 from dpm_cli.recipe.reader import read_recipe
 
+WAY_OUT = "resume with the same, or --overwrite"
+
 
 @dataclass(frozen=True)
 class Origin:
@@ -36,16 +38,20 @@ class Origin:
         """Raise OutputError if the checkpoint at `path` differs, and name the difference."""
         with foreign_state(path):
             there = Origin(str(state["recipe"]), str(state["weights"]), dict(state["data"]))
-        way_out = "resume with the same, or --overwrite"
         if there.recipe != self.recipe:
             changed = _changed_lines(there.recipe, self.recipe)
             raise OutputError(
                 f"{path} was made with another recipe ({changed}): resume with the same one, or --overwrite"
             )
-        if there.weights != self.weights:
-            raise OutputError(f"{path} was made from another model file: {way_out}")
+        require_same_weights(there.weights, self.weights, path)
         if there.data != self.data:
-            raise OutputError(f"{path} was made with other data ({_changed_data(there.data, self.data)}): {way_out}")
+            raise OutputError(f"{path} was made with other data ({_changed_data(there.data, self.data)}): {WAY_OUT}")
+
+
+def require_same_weights(there: str, here: str, path: Path) -> None:
+    """Raise OutputError if what `path` tells of began with other weights. there, here: digests."""
+    if there != here:
+        raise OutputError(f"{path} was made from another model file: {WAY_OUT}")
 
 
 @contextlib.contextmanager

@@ -48,7 +48,7 @@ OPTIONS = {
     "evaluate": SHARED | {"--batch", "--runtime", "--device", "--trust"},
     "export": SHARED | {"--format", "--opset", "--output", "--arch", "--overwrite", "--trust"},
     "predict": {"--top", "--arch", "--trust", "--json"},
-    "benchmark": {"--runtime", "--batch", "--threads", "--seconds", "--recipe", "--trust", "--csv", "--json"},
+    "benchmark": {"--runtime", "--batch", "--threads", "--seconds", "--recipe", "--arch", "--trust", "--csv", "--json"},
     "compare": {"--csv", "--json"},
     "demo": {"--output", "--device", "--json", "--quiet"},
     "report": set(),

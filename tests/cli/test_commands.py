@@ -323,7 +323,7 @@ def test_a_slim_file_of_own_code_names_the_option_of_the_command_line(dpm: Any, 
     save_slim(Path("slim.pt"), module, metadata=metadata, recipe="", report={})
     content = torch.load("slim.pt", weights_only=True)
     torch.save(content | {"arch": arch}, "slim.pt")
-    for command in (("predict", "slim.pt", __file__), ("export", "slim.pt")):
+    for command in (("predict", "slim.pt", __file__), ("export", "slim.pt"), ("benchmark", "slim.pt", "--trust")):
         ended = dpm(*command)
         assert ended.code == 2
         assert ended.err.count("\n") == 1

@@ -1,5 +1,6 @@
 """`dpm init`, and the options that stand in for a recipe."""
 
+import shlex
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,21 @@ def test_init_writes_a_recipe_and_names_the_next_lines(photos: str, capsys: pyte
     assert "mine.yaml: torchvision:resnet18, 3 classes, input 3×32×32" in printed
     assert "dpm prune torchvision:resnet18 -r mine.yaml -o out" in printed
     assert dpm_cli.load_recipe("mine.yaml").model.classes == 3
+
+
+def test_init_names_lines_that_can_be_pasted(photos: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["init", "--data", photos, "-o", "my photos.yaml"]) == 0
+    lines = capsys.readouterr().out.splitlines()[1:]
+    pasted = [shlex.split(line) for line in lines if line.startswith("  ")]
+    assert pasted == [
+        ["dpm", "train", "-r", "my photos.yaml", "-o", "model.pt"],
+        ["dpm", "prune", "model.pt", "-r", "my photos.yaml", "-o", "out"],
+    ]
+
+
+def test_a_recipe_names_itself_as_a_shell_reads_it(photos: str) -> None:
+    dpm_cli.init(photos, output="my photos.yaml")
+    assert "dpm train --recipe 'my photos.yaml' -o model.pt" in Path("my photos.yaml").read_text()
 
 
 def test_init_without_images_asks_for_them(photos: str, capsys: pytest.CaptureFixture[str]) -> None:

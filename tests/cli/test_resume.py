@@ -67,6 +67,15 @@ def test_training_goes_on_with_the_settings_that_it_began_with(dpm: Any, tmp_pat
     assert all(torch.equal(whole[name], model[name]) for name in whole)
 
 
+@pytest.mark.parametrize("arguments", [["-r", "digits"], []], ids=["recipe", "nothing"])
+def test_finished_training_is_not_resumed_and_stays(dpm: Any, tmp_path: Path, arguments: list[str]) -> None:
+    (tmp_path / "tr ain.pt").write_bytes(b"weights")
+    ended = dpm("train", *arguments, "-o", "tr ain.pt", "--resume")
+    said = "error: tr ain.pt exists and no training of it is unfinished: use it, or --overwrite to train again\n"
+    assert (ended.code, ended.err) == (2, said)
+    assert (tmp_path / "tr ain.pt").read_bytes() == b"weights"
+
+
 def test_training_without_settings_needs_a_checkpoint(dpm: Any, tmp_path: Path) -> None:
     ended = dpm("train", "-o", "model.pt", "--resume")
     assert ended.code == 2

@@ -53,7 +53,7 @@ def test_damaged_graph_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_runtime_that_cannot_run_the_file_is_refused(torchscript_file: Path) -> None:
-    with pytest.raises(UsageError, match="is a torchscript file, which onnxruntime cannot run; torch can"):
+    with pytest.raises(UsageError, match="is a TorchScript file, which onnxruntime cannot run; torch can"):
         open_exported(torchscript_file, runtime="onnxruntime")
 
 

@@ -1,4 +1,5 @@
 import json
+import sys
 from pathlib import Path
 
 import onnx
@@ -52,6 +53,23 @@ def test_slim_files_need_nothing_else(tmp_path: Path) -> None:
     assert (row.format, row.runtime, row.bytes) == ("weights", "torch", (tmp_path / "slim.pt").stat().st_size)
 
 
+def test_slim_files_of_own_code_need_its_name_and_others_do_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delitem(sys.modules, "net_to_measure", raising=False)
+    code = "from dpm_cli.models import build\ndef make(): return build('digits', classes=10, shape=(1, 8, 8))\n"
+    (tmp_path / "net_to_measure.py").write_text(code)
+    net = build("digits", classes=10, shape=(1, 8, 8)).eval()
+    dpm_cli.save(net, "shipped.pt", arch="digits", shape=(1, 8, 8))
+    content = torch.load("shipped.pt", weights_only=True)
+    torch.save(content | {"arch": "net_to_measure:make"}, "own.pt")
+    command = ["benchmark", "own.pt", "shipped.pt", "--seconds", "0.01", "--json"]
+    assert main(command) == 2
+    assert "give --arch net_to_measure:make" in capsys.readouterr().err
+    assert main([*command, "--arch", "net_to_measure:make"]) == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -59,7 +77,7 @@ def test_slim_files_need_nothing_else(tmp_path: Path) -> None:
         ({"threads": [-1]}, "threads is -1"),
         ({"seconds": 0.0}, "seconds is 0"),
         ({"runtimes": ["tflite"]}, "runtime 'tflite' is not known"),
-        ({"runtimes": ["torch"]}, "is a onnx file, which torch cannot run"),
+        ({"runtimes": ["torch"]}, "is an ONNX file, which torch cannot run"),
     ],
 )
 def test_bad_options_are_refused(file: Path, options: dict[str, object], message: str) -> None:

@@ -22,7 +22,7 @@ from dpm_cli.files import CHECKPOINT, LOCK, MARKS, locked
 from dpm_cli.jobs.doctor import examine
 from dpm_cli.measure import measure_in_turns
 from dpm_cli.models import build
-from dpm_cli.report import ExportedFile
+from dpm_cli.report import ExportedFile, FloorReport, TargetReport
 from dpm_cli.results import Examined
 
 OFTEN = recipe(checkpoint={"every": 1}, export=["torchscript"])
@@ -154,6 +154,20 @@ def test_finished_run_whose_results_are_damaged(finished: Path, name: str, capsy
         return
     assert main(["doctor", "out"]) == 2
     assert capsys.readouterr().err == f"error: out/{name} is missing; run again with --overwrite\n"
+
+
+MISSED = [
+    ({"floor": FloorReport(1.0, 90.0, 89.0, True, "round 1 broke the floor")}, "exit code 4: round 1 broke the floor;"),
+    ({"target": TargetReport("macs", 0.5, 60, 100, 75)}, "exit code 3: target macs ≤ 60 is not met"),
+]
+
+
+@pytest.mark.parametrize(("change", "said"), MISSED, ids=["floor", "target"])
+def test_finished_run_that_missed_something_says_so(finished: Path, change: dict[str, Any], said: str) -> None:
+    (finished / "report.json").write_text(replace(read_report(finished), **change).to_json())
+    found = examine(finished)
+    assert found.state == "finished"
+    assert said in found.advice[0]
 
 
 def test_truncated_results_are_damaged(finished: Path) -> None:

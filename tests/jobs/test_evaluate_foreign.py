@@ -7,10 +7,11 @@ from typing import Any
 import pytest
 import torch
 from digits_recipe import recipe
+from safetensors.torch import save_file
 from torch import nn
 
 import dpm_cli
-from dpm_cli.errors import ModelFileError, RunError
+from dpm_cli.errors import ModelFileError, RunError, UsageError
 from dpm_cli.export import torchscript
 from dpm_cli.models import build
 
@@ -44,6 +45,24 @@ def test_onnx_that_cannot_be_loaded_has_the_runtimes_own_reason(tmp_path: Path) 
     with pytest.raises(ModelFileError, match="no ONNX file that can be run") as error:
         dpm_cli.evaluate(tmp_path / "model.onnx", recipe(), latency=False)
     assert "cannot be pruned" not in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_weights_are_called_weights_where_another_runtime_is_asked_for(name: str, tmp_path: Path) -> None:
+    save_weights(tmp_path / name)
+    with pytest.raises(UsageError, match=f"{name} holds weights, which torch runs: .* files for onnxruntime"):
+        dpm_cli.evaluate(tmp_path / name, recipe(), latency=False, runtime="onnxruntime")
+
+
+@pytest.mark.parametrize("name", ["model.pt", "model.safetensors"])
+def test_weights_run_where_torch_is_asked_for(name: str, tmp_path: Path) -> None:
+    save_weights(tmp_path / name)
+    assert dpm_cli.evaluate(tmp_path / name, recipe(), latency=False, runtime="torch").kind == "dense"
+
+
+def save_weights(path: Path) -> None:
+    weights = build("digits", classes=10, shape=(1, 8, 8)).state_dict()
+    (save_file if path.suffix == ".safetensors" else torch.save)(weights, path)
 
 
 class Raises(nn.Module):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+from dataclasses import replace
 from functools import partial
 from typing import get_args
 
@@ -23,6 +24,7 @@ from torch import nn
 import dpm_cli
 from dpm_cli.errors import (
     AccuracyError,
+    DpmError,
     Interrupted,
     ModelFileError,
     OutputError,
@@ -259,6 +261,35 @@ def test_finished_run_resumed_returns_its_report(finished, dense_file):
         dpm_cli.prune(dense_file, recipe(), output=folder, resume=True)
     with pytest.raises(OutputError, match="finished run"):
         dpm_cli.prune(dense_file, recipe(export=["torchscript"]), output=folder)
+
+
+@pytest.mark.parametrize("target", [{"size": "1KB"}, {"macs": 2}])
+def test_run_that_is_refused_before_training_leaves_no_new_folder(dense_file, tmp_path, target):
+    with pytest.raises(TargetError):
+        dpm_cli.prune(dense_file, recipe(prune={"target": target}), output=tmp_path / "new" / "out")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("content", ["other weights", "damaged", "missing"])
+def test_finished_run_is_not_resumed_from_another_model_file(finished, dense, dense_file, tmp_path, content):
+    path = tmp_path / "model.pt"
+    if content == "other weights":
+        torch.save({name: tensor + 1 for name, tensor in dense.state_dict().items()}, path)
+    if content == "damaged":
+        path.write_bytes(dense_file.read_bytes()[:1000])
+    message = r"report\.json was made from another model file" if content == "other weights" else r"model\.pt"
+    with pytest.raises(DpmError, match=message):
+        dpm_cli.prune(path, recipe(export=["torchscript"]), output=finished[0], resume=True)
+
+
+def test_finished_run_of_an_older_version_returns_its_report(finished, dense_file, tmp_path):
+    folder, report = finished
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    values = json.loads((folder / "report.json").read_text())
+    del values["origin"]
+    (tmp_path / "report.json").write_text(json.dumps(values, indent=2))
+    resumed = dpm_cli.prune(dense_file, recipe(export=["torchscript"]), output=tmp_path, resume=True)
+    assert resumed == replace(report, origin=None)
 
 
 @pytest.mark.parametrize(("target", "is_left"), [(0.5, False), (0.0001, True)])

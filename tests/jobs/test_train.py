@@ -13,7 +13,7 @@ from killed import start_killed
 import dpm_cli
 from dpm_cli.data.digits import read_digits
 from dpm_cli.engine.checkpoint import load_checkpoint, save_checkpoint
-from dpm_cli.errors import DataError, Interrupted, OutputError, RecipeError, RunError
+from dpm_cli.errors import DataError, Interrupted, ModelFileError, OutputError, RecipeError, RunError
 from dpm_cli.models import build
 from dpm_cli.run.course import Course
 
@@ -57,8 +57,23 @@ def test_training_writes_a_model_that_can_be_pruned(tmp_path):
     for _ in range(2):
         dpm_cli.train(recipe(train={"epochs": 1}), output=more, model=path, overwrite=True)
     assert before == path.read_bytes() != more.read_bytes()
-    with pytest.raises(OutputError, match="not a folder"):
-        dpm_cli.train(recipe(), output=tmp_path / "absent" / "model.pt")
+
+
+def test_the_folder_of_a_model_is_made(tmp_path):
+    result = dpm_cli.train(recipe(train={"epochs": 1}), output=tmp_path / "new" / "sub" / "model.pt")
+    assert (tmp_path / "new" / "sub" / "model.pt").stat().st_size == result.bytes
+
+
+def test_refused_training_leaves_no_new_folder(tmp_path):
+    with pytest.raises(ModelFileError):
+        dpm_cli.train(recipe(), output=tmp_path / "new" / "sub" / "model.pt", model=tmp_path / "absent.pt")
+    assert not any(tmp_path.iterdir())
+
+
+def test_a_folder_in_place_of_the_model_is_called_one(tmp_path):
+    (tmp_path / "photos").mkdir()
+    with pytest.raises(OutputError, match="photos is a folder"):
+        dpm_cli.train(recipe(), output=tmp_path / "photos")
 
 
 def test_training_twice_gives_the_same_bits(tmp_path):
@@ -271,8 +286,8 @@ def test_unfinished_training_is_resumed_or_replaced_but_never_by_accident(tmp_pa
 def test_finished_training_is_only_replaced_on_request(tmp_path, whole):
     path = tmp_path / "model.pt"
     path.write_bytes(whole()[0].read_bytes())
-    for resume in (False, True):
-        refuse(path, r"model\.pt exists: choose another --output, or --overwrite to replace it", resume=resume)
+    refuse(path, r"model\.pt exists: choose another --output, or --overwrite to replace it")
+    refuse(path, r"model\.pt exists and no training of it is unfinished: use it, or --overwrite", resume=True)
     seen = []
     dpm_cli.train(
         settings_of("adamw"), output=path, overwrite=True, on_event=lambda event: seen.append(path.read_bytes())

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from dpm_cli.errors import ModelFileError
 from dpm_cli.models import Loaded, build, load, load_model
 from dpm_cli.models.structure import named_tensors
+from dpm_cli.models.weights import strip_wrappers
 
 SHAPE = (1, 8, 8)
 
@@ -48,9 +49,17 @@ WRAPPINGS: dict[str, Callable[[dict[str, Tensor]], Any]] = {
     "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "compiled parallel": lambda state: {"model": {f"module._orig_mod.{name}": state[name] for name in state}},
     "parallel compiled": lambda state: {f"_orig_mod.module.{name}": tensor for name, tensor in state.items()},
+    "lightning": lambda state: {"state_dict": {f"model.{name}": state[name] for name in state}, "epoch": 3},
+    "lightning compiled": lambda state: {f"model._orig_mod.{name}": tensor for name, tensor in state.items()},
     "without counts": lambda state: {name: state[name] for name in state if "num_batches" not in name},
     "double": lambda state: {name: tensor.double() for name, tensor in state.items()},
 }
+
+
+@pytest.mark.parametrize("found", ["model.", "module.model.", "model.model.", "model._orig_mod.model."])
+def test_no_more_is_stripped_than_the_module_does_without(found: str) -> None:
+    tensors = {f"{found}{name}": torch.zeros(1) for name in ("a", "b")}
+    assert strip_wrappers(tensors, ["model.a", "model.b"]).keys() == {"model.a", "model.b"}
 
 
 @pytest.mark.parametrize("wrapping", WRAPPINGS)

@@ -1,5 +1,6 @@
 """Recipes: every mistake at once, the nearest known key, nothing silently ignored."""
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from dpm_cli.method.pruners import make_base
 from dpm_cli.recipe import Recipe, dump_recipe, hash_recipe, load_recipe, parse_recipe, shipped_recipes
 from dpm_cli.recipe.sections import Decay, Rectify, Training
 from dpm_cli.recipe.stages import Stage, number_epochs
-from dpm_cli.recipe.values import parse_amount
+from dpm_cli.recipe.values import parse_amount, parse_latency, parse_size
 
 SMALLEST: dict[str, Any] = {"model": {"arch": "digits"}, "data": {"name": "digits"}, "prune": {"target": {"macs": 0.5}}}
 
@@ -258,6 +259,31 @@ def test_amounts_are_fractions_or_absolutes(text: object, number: float) -> None
     assert parse_amount(text) == number
 
 
+@pytest.mark.parametrize("parse", [parse_amount, parse_size, parse_latency])
+def test_fractions_may_be_percentages(parse: Callable[[object], float]) -> None:
+    assert parse("47 %") == 0.47
+
+
+@pytest.mark.parametrize("parse", [parse_amount, parse_size, parse_latency])
+@pytest.mark.parametrize("text", ["0%", "100%", "250%", "-5%", "%"])
+def test_percentages_that_keep_nothing_or_everything_are_refused(parse: Callable[[object], float], text: str) -> None:
+    with pytest.raises(ValueError, match="a fraction to keep"):
+        parse(text)
+
+
+def test_a_typed_value_is_not_blamed_on_the_file() -> None:
+    with pytest.raises(RecipeError) as caught:
+        load_recipe("digits", ["train.epochs=x", "prune.target={macs: half}"])
+    assert [problem.partition(" ")[0] for problem in caught.value.problems] == ["prune.target.macs", "train.epochs"]
+
+
+def test_a_value_of_the_file_is_blamed_on_it_beside_a_typed_one(tmp_path: Path) -> None:
+    path = tmp_path / "mine.yaml"
+    path.write_text("model: {arch: digits}\ndata: {name: digits}\ntrain: {epochs: x}\n")
+    with pytest.raises(RecipeError, match=r"mine\.yaml: train\.epochs"):
+        load_recipe(path, ["train.lr=0.1"])
+
+
 FLOATS = partial(st.floats, allow_subnormal=False)  # a run in this process may have switched them off
 SETTINGS = st.fixed_dictionaries(
     {
@@ -314,7 +340,7 @@ def test_the_hash_changes_with_any_setting(override: str) -> None:
 
 def test_a_wrong_round_to_is_one_mistake() -> None:
     (problem,) = problems_of(SMALLEST, "prune.round_to=0")
-    assert problem == "recipe: prune.round_to is 0; must be a number of channels such as 8, or auto"
+    assert problem == "prune.round_to is 0; must be a number of channels such as 8, or auto"
 
 
 @pytest.mark.parametrize("base", ["otov2", "gate-decorator"])
