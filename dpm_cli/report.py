@@ -41,7 +41,8 @@ class TargetReport:
 
     @property
     def is_met(self) -> bool:
-        return self.reached <= self.limit
+        """Tell whether the cost is within its limit; of a drop, which limits none, whether it fell at all."""
+        return self.reached < self.dense if self.kind == "drop" else self.reached <= self.limit
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def _cost_table(plan: Inspected) -> Table:
 
 def _describe_target(target: PlannedTarget) -> str:
     if target.kind == "drop":
-        return f"drop {target.asked:g} points: what it allows is seen only in training"
+        return f"drop {numbers.asked(target.kind, target.asked)}: what it allows is seen only in training"
     asked = numbers.asked(target.kind, target.asked)
     verdict = "can be met" if target.is_achievable else "cannot be met"
     return f"{target.kind} {asked}: at most {numbers.cost(target.kind, target.limit)}, {verdict}"

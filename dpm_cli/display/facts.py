@@ -29,6 +29,8 @@ def title(report: Report) -> str:
     name = report.arch or "model"
     if report.sparsities:
         return f"{name}, {report.base}, target sparsity {asked}: {share} of the weights left ({reached})"
+    if target.kind == "drop" and not target.is_met:
+        return f"{name}, {report.method}, target drop {asked}: nothing could be removed"
     if target.kind == "drop":
         return f"{name}, {report.method}, target drop {asked}: {share} of the MACs left ({reached})"
     if report.targets:

@@ -51,6 +51,11 @@ def test_runs_stand_in_one_table(dpm: Any, runs: list[Path]) -> None:
     assert max(map(len, ended.out.splitlines())) <= 80
 
 
+def test_a_drop_that_allowed_no_removal_is_marked(dpm: Any, runs: list[Path]) -> None:
+    runs[0].write_text(make_report(target=TargetReport("drop", 1.0, 1000, 1000, 1000)).to_json())
+    assert "* the target was not met" in dpm("compare", runs[0]).out
+
+
 def test_long_names_are_not_broken_in_a_pipe(dpm: Any, runs: list[Path]) -> None:
     name = "a long name " * 8 + "end"
     runs[0].parent.rename(runs[0].parent.parent / name)

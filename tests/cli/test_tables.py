@@ -66,6 +66,11 @@ def test_the_title_says_what_was_asked_and_reached(report: Report) -> None:
     assert title(channels) == "model, depgraph + DPM, target channels 600: 52.9 % left (592 of at most 600)"
 
 
+def test_the_title_says_that_a_drop_allowed_no_removal(report: Report) -> None:
+    whole = replace(report, target=TargetReport("drop", 1.0, 1000, 1000, 1000))
+    assert title(whole) == "resnet56, depgraph + DPM, target drop 1 point: nothing could be removed"
+
+
 def test_a_speed_up_far_below_the_macs_is_said(report: Report) -> None:
     (sentence,) = disappointments(report)
     assert "torch 1.25×" in sentence
