@@ -3,13 +3,13 @@
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 import dpm_cli
-from dpm_cli.errors import AccuracyError, MissedError, TargetError
+from dpm_cli.errors import AccuracyError, MissedError, TargetError, UnreadableError
 from dpm_cli.events import Note
 from dpm_cli.layers.images import Framing
 from dpm_cli.models import Metadata, build, save_slim
@@ -304,6 +304,20 @@ def test_predict_prints_a_line_for_each_picture(dpm: Any, stand_in: Any) -> None
     assert predict.options["top"] == 2
     document = json.loads(dpm("predict", "model.onnx", "a.jpg", "--json").out)
     assert document[0]["classes"][1] == {"name": "dog", "index": 1, "probability": 0.05}
+
+
+def test_predict_tells_of_each_picture_that_cannot_be_read(dpm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted = [Predicted("no.jpg", (), "no.jpg is not a file"), Predicted("b.jpg", (Guess("dog", 1, 0.95),))]
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise UnreadableError("no.jpg is not a file", predicted=predicted)
+
+    monkeypatch.setattr(dpm_cli, "predict", refuse)
+    ended = dpm("predict", "model.onnx", "no.jpg", "b.jpg")
+    assert (ended.code, ended.out, ended.err) == (2, "b.jpg  dog 95.0 %\n", "error: no.jpg is not a file\n")
+    first, second = json.loads(dpm("predict", "model.onnx", "no.jpg", "b.jpg", "--json").out)
+    assert first == {"image": "no.jpg", "error": "no.jpg is not a file"}
+    assert second["classes"][0]["name"] == "dog"
 
 
 @pytest.mark.parametrize(
