@@ -1,7 +1,9 @@
 """`dpm recipes`: list or print the shipped recipes, to copy and change."""
 
 import difflib
+import shutil
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated
 
@@ -21,10 +23,12 @@ def recipes(
 
     shipped = shipped_recipes()
     if name is None:
-        width = max(map(len, shipped), default=0)
+        columns = shutil.get_terminal_size().columns if sys.stdout.isatty() else sys.maxsize
+        width = max(map(len, shipped), default=0) + 2
         for each, path in shipped.items():
             needs = " (names code to run: needs --trust)" if load_recipe(path).code else ""
-            print(f"{each:<{width}}  {first_comment(path)}{needs}")
+            line = f"{each:<{width}}{first_comment(path)}{needs}"
+            print(textwrap.fill(line, columns, subsequent_indent=" " * width, break_on_hyphens=False))
         return
     stem = name.removesuffix(".yaml")
     if stem not in shipped:

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpm_cli.cli.compared import ComparedRun
-from dpm_cli.cli.tables import LABEL, make_console, make_table, print_detail
+from dpm_cli.cli.tables import LABEL, make_console, make_table, print_detail, print_folded
 from dpm_cli.display import numbers
 from dpm_cli.display.facts import (
     KINDS,
@@ -34,6 +34,7 @@ from dpm_cli.results import (
 )
 
 NAME_WIDTH = 16
+COPIED = ("file", "weights")  # rows with a path, which is never broken
 CSV_COLUMNS = "group layers units removed macs_saved accuracy accuracy_change loss loss_change".split()
 
 
@@ -275,4 +276,7 @@ def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     console = make_console()
     width = max(NAME_WIDTH, *(len(name) + 2 for name, _ in pairs))
     for name, value in pairs:
-        console.print(f"{name:<{width}}{value}", soft_wrap=True)
+        if name in COPIED:
+            console.print(f"{name:<{width}}{value}", soft_wrap=True)
+        else:
+            print_folded(console, value, label=f"{name:<{width}}")

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpm_cli.display import numbers
-from dpm_cli.display.facts import RUNTIMES, details, rows, title
+from dpm_cli.display.facts import RUNTIMES, details, rows, title, wrap_words
 from dpm_cli.report import Milliseconds, Report, SparsityReport
 
 LABEL = 10  # columns
@@ -17,7 +17,7 @@ LABEL = 10  # columns
 
 def print_report(report: Report) -> None:
     console = make_console()
-    console.print(title(report), style="bold", soft_wrap=True)
+    print_folded(console, title(report), style="bold")
     table = make_table("", "dense", "slim", "change", title=None)
     for row in rows(report):
         table.add_row(*row)
@@ -83,6 +83,13 @@ def make_table(*columns: str, title: str | None) -> Table:
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", overflow="fold")
     return table
+
+
+def print_folded(console: Console, text: str, *, label: str = "", style: str = "") -> None:
+    """Print a line: in a pipe whole, on a terminal broken between words, with the label only before the first part."""
+    lines = wrap_words(text, console.width - len(label)) if console.is_terminal else [text]
+    for number, line in enumerate(lines):
+        console.print(f"{' ' * len(label) if number else label}{line}", style=style, soft_wrap=True)
 
 
 def print_detail(console: Console, label: str, lines: Sequence[str]) -> None:

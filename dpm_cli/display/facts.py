@@ -17,6 +17,8 @@ RUNTIMES = {
     "tensorrt": "TensorRT",
 }
 KINDS = {"macs": "MACs", "params": "parameters", "channels": "units", "size": "float32 size", "latency": "latency"}
+GLUE = "\0"  # in place of a space at which no line breaks
+BEFORE_UNIT = re.compile(r"(?<=\d) (?=(%|[KMGT]?B|[KMGT]|m?s|min|h|points?|images?|threads?)(?!\w))")
 MOST_LAYERS = 60  # longer lists of layers are cut
 DISAPPOINTING = 0.5  # gains in speed below this share of the gain in MACs get a note
 
@@ -211,4 +213,6 @@ def wrap(items: Sequence[str], width: int) -> list[str]:
 
 
 def wrap_words(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    """Break a text between words, but never a number from its unit."""
+    lines = textwrap.wrap(BEFORE_UNIT.sub(GLUE, text), width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(GLUE, " ") for line in lines]

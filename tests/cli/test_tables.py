@@ -7,7 +7,7 @@ import pytest
 from made_up_report import make_report
 
 from dpm_cli.cli.tables import print_report
-from dpm_cli.display.facts import describe_kept, describe_widths, disappointments, praise, rows, title, wrap
+from dpm_cli.display.facts import describe_kept, describe_widths, disappointments, praise, rows, title, wrap, wrap_words
 from dpm_cli.report import KeptLayer, Measured, Milliseconds, Report, TargetReport, Width
 
 
@@ -131,6 +131,10 @@ def test_each_reason_to_keep_layers_whole_says_its_share_of_the_macs() -> None:
 def test_items_are_never_broken_when_wrapped() -> None:
     assert wrap(["aa 1→2", "bb 3→4", "cc 5→6"], 15) == ["aa 1→2, bb 3→4,", "cc 5→6"]
     assert wrap([], 10) == []
+
+
+def test_no_number_is_parted_from_its_unit() -> None:
+    assert wrap_words("it took 0.969 ms, 51 % of it", 13) == ["it took", "0.969 ms,", "51 % of it"]
 
 
 def test_a_slow_model_is_told_which_of_its_widths_are_to_blame() -> None:
