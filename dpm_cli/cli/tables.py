@@ -1,6 +1,7 @@
 """Print the result of a run: a table, and details below it."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -83,6 +84,28 @@ def make_table(*columns: str, title: str | None) -> Table:
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", overflow="fold")
     return table
+
+
+def measure_width(console: Console, table: Table) -> int:
+    """Count the columns that a table takes if nothing limits them."""
+    return console.measure(table, options=console.options.update(width=1000)).maximum
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table, in a pipe as wide as it is: nothing forces lines there to be short, and names can be long."""
+    if not console.is_terminal:
+        console.width = max(console.width, measure_width(console, table))
+    console.print(table)
+
+
+def fold_path(path: str, width: int) -> str:
+    """Break a path after its separators, into lines that are no longer than this if its parts are not."""
+    lines = [""]
+    for part in re.findall(r"[^/\\]*[/\\]*", path):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
 
 
 def print_folded(console: Console, text: str, *, label: str = "", style: str = "") -> None:

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from made_up_report import make_report
 
-from dpm_cli.cli.tables import print_report
+from dpm_cli.cli.tables import fold_path, print_report
 from dpm_cli.display.facts import describe_kept, describe_widths, disappointments, praise, rows, title, wrap, wrap_words
 from dpm_cli.report import KeptLayer, Measured, Milliseconds, Report, TargetReport, Width
 
@@ -135,6 +135,10 @@ def test_items_are_never_broken_when_wrapped() -> None:
 
 def test_no_number_is_parted_from_its_unit() -> None:
     assert wrap_words("it took 0.969 ms, 51 % of it", 13) == ["it took", "0.969 ms,", "51 % of it"]
+
+
+def test_a_path_is_folded_after_a_separator() -> None:
+    assert fold_path("out/some/model.onnx", 12) == "out/some/\nmodel.onnx"
 
 
 def test_a_slow_model_is_told_which_of_its_widths_are_to_blame() -> None:
