@@ -159,8 +159,10 @@ class Report:
         try:
             values = json.loads(text)
             del values["target"]["met"]
-        except (KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{type(error).__name__}: {error}") from None
+        except RecursionError:
+            raise ValueError("nested too deeply") from None
+        except (KeyError, TypeError):
+            raise ValueError("it has no target") from None
         # File names may hold bytes that are not text. pydantic's JSON parser refuses them, so they become "?".
         return _parse(json.dumps(values, ensure_ascii=False).encode(errors="replace"))
 
