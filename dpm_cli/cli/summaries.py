@@ -224,7 +224,7 @@ def refuse(plan: Inspected) -> str:
     low, high = (numbers.cost(kind, costs[kind]) for costs in (plan.lowest, plan.dense))
     reach = f"from {low} to just below {high} can" if plan.groups else "no unit can be removed, for the reasons above"
     return (
-        f"target {kind} {plan.target.asked:g} cannot be met: {reach}; "
+        f"target {kind} {numbers.asked(kind, plan.target.asked)} cannot be met: {reach}; "
         "change prune.target, prune.min_keep, prune.round_to or prune.keep"
     )
 

@@ -72,7 +72,9 @@ class AccuracyFloor:
         pruning = subject.pruning
         if not self.broken:
             goal = pruning.goal
-            left = f"{goal.kind} {goal.describe(pruning.cost())}" + (f" (target {goal.limit:,})" if goal.asked else "")
+            left = f"{goal.kind} {goal.describe(pruning.cost())}" + (
+                f" (target {goal.describe(goal.limit)})" if goal.asked else ""
+            )
             end = f"the run went back to the last state that held, with {left}"
             if not goal.asked and self._is_whole:
                 end = "nothing could be removed: raise target.drop, or train longer"
