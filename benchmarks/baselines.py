@@ -37,9 +37,8 @@ from dpm_cli.graph import Groups, Units, compact_
 from dpm_cli.graph.labels import Flags
 from dpm_cli.jobs.loading import load_splits
 from dpm_cli.measure import count_parameters
-from dpm_cli.method.budget import Scores, choose_victims, resolve_limit
+from dpm_cli.method.budget import Scores, choose_victims, rank, resolve_limit
 from dpm_cli.method.pruners import DepGraph
-from dpm_cli.method.pruners.depgraph import ranks
 from dpm_cli.method.survey import survey
 from dpm_cli.models import build, load_model
 from dpm_cli.recipe import Recipe, parse_recipe
@@ -163,7 +162,7 @@ def judge_cut(model: nn.Module, groups: Groups, recipe: Recipe, batches: list[Ba
 
 def rank_within(groups: Groups, scores: Scores) -> Scores:
     """Rank (units,) scores within each group, from just above 0 to 1: a global cut then takes equal shares."""
-    return np.concatenate([(ranks(scores[group.range]) + 1) / group.size for group in groups])
+    return np.concatenate([(rank(scores[group.range]) + 1) / group.size for group in groups])
 
 
 def fall(epoch: int, epochs: int) -> float:

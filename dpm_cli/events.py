@@ -40,7 +40,7 @@ class Wanted:
     several targets at once.
     """
 
-    kind: str  # macs | params | channels | size | sparsity | drop, or several: "macs and size"
+    kind: str  # macs | params | channels | size | latency | sparsity | drop, or several: "macs and size"
     limit: int | None = None
     dense: int | None = None
     asked: tuple[float, ...] = ()  # as in the recipe, where there is no limit
@@ -71,12 +71,13 @@ class Started(Event):
 
 @dataclass(frozen=True)
 class Resumed(Event):
-    """The run continues from a checkpoint."""
+    """The run continues from a checkpoint. before: steps of all stages that are over."""
 
     kind: ClassVar[str] = "resumed"
     stage: str
     step: int
     path: str
+    before: int
 
 
 @dataclass(frozen=True)
@@ -194,7 +195,10 @@ class WentBack(Event):
 
 @dataclass(frozen=True)
 class WeightsCut(Event):
-    """Single weights of the trained model were cut to a sparsity. Accuracies are in percent, on the test set."""
+    """Single weights of the trained model were cut to a sparsity. Accuracies are in percent, on the test set.
+
+    dense: of the trained model, before the cut.
+    """
 
     kind: ClassVar[str] = "cut"
     is_logged: ClassVar[bool] = True

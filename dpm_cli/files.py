@@ -20,6 +20,7 @@ from typing import BinaryIO
 from dpm_cli.errors import OutputError, RunError
 
 REPORT = "report.json"  # written last, so its presence means that the run is finished
+METRICS = "metrics.jsonl"  # what happened when
 CHECKPOINT = "checkpoint.pt"  # removed when the run is finished
 PAGE = "report.html"  # what report.json and metrics.jsonl say, to look at
 METADATA = "model.json"  # beside exported files: class names, and how a picture becomes an input
@@ -43,7 +44,7 @@ MARKS = {  # what a run writes -> bytes that every such file of ours holds
     PAGE: b'content="dpm"',
     REPORT: b'{\n  "arch"',
     "recipe.yaml": b"# resolved by dpm",
-    "metrics.jsonl": b'{"event"',
+    METRICS: b'{"event"',
 }
 
 

@@ -33,7 +33,7 @@ class Measured:
 class TargetReport:
     """Compares the requested cost with the cost that was reached, in the same unit."""
 
-    kind: str  # macs | params | channels | size | latency, in nanoseconds | drop, whose cost is in MACs
+    kind: str  # macs | params | channels | size | latency, in nanoseconds | sparsity | drop, whose cost is in MACs
     asked: float  # as in the recipe: a fraction to keep, an absolute number, or points
     limit: int
     dense: int
@@ -107,7 +107,7 @@ class SparsityReport:
     asked: float  # share of weights to cut
     reached: float
     bytes: int  # of the weights, packed as in slim.pt
-    dense: float | None  # before the cut
+    dense: float | None  # of the trained model, before the cut
     cut: float | None  # with zeros
     recovered: float | None  # with recovered values in place of the cut weights
     recalibrated: float | None  # and with recomputed BatchNorm statistics, if the recipe asks for them

@@ -153,7 +153,7 @@ class PlannedGroup:
 class PlannedTarget:
     """Describes the target of the recipe, and whether the model can meet it."""
 
-    kind: str  # macs | params | channels | size | sparsity | drop
+    kind: str  # macs | params | channels | size | latency, in nanoseconds | sparsity | drop
     asked: float  # as in the recipe: a fraction to keep, or an absolute number
     limit: int
     is_achievable: bool

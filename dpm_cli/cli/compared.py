@@ -17,7 +17,7 @@ class ComparedRun:
     report: str
     arch: str | None
     base: str
-    target: str  # macs | params | channels | sparsity
+    target: str  # macs | params | channels | size | latency | sparsity | drop
     asked: float
     met: bool
     macs_dense: int

@@ -1,5 +1,7 @@
 """Describe every event of a run in one plain line."""
 
+import itertools
+
 from dpm_cli.display import numbers
 from dpm_cli.events import (
     EpochEnded,
@@ -47,7 +49,8 @@ def describe(event: Event) -> str | None:
 def _describe_start(event: Started) -> str:
     target, dense = event.target, event.dense
     if target.limit is None:
-        wanted = ", ".join(f"{sparsity:g}" for sparsity in target.asked)
+        kinds = itertools.cycle(target.kind.split(" and "))  # one of all amounts, or one of each
+        wanted = ", ".join(map(numbers.asked, kinds, target.asked))
     else:
         wanted = f"≤ {numbers.cost(target.kind, target.limit)}"
     return (
@@ -69,7 +72,7 @@ def _describe_round(event: RoundStarted) -> str:
 
 def _describe_cut(event: WeightsCut) -> str:
     accuracies = {
-        "dense": event.dense,
+        "trained": event.dense,
         "cut": event.cut,
         "recovered": event.recovered,
         "recalibrated": event.recalibrated,

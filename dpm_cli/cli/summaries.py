@@ -221,7 +221,8 @@ def _describe_target(target: PlannedTarget) -> str:
 def refuse(plan: Inspected) -> str:
     """Say that the target cannot be met, what can, and which settings to change."""
     kind = plan.target.kind
-    low, high = (numbers.cost(kind, costs[kind]) for costs in (plan.lowest, plan.dense))
+    counted = "macs" if kind == "drop" else kind
+    low, high = (numbers.cost(counted, costs[counted]) for costs in (plan.lowest, plan.dense))
     reach = f"from {low} to just below {high} can" if plan.groups else "no unit can be removed, for the reasons above"
     return (
         f"target {kind} {numbers.asked(kind, plan.target.asked)} cannot be met: {reach}; "

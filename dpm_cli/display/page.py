@@ -10,7 +10,7 @@ from dpm_cli.display.charts import draw_charts
 from dpm_cli.display.facts import details, disappointments, doubts, rows, title
 from dpm_cli.display.history import read_history
 from dpm_cli.display.reports import read_report
-from dpm_cli.files import PAGE, read_regular_text, write_text_atomic
+from dpm_cli.files import METRICS, PAGE, read_regular_text, write_text_atomic
 from dpm_cli.report import Report
 
 LINE = 10_000  # letters: a page breaks lines by itself
@@ -24,7 +24,7 @@ def write_page(folder: Path, report: Report | None = None) -> Path:
     be written.
     """
     report = report or read_report(folder)
-    history = read_history(folder / "metrics.jsonl")
+    history = read_history(folder / METRICS)
     recipe = folder / "recipe.yaml"
     page = _template().render(
         title=title(report),

@@ -67,7 +67,7 @@ class StageLoop:
     def __init__(self, setup: Setup, learner: Learner, stage: Stage, hooks: Hooks, step: int = 0) -> None:
         """step: the next one to take, within the stage."""
         self.setup, self.learner, self.stage, self.hooks, self.step = setup, learner, stage, hooks, step
-        self.seconds = 0.0  # from the start or resumption of the stage to its last checkpoint or end
+        self.seconds = 0.0  # up to the last checkpoint or end, since they were last added to those of the run
         self._meter, self._waiting = LossMeter(setup.device), Waiting()
         self._epoch_started = self._counted = time.monotonic()
 

@@ -13,6 +13,7 @@ from dpm_cli.files import (
     LOCK,
     MAGIC,
     MARKS,
+    METRICS,
     REPORT,
     find_holder,
     find_leftovers,
@@ -31,7 +32,6 @@ from dpm_cli.report import Report
 from dpm_cli.results import Examined, Found
 from dpm_cli.run.resolved import NAME, read_model
 
-METRICS = "metrics.jsonl"
 TRAINING, PREVIOUS = ".checkpoint.pt", ".previous.pt"  # ends of names: checkpoints of `dpm train`, the last but one
 MOST = 100  # trainings that are looked at in one folder
 LONGEST = 1000  # letters of a sentence

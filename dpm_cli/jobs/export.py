@@ -43,9 +43,9 @@ def export_slim(
 
         dpm_cli.export_slim("slim.pt", formats=["onnx"], output="deploy")
 
-    formats: torchscript, onnx, onnx-fp16, onnx-int8, pt2. arch: needed for architectures from your own code. model: a
-    freshly built dense module, for a file that was saved without an architecture. opset: of ONNX. Every file is
-    reloaded and compared before it gets its name.
+    formats: torchscript, onnx, onnx-fp16, onnx-int8, pt2, openvino, executorch. arch: needed for architectures from
+    your own code. model: a freshly built dense module, for a file that was saved without an architecture. opset: of
+    ONNX. Every file is reloaded and compared before it gets its name.
 
     recipe, overrides: `data` and `quantize` for onnx-int8, and changes such as "data.root=photos"; by default, the
     recipe in slim.pt. trust: run code that this recipe names for its data, and accept images far larger than the file.
@@ -74,19 +74,11 @@ def export_slim(
     image = torch.randn(1, *loaded.shape, generator=generator)
     calibration = _load_calibration(Path(slim), loaded, recipe, overrides, trust) if "onnx-int8" in paths else None
     write_text_atomic(beside, described)
-    exported = []
-    for format in sorted(paths, key="onnx-int8".__eq__):  # the one that may fail comes last
-        made = export_one(
-            loaded.module,
-            image,
-            format,
-            folder,
-            metadata=loaded.metadata.to_strings(),
-            opset=opset,
-            calibration=calibration,
-        )
-        exported.append(made)
-    return exported
+    metadata = loaded.metadata.to_strings()
+    return [
+        export_one(loaded.module, image, format, folder, metadata=metadata, opset=opset, calibration=calibration)
+        for format in sorted(paths, key="onnx-int8".__eq__)  # the one that may fail comes last
+    ]
 
 
 def _load_calibration(

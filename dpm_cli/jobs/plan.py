@@ -109,7 +109,8 @@ class Plan:
     def _target(self) -> PlannedTarget:
         target, sparse = self.prune.target, self.prune.on_the_fly
         if target.drop is not None and not self.limits:
-            return PlannedTarget("drop", target.drop, self.dense["macs"], True)
+            can_lose = self.lowest["macs"] < self.dense["macs"]
+            return PlannedTarget("drop", target.drop, self.dense["macs"], can_lose)
         if not target.sparsity:
             each = [
                 PlannedTarget(str(kind), self.amounts[kind], limit, self._can_meet(kind))

@@ -72,8 +72,8 @@ def prune(
     should_stop: called after every step; if it returns true or an exit code, the run writes a checkpoint and raises
     Interrupted. Under a launcher such as torchrun all processes prune together. Each calls `on_event` and returns the
     report; only the first one writes files.
-    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; one for a
-    broken floor or a missed target is raised after everything was written, and carries the report.
+    Raises a DpmError whose message is one line and whose `exit_code` is the command line's; a MissedError after
+    everything was written carries the report.
     """
     recipe, folder = resolve_recipe(recipe, trust=trust), Path(output)
     with join(device) as world:
@@ -105,10 +105,7 @@ def prune(
                 )
             if world.size > 1:
                 run.notes.append(f"trained by {world.size} processes")
-            with _recording(recipe, folder, world, on_event, model) as tell:
-                if overwrite and world.is_main:  # otherwise a later --resume would take up the abandoned run
-                    (folder / REPORT).unlink(missing_ok=True)
-                    remove_checkpoints(folder / CHECKPOINT)
+            with _recording(recipe, folder, world, on_event, model, overwrite=overwrite) as tell:
                 report = follow(run.events(resume=resume), tell)
             return _judge(report)
 
@@ -135,9 +132,9 @@ def _claimed(
 
 @contextlib.contextmanager
 def _recording(
-    recipe: Recipe, folder: Path, world: World, on_event: OnEvent, model: AnyModel | None
+    recipe: Recipe, folder: Path, world: World, on_event: OnEvent, model: AnyModel | None, *, overwrite: bool
 ) -> Iterator[Callable[[Event], None]]:
-    """Log the run to other stores, and write report.html when it is over."""
+    """Log the run to other stores, and write report.html when it is over. Call when nothing is refused any more."""
     if not world.is_main:
         yield telling(on_event)
         return
@@ -145,6 +142,9 @@ def _recording(
         write_resolved(
             folder, recipe, str(model) if isinstance(model, str | Path) else None
         )  # so that --resume needs no repeated --set
+        if overwrite:  # otherwise a later --resume would take up the abandoned run
+            (folder / REPORT).unlink(missing_ok=True)
+            remove_checkpoints(folder / CHECKPOINT)
         yield tell
     write_page(folder)
 

@@ -5,10 +5,11 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, assert_never
 
+from dpm_cli.display.history import Axis
 from dpm_cli.errors import RecipeError
-from dpm_cli.events import EpochEnded, Event, RoundStarted, UnitsRemoved, UnitsWatched
+from dpm_cli.events import EpochEnded, Event, Resumed, RoundStarted, UnitsRemoved, UnitsWatched
 from dpm_cli.recipe import Recipe, dump_recipe
 
 FOLDERS = {"tensorboard": "tensorboard", "mlflow": "mlflow.db"}  # inside the folder of the run
@@ -94,31 +95,29 @@ def tracking(recipe: Recipe, folder: Path, on_event: Callable[[Event], None]) ->
         trackers = [make_tracker(kind, folder) for kind in recipe.track]
         for tracker in trackers:
             tracker.describe(dump_recipe(recipe))
-        yield _Axis(trackers, on_event).tell
+        yield _Logger(trackers, on_event).tell
         for tracker in trackers:  # an interrupted run stays open, and goes on here
             tracker.close()
 
 
-class _Axis:
-    """Puts the steps of all stages on one axis."""
+class _Logger:
+    """Passes events on, and logs their numbers over the steps of all stages."""
 
     def __init__(self, trackers: Sequence[Tracker], on_event: Callable[[Event], None]) -> None:
-        self._trackers, self._on_event = trackers, on_event
-        self._stage, self._before, self._last = "", 0, 0
+        self._trackers, self._on_event, self._axis = trackers, on_event, Axis()
 
     def tell(self, event: Event) -> None:
         self._on_event(event)
-        stage, step = getattr(event, "stage", None), getattr(event, "step", None)
-        if isinstance(stage, str) and isinstance(step, int):
-            if stage != self._stage:
-                self._stage, self._before, self._last = stage, self._before + self._last, 0
-            self._last = max(self._last, step)
-            values = read_values(event)
-            for tracker in self._trackers if values else ():
-                tracker.log(values, self._before + step)
+        match event:
+            case Resumed():
+                self._axis.resume(event)
+            case EpochEnded() | UnitsWatched() | RoundStarted() | UnitsRemoved():
+                at = self._axis.place(event.stage, event.step, ends_epoch=isinstance(event, EpochEnded))
+                for tracker in self._trackers:
+                    tracker.log(read_values(event), at)
 
 
-def read_values(event: Event) -> dict[str, float]:
+def read_values(event: EpochEnded | UnitsWatched | RoundStarted | UnitsRemoved) -> dict[str, float]:
     """Return the numbers of an event that stores can draw over the steps."""
     match event:
         case EpochEnded(loss=loss, validation_accuracy=accuracy, lr=lr, images_per_second=speed):
@@ -131,7 +130,7 @@ def read_values(event: Event) -> dict[str, float]:
         case UnitsRemoved(macs=macs, params=params, units=units):
             return {"model/macs": macs, "model/params": params, "model/units": units}
         case _:
-            return {}
+            assert_never(event)
 
 
 @contextlib.contextmanager

@@ -85,8 +85,15 @@ def find_width_limits(groups: Groups, *, round_to: int, min_keep: float) -> Widt
     return WidthLimits(np.minimum(sizes, -(-fewest // step) * step), step, sizes)
 
 
+def rank(scores: Scores) -> Scores:
+    """Rank (units,) scores from 0 for the lowest; equal ones in their order."""
+    ranks = np.empty(len(scores))
+    ranks[np.argsort(scores, kind="stable")] = np.arange(len(scores))
+    return ranks
+
+
 def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
-    """Count the MACs, parameters or units of a set of survivors. alive: (units,)"""
+    """Return the cost of a set of survivors, in the unit of its kind. alive: (units,)"""
     match kind:
         case "macs":
             return cost.macs(alive)

@@ -11,21 +11,18 @@ its place, and the target is met without waiting.
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dpm_cli.graph import Units
-from dpm_cli.method.budget import Scores
+from dpm_cli.method.budget import Scores, rank
 from dpm_cli.method.rectify import TINY, Rectifier
 from dpm_cli.recipe.sections import Rectify
 
 
-def rank(scores: Scores) -> Scores:
-    """Compute (units,) 0 for the lowest score, 1 for the highest; equal ones in their order."""
-    ranks = np.empty(len(scores))
-    ranks[np.argsort(scores, kind="stable")] = np.arange(len(scores)) / max(len(scores) - 1, 1)
-    return ranks
+def rank_in_one(scores: Scores) -> Scores:
+    """Rank (units,) scores from 0 for the lowest to 1 for the highest."""
+    return rank(scores) / max(len(scores) - 1, 1)
 
 
 def make_rectifier(
@@ -57,7 +54,7 @@ class Reselection:
     def start(self, scores: Scores) -> None:
         """Begin a round. scores: (units,) that its victims were chosen by."""
         self.evidence = torch.zeros_like(self.evidence)
-        self.ranked = torch.from_numpy(rank(scores)).to(self.evidence.device)
+        self.ranked = torch.from_numpy(rank_in_one(scores)).to(self.evidence.device)
 
     def is_due(self, elapsed: int, steps: int) -> bool:
         """Tell whether to choose again after so many steps of a decay of `steps`: neither the first nor the last."""
@@ -78,7 +75,7 @@ class Reselection:
     def scores(self) -> Scores:
         """Return (units,) what the victims are chosen by this time. Waits for the device."""
         evidence = self.evidence.double().cpu().numpy()
-        return self.ranked.cpu().numpy() + rank(evidence)
+        return self.ranked.cpu().numpy() + rank_in_one(evidence)
 
     def select(self, survivors: Tensor) -> None:
         """Keep only the state of these units. survivors: (kept,) indices."""

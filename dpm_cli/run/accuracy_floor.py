@@ -11,7 +11,7 @@ from dpm_cli.run.subject import Subject
 class AccuracyFloor:
     """Limits how far validation accuracy may fall below the dense model's. All accuracies are in percent.
 
-    Without `prune.max_drop` there is no floor: every state passes, and none is remembered.
+    Without `prune.max_drop` or `target.drop` there is no floor: every state passes, and none is remembered.
     """
 
     def __init__(self, subject: Subject, max_drop: float | None) -> None:
@@ -72,9 +72,7 @@ class AccuracyFloor:
         pruning = subject.pruning
         if not self.broken:
             goal = pruning.goal
-            left = f"{goal.kind} {goal.describe(pruning.cost())}" + (
-                f" (target {goal.describe(goal.limit)})" if goal.asked else ""
-            )
+            left = f"{goal.kind} {goal.describe(pruning.cost())}" + (f" (target {goal})" if goal.asked else "")
             end = f"the run went back to the last state that held, with {left}"
             if not goal.asked and self._is_whole:
                 end = "nothing could be removed: raise target.drop, or train longer"

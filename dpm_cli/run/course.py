@@ -57,6 +57,7 @@ class Course:
         self.setup, self.stages, self.trainee, self.origin, self.journal = setup, stages, trainee, origin, journal
         self.parts: dict[str, Part] = {"trainee": trainee, **(more or {})}
         self.stage = self.step = 0
+        self.before = 0  # steps of the stages that are over; some are repeated, some end early
         self.seconds: dict[str, float] = {}  # by stage
         self.notes: list[str] = []
         self._in_stage: State | None = None  # from a checkpoint, until its stage resumes
@@ -146,7 +147,7 @@ class Course:
 
     def advance(self) -> Iterator[Event]:
         """Move to the next stage and save a checkpoint."""
-        self.stage, self.step = self.stage + 1, 0
+        self.stage, self.step, self.before = self.stage + 1, 0, self.before + self.step
         yield self.save()
 
     def save(self, loop: StageLoop | None = None, in_stage: State | None = None) -> CheckpointWritten:
@@ -161,6 +162,7 @@ class Course:
             state = self.origin.to_dict() | {
                 "stage": self.stage,
                 "step": self.step,
+                "before": self.before,
                 "seconds": self.seconds,
                 "parts": {name: part.state_dict() for name, part in self.parts.items()},
                 "in_stage": in_stage,
@@ -183,13 +185,13 @@ class Course:
             self._restore_state(checkpoint.state)
         self.notes += [f"{path} was damaged; the one before it was used" for path in checkpoint.damaged]
         stage = "export" if self.is_over else self.current.name
-        yield Resumed(stage=stage, step=self.step, path=str(checkpoint.path))
+        yield Resumed(stage=stage, step=self.step, path=str(checkpoint.path), before=self.before)
 
     def _restore_state(self, state: State) -> None:
         for name, part in self.parts.items():
             part.load_state_dict(state["parts"][name])
         self.seconds = {str(name): float(spent) for name, spent in state["seconds"].items()}
-        self.stage, self.step = int(state["stage"]), int(state["step"])
+        self.stage, self.step, self.before = (int(state[name]) for name in ("stage", "step", "before"))
         if not (0 <= self.stage <= len(self.stages) and self.step >= 0):
             raise ValueError(f"stage {self.stage}, step {self.step}")
         self._in_stage = state["in_stage"]

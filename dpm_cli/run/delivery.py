@@ -16,7 +16,7 @@ from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import AccuracyError, FormatError, RunError
 from dpm_cli.events import Event, Exported, PhaseBegan
 from dpm_cli.export import Format, export_model, open_exported
-from dpm_cli.files import METADATA, write_text_atomic
+from dpm_cli.files import METADATA, METRICS, REPORT, write_text_atomic
 from dpm_cli.layers.images import Framing
 from dpm_cli.measure import count_bytes, count_macs, count_parameters, hardware, measure_in_turns
 from dpm_cli.models import Metadata, save_slim
@@ -28,7 +28,7 @@ from dpm_cli.run.mistakes import find_mistakes
 from dpm_cli.run.outcome import Outcome, remark_on_chance, remark_on_cost, remark_on_data, remark_on_teacher
 from dpm_cli.run.resolved import read_model, write_resolved
 
-FILES = {"slim": "slim.pt", "report": "report.json", "recipe": "recipe.yaml", "metrics": "metrics.jsonl"}
+FILES = {"slim": "slim.pt", "report": REPORT, "recipe": "recipe.yaml", "metrics": METRICS}
 
 
 @dataclass(frozen=True)
@@ -226,7 +226,7 @@ class Delivery:
             self._save_slim(Path(cut.report.file), cut.module, report, cut.masks)
         write_text_atomic(self.output / METADATA, self._metadata().to_json())
         write_resolved(self.output, self.recipe, read_model(self.output))
-        write_text_atomic(self.output / "report.json", report.to_json() + "\n")
+        write_text_atomic(self.output / REPORT, report.to_json() + "\n")
 
     def _save_slim(self, path: Path, module: nn.Module, report: Report, masks: Mapping[str, Tensor]) -> None:
         save_slim(

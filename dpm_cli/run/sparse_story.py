@@ -12,6 +12,7 @@ from dpm_cli.engine.loop import StageLoop, State
 from dpm_cli.engine.precision import choose_layout, lay_out_
 from dpm_cli.engine.setup import Setup
 from dpm_cli.events import Done, Event, Wanted, WeightsCut
+from dpm_cli.files import METRICS
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage, number_epochs
 from dpm_cli.report import KeptLayer, Report, TargetReport, UnitCounts, Width
@@ -90,7 +91,7 @@ class SparseRun:
             self.subject.stages,
             self.subject,
             Origin.of(recipe, model, setup.splits),
-            Journal(output / "metrics.jsonl" if setup.world.is_main else None),
+            Journal(output / METRICS if setup.world.is_main else None),
         )
 
     @property

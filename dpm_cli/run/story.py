@@ -9,6 +9,7 @@ from torch import nn
 from dpm_cli.engine.setup import Setup
 from dpm_cli.errors import TargetError
 from dpm_cli.events import Done, Event
+from dpm_cli.files import METRICS
 from dpm_cli.recipe import Recipe
 from dpm_cli.recipe.stages import Stage
 from dpm_cli.report import Report
@@ -44,7 +45,7 @@ class Run:
             self.subject.stages,
             self.subject,
             Origin.of(recipe, model, setup.splits),
-            Journal(output / "metrics.jsonl" if setup.world.is_main else None),
+            Journal(output / METRICS if setup.world.is_main else None),
             {"floor": self.floor},
         )
         self.course.notes += self.subject.tell_auto()

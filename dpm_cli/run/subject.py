@@ -33,7 +33,7 @@ class Subject:
     def __init__(self, module: nn.Module, recipe: Recipe, setup: Setup) -> None:
         """module: dense, in eval mode on the CPU; it is copied. Raises what `survey`, `rounds` and `goal` raise."""
         self.setup, self.recipe = setup, recipe
-        self.notes: list[str] = []
+        self.unfolded: set[str] = set()  # layers that could not take the means of removed units
         self.difference = 0.0  # largest difference between outputs before and after any removal
         base = self._make_base()
         self.meter = (
@@ -109,9 +109,18 @@ class Subject:
             steps = self.rounds.decay_steps
             yield f"decay.steps is auto: {f'units decay over {steps} steps' if steps > 1 else 'units are cut at once'}"
 
+    @property
+    def notes(self) -> list[str]:
+        """Return notes for the user, one sentence each, on what was removed."""
+        if not self.unfolded:
+            return []
+        layers = listing(sorted(self.unfolded))
+        return [f"no means were folded into {layers}, whose weights are used by other code than their own"]
+
     def begin_again(self, state: State | None) -> None:
         """Return to an earlier state or to the dense model, and undo the base pruner's changes."""
         self.model, self.pruning = self._begin()
+        self.unfolded.clear()
         if state:
             self.load_state_dict(state)
         self.pruning.unwrap_()
@@ -123,6 +132,7 @@ class Subject:
             "pruning": self.pruning.state_dict(),
             "model": self.model.state_dict(),
             "difference": self.difference,
+            "unfolded": sorted(self.unfolded),
         } | latency
 
     def load_state_dict(self, state: State) -> None:
@@ -130,7 +140,7 @@ class Subject:
         self.pruning.load_state_dict(state["pruning"])
         lay_out_(self.model, self.layout)
         self.model.load_state_dict(state["model"])
-        self.difference = float(state["difference"])
+        self.difference, self.unfolded = float(state["difference"]), set(state["unfolded"])
         if self.meter:
             self.meter.load_state_dict(state["latency"])
 
@@ -138,8 +148,4 @@ class Subject:
         """Fold the mean outputs of units into the layers that read them, before the units are cut at once."""
         epoch = sum(stage.training.epochs for stage in self.stages)  # one that no stage uses
         images = (batch for batch, _ in islice(self.setup.epoch_batches(epoch), self.recipe.compact.fold_batches))
-        left = fold_means_(self.model, groups, alive, images, self._shifts, pool=self.setup.world.mean)
-        if left:
-            self.notes.append(
-                f"no means were folded into {listing(left)}, whose weights are used by other code than their own"
-            )
+        self.unfolded.update(fold_means_(self.model, groups, alive, images, self._shifts, pool=self.setup.world.mean))

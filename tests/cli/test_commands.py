@@ -252,6 +252,14 @@ def test_inspect_of_an_impossible_target_shows_the_plan_and_fails(dpm: Any, stan
     assert (ended.code, json.loads(ended.out)["target"]["achievable"]) == (3, False)
 
 
+def test_a_latency_that_cannot_be_met_is_in_milliseconds(dpm: Any, stand_in: Any) -> None:
+    costs = {"dense": PLAN.dense | {"latency": 40_000_000}, "lowest": PLAN.lowest | {"latency": 15_000_000}}
+    target = PlannedTarget("latency", 12e6, 12_000_000, is_achievable=False)
+    stand_in("inspect", replace(PLAN, **costs, target=target))
+    line = dpm("inspect", "model.pt", "-r", "digits").err
+    assert "target latency 12.0 ms cannot be met: from 15.0 ms to just below 40.0 ms can" in line
+
+
 def test_inspect_of_a_model_without_units_says_why(dpm: Any, stand_in: Any) -> None:
     costs = {"macs": 9600, "params": 800, "channels": 0}
     kept = (KeptLayer("conv1", "gate-decorator needs a trainable BatchNorm behind every channel"),)

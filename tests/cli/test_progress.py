@@ -77,7 +77,7 @@ CUT = WeightsCut(0.5, 0.498, 1_800_000, dense=93.5, cut=91.0, recovered=92.0, re
 STEP = StepTaken(stage="train", step=4, steps=8, epoch=1, epochs=2)
 EVENTS = [
     START,
-    Resumed(stage="train", step=4, path="out/checkpoint.pt"),
+    Resumed(stage="train", step=4, path="out/checkpoint.pt", before=0),
     StageBegan("train"),
     ROUND,
     STEP,
@@ -113,11 +113,15 @@ class OfALaterVersion(Event):
             "model  125.7 M MACs  855.8 K parameters  1120 units  target sparsity 0.5, 0.9  cpu bf16",
         ),
         (
+            replace(START, target=Wanted("macs and latency", asked=(0.5, 12e6))),
+            "resnet56  125.7 M MACs  855.8 K parameters  1120 units  target macs and latency 0.5, 12.0 ms  cpu bf16",
+        ),
+        (
             BACK,
             "round 2 broke the accuracy floor: validation 88.00 % is below 90.50 %  "
             "back to 91.0 M MACs, 610.0 K parameters",
         ),
-        (CUT, "cut to sparsity 0.498  1.80 MB  dense 93.50 %  cut 91.00 %  recovered 92.00 %"),
+        (CUT, "cut to sparsity 0.498  1.80 MB  trained 93.50 %  cut 91.00 %  recovered 92.00 %"),
     ],
 )
 def test_an_event_is_one_line(event: Event, line: str | None) -> None:

@@ -58,6 +58,22 @@ def test_steps_of_all_stages_are_on_one_axis(folder: Path) -> None:
     assert history.steps == 80
 
 
+def test_stages_of_one_name_follow_each_other(folder: Path) -> None:
+    told: list[Event] = [
+        *(EpochEnded("tick", 1, 1, 6, 0.5, None, 0.01, 500.0, 0.0, 1.0) for _ in range(3)),
+        EpochEnded("tock", 1, 2, 6, 0.5, None, 0.01, 500.0, 0.0, 1.0),
+        RoundStarted("tock", 6, 1, 1, 8, False, 1, 1, 1),
+        EpochEnded("tock", 2, 2, 12, 0.5, None, 0.01, 500.0, 0.0, 1.0),
+        RoundStarted("tock", 0, 1, 1, 8, False, 1, 1, 1),
+        EpochEnded("tock", 1, 1, 12, 0.5, None, 0.01, 500.0, 0.0, 1.0),
+    ]
+    (folder / "metrics.jsonl").write_text("\n".join(json.dumps(event.to_dict()) for event in told))
+    history = read_history(folder / "metrics.jsonl")
+    assert [entry["at"] for entry in history.epochs] == [6, 12, 18, 24, 30, 42]
+    assert [entry["at"] for entry in history.rounds] == [24, 30]
+    assert history.stages == [("tick", 0), ("tick", 6), ("tick", 12), ("tock", 18), ("tock", 30)]
+
+
 @pytest.mark.thorough
 def test_every_chart_is_drawn_and_told_in_words(folder: Path) -> None:
     drawn = charts(folder)

@@ -516,6 +516,12 @@ def test_plan_says_what_can_be_reached(dense):
     assert not {"planned", "widths"} & impossible.to_dict().keys()
 
 
+@pytest.mark.parametrize(("keep", "is_achievable"), [([], True), (["*"], False)])
+def test_accuracy_can_only_be_traded_where_a_unit_may_leave(dense, keep, is_achievable):
+    plan = dpm_cli.inspect(dense, recipe(prune={"target": {"drop": 1.0}, "keep": keep}))
+    assert plan.target.is_achievable == is_achievable
+
+
 def test_planned_widths_are_those_of_the_network_that_would_be_left(dense):
     plan = dpm_cli.inspect(dense, recipe())
     planned = plan.planned

@@ -1,12 +1,13 @@
 """A run is logged to TensorBoard and MLflow, in stores of its own folder."""
 
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 
 from dpm_cli.errors import RecipeError
-from dpm_cli.events import EpochEnded, Event, Note, UnitsRemoved, UnitsWatched
+from dpm_cli.events import EpochEnded, Event, Note, Resumed, UnitsRemoved, UnitsWatched
 from dpm_cli.jobs.tracking import tracking
 from dpm_cli.recipe import parse_recipe
 
@@ -20,11 +21,11 @@ EVENTS: list[Event] = [
 LOSSES = [(4, 0.5), (8, 0.25)]
 
 
-def log(kind: str, folder: Path) -> list[Event]:
+def log(kind: str, folder: Path, events: Sequence[Event] = EVENTS) -> list[Event]:
     told: list[Event] = []
     smallest = {"model": {"arch": "digits"}, "data": {"name": "digits"}, "prune": {"target": {"macs": 0.5}}}
     with tracking(parse_recipe(smallest | {"track": [kind]}), folder, told.append) as tell:
-        for event in EVENTS:
+        for event in events:
             tell(event)
     return told
 
@@ -37,6 +38,22 @@ def test_tensorboard_gets_the_curves(tmp_path: Path) -> None:
     read = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(each.step, each.value) for each in read.Scalars("train/loss")] == LOSSES
     assert {"units/decaying", "model/macs", "validation/accuracy"} <= set(read.Tags()["scalars"])
+
+
+def test_a_resumed_run_goes_on_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[int] = []
+
+    class Memory:
+        def log(self, values: Mapping[str, float], step: int) -> None:
+            steps.append(step)
+
+        def describe(self, recipe: str) -> None: ...
+
+        def close(self) -> None: ...
+
+    monkeypatch.setattr("dpm_cli.jobs.tracking.make_tracker", lambda kind, folder: Memory())
+    log("tensorboard", tmp_path, [Resumed("finetune", 2, "checkpoint.pt", before=4), EVENTS[-1], EVENTS[-1]])
+    assert steps == [8, 12]
 
 
 @pytest.mark.slow  # making its tables takes seconds

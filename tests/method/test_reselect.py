@@ -8,7 +8,7 @@ from dpm_cli.errors import RecipeError
 from dpm_cli.graph import Units, find_groups
 from dpm_cli.method.decay import Decay
 from dpm_cli.method.pruners import make_base
-from dpm_cli.method.reselect import Reselection, rank
+from dpm_cli.method.reselect import Reselection, rank_in_one
 from dpm_cli.recipe import parse_recipe, sections
 from dpm_cli.recipe.reader import plain_values
 from dpm_cli.recipe.sections import Prune, Rectify, Training
@@ -28,8 +28,8 @@ def lengths(decay: Decay) -> list[float]:
 
 
 def test_ranks_lie_between_zero_and_one_and_keep_the_order_of_equals() -> None:
-    assert rank(np.array([5.0, -1.0, 7.0, -1.0])).tolist() == pytest.approx([2 / 3, 0, 1, 1 / 3])
-    assert rank(np.array([3.0])).tolist() == [0]
+    assert rank_in_one(np.array([5.0, -1.0, 7.0, -1.0])).tolist() == pytest.approx([2 / 3, 0, 1, 1 / 3])
+    assert rank_in_one(np.array([3.0])).tolist() == [0]
 
 
 def test_evidence_is_of_units_at_full_length() -> None:

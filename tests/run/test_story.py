@@ -50,9 +50,9 @@ class Net(nn.Module):
         return self.head(self.dropout(x).mean((2, 3)))
 
 
-def make_net(dropout=0.1):
+def make_net(dropout=0.1, kind=Net):
     torch.manual_seed(3)
-    net = Net(dropout)
+    net = kind(dropout)
     net(torch.randn(64, 1, 8, 8))  # moves the running statistics
     return net.eval()
 
@@ -316,6 +316,25 @@ def test_folded_means_bring_the_outputs_nearer_to_the_dense_model(tmp_path, spli
         slim = load_slim(folder / "slim.pt", model=make_net()).module
         errors.append((logits_of(slim, splits) - dense).norm())
     assert errors[1] < 0.8 * errors[0]
+
+
+class Functional(Net):
+    """Uses the weights of `back` without calling it."""
+
+    def forward(self, x):
+        x = F.relu(self.norm(self.stem(x)))
+        x = x + F.conv2d(F.relu(self.inner_norm(self.inner(x))), self.back.weight, self.back.bias)
+        return self.head(self.dropout(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(("rounds", "is_stopped"), [(2, False), (1, True)])
+def test_layers_that_take_no_means_are_told_once(tmp_path, splits, rounds, is_stopped):
+    recipe = make_recipe("decay.steps=1", "compact.fold_mean=true", f"prune.rounds={rounds}", "prune.keep=[stem]")
+    if is_stopped:
+        with pytest.raises(Interrupted):
+            go(tmp_path, recipe, splits, model=make_net(kind=Functional), should_stop=lambda: True)
+    _, _, report = go(tmp_path, recipe, splits, model=make_net(kind=Functional), resume=is_stopped)
+    assert [note.partition(",")[0] for note in report.notes if "folded" in note] == ["no means were folded into back"]
 
 
 def test_means_are_folded_when_no_training_follows_unless_the_recipe_says_otherwise():
@@ -596,7 +615,7 @@ def test_dropped_runs_go_on_from_their_last_checkpoint(tmp_path, splits, whole):
     assert not (tmp_path / "slim.pt").exists()
     _, events, _ = go(tmp_path, recipe, splits, resume=True)
     assert [event.kind for event in events][:2] == ["start", "resumed"]
-    assert events[1].stage == "export"
+    assert (events[1].stage, events[1].before) == ("export", 24)
     assert_same_bits(tensors_of(tmp_path), tensors_of(whole("rectify")))
     assert timeless(metrics(tmp_path)) == timeless(metrics(whole("rectify")))
 
@@ -781,7 +800,7 @@ def test_last_round_that_breaks_the_floor_is_taken_back(tmp_path, splits, whole,
     assert not report.target.is_met
     assert (report.floor.dense, report.floor.is_broken) == (90, True)
     assert report.floor.text in report.notes
-    assert f"with macs {back['macs']:,} (target" in report.floor.text
+    assert f"with macs {back['macs']:,} (target macs <= {report.target.limit:,})" in report.floor.text
     slim = load_slim(tmp_path / "slim.pt", model=make_net()).module
     assert slim.stem.out_channels + slim.inner.out_channels == first
     stages = [event.name for event in events if event.kind == "stage"]

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.graph import Groups, Role, Slice, Units
-from dpm_cli.method.budget import Scores, Weights
+from dpm_cli.method.budget import Scores, Weights, rank
 from dpm_cli.method.pruners.base import BasePruner, Indices
 from dpm_cli.method.pruners.polar import polar_pulls
 from dpm_cli.method.pruners.stack import Stack, stackable
@@ -219,7 +219,7 @@ class DepGraph(BasePruner):
                 return self.taylor.double().cpu().numpy()
             case "mixed":
                 taylor: Scores = self.taylor.double().cpu().numpy()
-                return ranks(self.norms.scores(self.normalizer)) + ranks(taylor)
+                return rank(self.norms.scores(self.normalizer)) + rank(taylor)
             case "random":
                 return self.drawn.double().cpu().numpy()
 
@@ -265,10 +265,3 @@ class Scales:
         for parameter, factor in zip(self.units.parameters, factors):
             if parameter.grad is not None:
                 parameter.grad.addcmul_(parameter.detach(), factor)
-
-
-def ranks(scores: Scores) -> Scores:
-    """Rank (units,) scores, from 0 for the lowest."""
-    order = np.empty(len(scores))
-    order[np.argsort(scores, kind="stable")] = np.arange(len(scores))
-    return order
