@@ -22,7 +22,7 @@ class Measured:
 
     macs: int  # multiply-accumulates for one image
     params: int
-    bytes: int  # of the saved weights
+    bytes: int  # of the saved state dict: parameters and buffers
     accuracy: float | None  # percent, on the test set
     loss: float | None  # mean cross-entropy, on the test set
     latency: dict[str, Milliseconds]  # "torch", "onnxruntime"; batch 1

@@ -53,7 +53,12 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
             numbers.count(slim.params),
             numbers.cost_change(dense.params, slim.params),
         ),
-        ("weights", numbers.size(dense.bytes), numbers.size(slim.bytes), numbers.cost_change(dense.bytes, slim.bytes)),
+        (
+            "weights" if report.sparsities else "state dict",  # packed; or with buffers, which no target counts
+            numbers.size(dense.bytes),
+            numbers.size(slim.bytes),
+            numbers.cost_change(dense.bytes, slim.bytes),
+        ),
     ]
     if dense.accuracy is not None or slim.accuracy is not None:
         change = numbers.points_change(dense.accuracy, slim.accuracy)

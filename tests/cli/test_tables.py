@@ -22,7 +22,7 @@ def test_the_table_compares_dense_and_slim(report: Report) -> None:
         ("MACs", "125.7 M", "59.0 M", "−53.1 %  2.13×"),
         ("parameters", "855.8 K", "431.0 K", "−49.6 %  1.99×"),
         ("test accuracy", "93.53 %", "93.10 %", "−0.43 points"),
-        ("weights", "3.46 MB", "1.80 MB", "−48.0 %  1.92×"),
+        ("state dict", "3.46 MB", "1.80 MB", "−48.0 %  1.92×"),
         ("latency, torch", "10.0 ms", "8.00 ms", "1.25× faster"),
         ("latency, ONNX Runtime", "3.00 ms", "1.50 ms", "2.00× faster"),
     ]
