@@ -8,6 +8,7 @@ DpmError                    exit code 1
 │   ├── ModelFileError      2  a model file that cannot be loaded
 │   ├── UnsupportedModelError 2  a model that cannot be analysed, trained or exported
 │   ├── DataError           2  data that is missing or not as described
+│   │   └── UnreadableError 2  pictures that cannot be read, with what others show
 │   └── OutputError         2  an output folder that cannot be used
 ├── MissedError             1  the result is not what was asked for
 │   ├── TargetError         3  the target cannot be met, or was not met
@@ -66,6 +67,14 @@ class UnsupportedModelError(UsageError):
 
 class DataError(UsageError):
     """Data is missing or not as described."""
+
+
+class UnreadableError(DataError):
+    """Some pictures cannot be read. `predicted` holds a result for each picture, in order: classes, or its error."""
+
+    def __init__(self, message: str, *, predicted: Any) -> None:
+        super().__init__(message)
+        self.predicted = predicted
 
 
 class OutputError(UsageError):

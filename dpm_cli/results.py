@@ -102,9 +102,12 @@ class Predicted:
 
     image: str
     classes: tuple[Guess, ...]
+    error: str | None = None  # why the picture cannot be read, so that there are no classes
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self) | {"classes": [asdict(guess) for guess in self.classes]}
+        if self.error is not None:
+            return {"image": self.image, "error": self.error}
+        return {"image": self.image, "classes": [asdict(guess) for guess in self.classes]}
 
 
 @dataclass(frozen=True)

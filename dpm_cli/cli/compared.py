@@ -4,8 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from dpm_cli.errors import UsageError
-from dpm_cli.files import REPORT, read_regular_text
+from dpm_cli.display.reports import read_report
+from dpm_cli.files import REPORT
 from dpm_cli.report import Report
 
 
@@ -37,9 +37,9 @@ class ComparedRun:
 
 
 def summarise_all(paths: Sequence[Path]) -> list[ComparedRun]:
-    """Read the reports of runs and name them. Raises UsageError for a file that is not a report."""
+    """Read the reports of runs and name them. Raises OutputError for a file that is not a report."""
     files = [path / REPORT if path.is_dir() else path for path in paths]
-    return [_summarise(file, name) for file, name in zip(files, name_runs(files))]
+    return [_flatten(file, name, read_report(file)) for file, name in zip(files, name_runs(files))]
 
 
 def name_runs(files: Sequence[Path]) -> list[str]:
@@ -52,14 +52,6 @@ def name_runs(files: Sequence[Path]) -> list[str]:
     ends = [folder[::-1] for folder in folders]
     after = next((place for place in range(shortest - before) if len({end[place] for end in ends}) > 1), 0)
     return ["/".join(folder[before : len(folder) - after]) for folder in folders]
-
-
-def _summarise(path: Path, name: str) -> ComparedRun:
-    try:
-        return _flatten(path, name, Report.from_json(read_regular_text(path)))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UsageError(f"{path} is not the report of a run ({reason}): give report.json files of dpm prune") from None
 
 
 def _flatten(path: Path, name: str, report: Report) -> ComparedRun:

@@ -118,7 +118,8 @@ def explain(error: BaseException) -> tuple[list[str], int]:
 def _usage(error: Any) -> str:
     """Say what is wrong with the arguments, and where the right ones are listed."""
     command = error.ctx.command_path if error.ctx else "dpm"
-    return f"{error.format_message().rstrip('.')}; see {command} --help"
+    message = error.format_message().rstrip(".").replace("Value error, ", "")  # pydantic's, which checks choices
+    return f"{message}; see {command} --help"
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

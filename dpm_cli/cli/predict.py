@@ -7,8 +7,9 @@ import typer
 
 import dpm_cli
 from dpm_cli.cli.options import AsJson, OwnArch, Trust
-from dpm_cli.cli.outcome import print_json
+from dpm_cli.cli.outcome import flush, print_error, print_json
 from dpm_cli.cli.progress import working
+from dpm_cli.errors import UnreadableError
 
 
 def predict(
@@ -23,11 +24,21 @@ def predict(
 
     The file alone is enough: it holds the names of the classes, and how a picture becomes its input.
     """
+    unreadable: UnreadableError | None = None
     with working(f"opening {file}"):
-        predicted = dpm_cli.predict(file, images, top=top, arch=arch, trust=trust)
+        try:
+            predicted = dpm_cli.predict(file, images, top=top, arch=arch, trust=trust)
+        except UnreadableError as error:  # what the other pictures show is worth having
+            predicted, unreadable = error.predicted, error
     if as_json:
         print_json([each.to_dict() for each in predicted])
     else:
         from dpm_cli.cli.summaries import print_predicted
 
-        print_predicted(predicted)
+        print_predicted([each for each in predicted if not each.error])
+    if unreadable:
+        flush()
+        for each in predicted:
+            if each.error:
+                print_error(each.error)
+        raise typer.Exit(unreadable.exit_code)

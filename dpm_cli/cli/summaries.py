@@ -8,7 +8,16 @@ from rich.console import Console
 from rich.table import Table
 
 from dpm_cli.cli.compared import ComparedRun
-from dpm_cli.cli.tables import LABEL, make_console, make_table, print_detail
+from dpm_cli.cli.tables import (
+    LABEL,
+    fold_path,
+    make_console,
+    make_table,
+    measure_width,
+    print_detail,
+    print_folded,
+    print_table,
+)
 from dpm_cli.display import numbers
 from dpm_cli.display.facts import (
     KINDS,
@@ -34,6 +43,7 @@ from dpm_cli.results import (
 )
 
 NAME_WIDTH = 16
+COPIED = ("file", "weights")  # rows with a path, which is never broken
 CSV_COLUMNS = "group layers units removed macs_saved accuracy accuracy_change loss loss_change".split()
 
 
@@ -103,21 +113,38 @@ def _describe_latency(runtime: str, latency: Milliseconds, images: str) -> tuple
 
 def print_benchmarked(rows: Sequence[Benchmarked]) -> None:
     """Print one line per file, runtime, batch size and number of threads."""
-    table = make_table("file", "runtime", "batch", "threads", "latency", "images/s", "faster", title=None)
-    for row in rows:
-        table.add_row(
-            row.file + (" *" if row.doubt else ""),
+    doubts = dict.fromkeys(row.doubt for row in rows if row.doubt)
+    marks = {doubt: f"*{number}" for number, doubt in enumerate(doubts, 1)}
+    cells = [
+        (
             RUNTIMES.get(row.runtime, row.runtime),
             str(row.batch),
             str(row.threads),
             numbers.milliseconds(row.median),
             f"{row.images_per_second:.0f}",
             f"{row.faster:.2f}×",
+            marks.get(row.doubt or "", ""),
         )
+        for row in rows
+    ]
     console = make_console()
-    console.print(table)
-    for doubt in dict.fromkeys(row.doubt for row in rows if row.doubt):
-        print_detail(console, "*", wrap_words(f"may be wrong: {doubt}", console.width - LABEL))
+
+    def fill(files: Sequence[str]) -> Table:
+        table = make_table("file", "runtime", "batch", "threads", "latency", "images/s", "faster", "", title=None)
+        for file, others in zip(files, cells):
+            table.add_row(file, *others)
+        return table
+
+    room = console.width - measure_width(console, fill([""] * len(rows))) + len("file")
+    print_table(console, fill([row.file if not console.is_terminal else fold_path(row.file, room) for row in rows]))
+    if any(row.threads == 1 for row in rows):
+        print_folded(
+            console,
+            "of one thread by processor time, which other programs do not slow down",
+            label=f"{'faster':<{LABEL}}",
+        )
+    for doubt, mark in marks.items():
+        print_folded(console, f"may be wrong: {doubt}", label=f"{mark:<{LABEL}}")
 
 
 def print_exported(exported: Sequence[ExportedFile]) -> None:
@@ -185,7 +212,7 @@ def _cost_table(plan: Inspected) -> Table:
 
 def _describe_target(target: PlannedTarget) -> str:
     if target.kind == "drop":
-        return f"drop {target.asked:g} points: what it allows is seen only in training"
+        return f"drop {numbers.asked(target.kind, target.asked)}: what it allows is seen only in training"
     asked = numbers.asked(target.kind, target.asked)
     verdict = "can be met" if target.is_achievable else "cannot be met"
     return f"{target.kind} {asked}: at most {numbers.cost(target.kind, target.limit)}, {verdict}"
@@ -236,9 +263,7 @@ def print_compared(rows: Sequence[ComparedRun]) -> None:
             (f"{faster:.2f}×{named}" if faster else numbers.NOTHING) + ("" if row.met else " *"),
         )
     console = make_console()
-    if not console.is_terminal:  # nothing forces the lines of a pipe to be short, and names of runs are long
-        console.width = max(console.width, console.measure(table, options=console.options.update(width=1000)).maximum)
-    console.print(table)
+    print_table(console, table)
     if runtimes:
         names = " or ".join(sorted(RUNTIMES[runtime] for runtime in runtimes if runtime))
         console.print(f"faster: latency of single images in {names}, dense / slim")
@@ -276,4 +301,7 @@ def _print_pairs(pairs: Sequence[tuple[str, str]]) -> None:
     console = make_console()
     width = max(NAME_WIDTH, *(len(name) + 2 for name, _ in pairs))
     for name, value in pairs:
-        console.print(f"{name:<{width}}{value}", soft_wrap=True)
+        if name in COPIED:
+            console.print(f"{name:<{width}}{value}", soft_wrap=True)
+        else:
+            print_folded(console, value, label=f"{name:<{width}}")

@@ -1,6 +1,7 @@
 """Print the result of a run: a table, and details below it."""
 
 import os
+import re
 import sys
 from collections.abc import Sequence
 
@@ -9,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from dpm_cli.display import numbers
-from dpm_cli.display.facts import RUNTIMES, details, rows, title
+from dpm_cli.display.facts import RUNTIMES, details, rows, title, wrap_words
 from dpm_cli.report import Milliseconds, Report, SparsityReport
 
 LABEL = 10  # columns
@@ -17,7 +18,7 @@ LABEL = 10  # columns
 
 def print_report(report: Report) -> None:
     console = make_console()
-    console.print(title(report), style="bold", soft_wrap=True)
+    print_folded(console, title(report), style="bold")
     table = make_table("", "dense", "slim", "change", title=None)
     for row in rows(report):
         table.add_row(*row)
@@ -83,6 +84,35 @@ def make_table(*columns: str, title: str | None) -> Table:
     for place, column in enumerate(columns):
         table.add_column(column, justify="right" if place else "left", overflow="fold")
     return table
+
+
+def measure_width(console: Console, table: Table) -> int:
+    """Count the columns that a table takes if nothing limits them."""
+    return console.measure(table, options=console.options.update(width=1000)).maximum
+
+
+def print_table(console: Console, table: Table) -> None:
+    """Print a table, in a pipe as wide as it is: nothing forces lines there to be short, and names can be long."""
+    if not console.is_terminal:
+        console.width = max(console.width, measure_width(console, table))
+    console.print(table)
+
+
+def fold_path(path: str, width: int) -> str:
+    """Break a path after its separators, into lines that are no longer than this if its parts are not."""
+    lines = [""]
+    for part in re.findall(r"[^/\\]*[/\\]*", path):
+        if lines[-1] and len(lines[-1] + part) > width:
+            lines.append("")
+        lines[-1] += part
+    return "\n".join(lines)
+
+
+def print_folded(console: Console, text: str, *, label: str = "", style: str = "") -> None:
+    """Print a line: in a pipe whole, on a terminal broken between words, with the label only before the first part."""
+    lines = wrap_words(text, console.width - len(label)) if console.is_terminal else [text]
+    for number, line in enumerate(lines):
+        console.print(f"{' ' * len(label) if number else label}{line}", style=style, soft_wrap=True)
 
 
 def print_detail(console: Console, label: str, lines: Sequence[str]) -> None:

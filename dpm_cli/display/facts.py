@@ -17,6 +17,8 @@ RUNTIMES = {
     "tensorrt": "TensorRT",
 }
 KINDS = {"macs": "MACs", "params": "parameters", "channels": "units", "size": "float32 size", "latency": "latency"}
+GLUE = "\0"  # in place of a space at which no line breaks
+BEFORE_UNIT = re.compile(r"(?<=\d) (?=(%|[KMGT]?B|[KMGT]|m?s|min|h|points?|images?|threads?)(?!\w))")
 MOST_LAYERS = 60  # longer lists of layers are cut
 DISAPPOINTING = 0.5  # gains in speed below this share of the gain in MACs get a note
 
@@ -29,6 +31,8 @@ def title(report: Report) -> str:
     name = report.arch or "model"
     if report.sparsities:
         return f"{name}, {report.base}, target sparsity {asked}: {share} of the weights left ({reached})"
+    if target.kind == "drop" and not target.is_met:
+        return f"{name}, {report.method}, target drop {asked}: nothing could be removed"
     if target.kind == "drop":
         return f"{name}, {report.method}, target drop {asked}: {share} of the MACs left ({reached})"
     if report.targets:
@@ -49,7 +53,12 @@ def rows(report: Report) -> list[tuple[str, str, str, str]]:
             numbers.count(slim.params),
             numbers.cost_change(dense.params, slim.params),
         ),
-        ("weights", numbers.size(dense.bytes), numbers.size(slim.bytes), numbers.cost_change(dense.bytes, slim.bytes)),
+        (
+            "weights" if report.sparsities else "state dict",  # packed; or with buffers, which no target counts
+            numbers.size(dense.bytes),
+            numbers.size(slim.bytes),
+            numbers.cost_change(dense.bytes, slim.bytes),
+        ),
     ]
     if dense.accuracy is not None or slim.accuracy is not None:
         change = numbers.points_change(dense.accuracy, slim.accuracy)
@@ -209,4 +218,6 @@ def wrap(items: Sequence[str], width: int) -> list[str]:
 
 
 def wrap_words(text: str, width: int) -> list[str]:
-    return textwrap.wrap(text, width, break_long_words=False, break_on_hyphens=False)
+    """Break a text between words, but never a number from its unit."""
+    lines = textwrap.wrap(BEFORE_UNIT.sub(GLUE, text), width, break_long_words=False, break_on_hyphens=False)
+    return [line.replace(GLUE, " ") for line in lines]

@@ -18,7 +18,9 @@ def cost(kind: str, number: float) -> str:
 
 def asked(kind: str, amount: float) -> str:
     """Write what was asked for: a fraction, points of accuracy, or an absolute cost."""
-    return f"{amount:g} points" if kind == "drop" else f"{amount:g}" if amount < 1 else cost(kind, amount)
+    if kind == "drop":
+        return f"{amount:g} point{'s' if amount != 1 else ''}"
+    return f"{amount:g}" if amount < 1 else cost(kind, amount)
 
 
 def size(number: float | None) -> str:

@@ -9,8 +9,8 @@ from jinja2 import Environment
 from dpm_cli.display.charts import draw_charts
 from dpm_cli.display.facts import details, disappointments, doubts, rows, title
 from dpm_cli.display.history import read_history
-from dpm_cli.errors import OutputError
-from dpm_cli.files import METRICS, PAGE, REPORT, read_regular_text, write_text_atomic
+from dpm_cli.display.reports import read_report
+from dpm_cli.files import METRICS, PAGE, read_regular_text, write_text_atomic
 from dpm_cli.report import Report
 
 LINE = 10_000  # letters: a page breaks lines by itself
@@ -39,16 +39,6 @@ def write_page(folder: Path, report: Report | None = None) -> Path:
     )
     write_text_atomic(folder / PAGE, page)
     return folder / PAGE
-
-
-def read_report(folder: Path) -> Report:
-    """Read the report of a finished run. Raises OutputError if there is none."""
-    path = folder / REPORT
-    try:
-        return Report.from_json(read_regular_text(path))
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise OutputError(f"{path} is not the report of a run ({reason}): give the folder of a finished run") from None
 
 
 @functools.cache

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 
 from dpm_cli.data.look import Look, look_at
-from dpm_cli.errors import OutputError, flatten, listing
+from dpm_cli.errors import DataError, OutputError, flatten, listing
 from dpm_cli.files import require_writable, write_text_atomic
 from dpm_cli.layers.images import Shape
 from dpm_cli.models import BUILT_IN, build
+from dpm_cli.models.metadata import printable_names
 from dpm_cli.recipe import Recipe, is_own_code, load_recipe, read_recipe
 from dpm_cli.recipe.annotate import editors_line
 
@@ -127,6 +128,8 @@ def draft_recipe(
 
     shape: of the input, else one that suits the images. file: what it will be called.
     """
+    for name in (data, file):
+        _require_text(name)
     look, machine = look_at(data), machine or Machine.here()
     arch = arch or choose_arch(look)
     shape = shape or choose_shape(look, arch)
@@ -134,6 +137,17 @@ def draft_recipe(
         with torch.device("meta"):
             build(arch, classes=len(look.classes), shape=shape)  # raises RecipeError for a mistyped name
     return _write(look, machine, arch, shape, weights, file)
+
+
+def _require_text(name: str) -> None:
+    """Raise DataError for a name that no recipe can hold, because it is not text in this locale."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        raise DataError(
+            f"a recipe cannot hold the name {os.fsencode(name)!r}, which is not text here: set PYTHONUTF8=1 or a UTF-8 "
+            "locale, or rename it"
+        ) from None
 
 
 def choose_arch(look: Look) -> str:
@@ -194,7 +208,7 @@ def _write(look: Look, machine: Machine, arch: str, shape: Shape, weights: str |
     from_published = f"{arch.partition(':')[0]}:DEFAULT are published ones; " if has_published else ""
     training = f"epochs: {choose_epochs(look, shape, machine)}, {choose_optimizer(arch)}"
     is_own = look.root is not None
-    counted = (f"{name} ({count})" for name, count in zip(look.classes, look.counts))
+    counted = (f"{name} ({count})" for name, count in zip(printable_names(look.classes), look.counts))
     text = TEMPLATE.format(
         title=flatten(f"{arch} on {look.root or look.name}, to half of its MACs"),
         images=_describe(look),

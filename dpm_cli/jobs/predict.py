@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.data.decode import decode
-from dpm_cli.errors import DataError, ModelFileError, UsageError, one_line
+from dpm_cli.errors import DataError, ModelFileError, UnreadableError, UsageError, listing, one_line
 from dpm_cli.files import read_regular_text
 from dpm_cli.jobs.loading import open_deployed
 from dpm_cli.models.metadata import COLORS, Metadata, parse_metadata, parse_strings
@@ -37,7 +37,8 @@ def predict(
 
     file: a slim.pt, TorchScript, ONNX or .pt2 file of this package, whose metadata say how a picture becomes its input.
     arch, model: for a slim.pt of your own code, as for `load`.
-    Raises ModelFileError for a file without metadata or with newer ones, DataError for a picture that cannot be read.
+    Raises ModelFileError for a file without metadata or with newer ones, UnreadableError with the results of the others
+    if pictures cannot be read.
     """
     if top < 1:
         raise UsageError(f"top is {top}; at least one class can be shown")
@@ -46,14 +47,17 @@ def predict(
     run, metadata = _open(Path(file), arch, model, trust)
     if metadata.framing.shape[0] not in COLORS:
         raise UsageError(f"{file} takes {metadata.framing.shape[0]} channels; pictures have 1 (grey) or 3 (RGB)")
-    missing = [str(image) for image in images if not Path(image).is_file()]
-    if missing:
-        raise DataError(f"{missing[0]} is not a file" + (f", like {len(missing) - 1} more" if missing[1:] else ""))
-    predicted = []
+    predicted: list[Predicted] = []
     for first in range(0, len(images), BATCH):
-        some = images[first : first + BATCH]
-        chances = _run(run, torch.stack([prepare(image, metadata) for image in some]), metadata, Path(file))
-        predicted += [_name(str(image), chance, metadata, top) for image, chance in zip(some, chances)]
+        inputs = [_try_to_prepare(image, metadata) for image in images[first : first + BATCH]]
+        readable = [each for each in inputs if isinstance(each, Tensor)]
+        chances = iter(_run(run, torch.stack(readable), metadata, Path(file)) if readable else ())
+        for image, each in zip(images[first:], inputs):
+            seen = () if isinstance(each, DataError) else _name(next(chances), metadata, top)
+            predicted.append(Predicted(str(image), seen, str(each) if isinstance(each, DataError) else None))
+    unreadable = [each.error for each in predicted if each.error]
+    if unreadable:
+        raise UnreadableError(listing(unreadable), predicted=predicted)
     return predicted
 
 
@@ -81,6 +85,15 @@ def prepare(image: str | Path, metadata: Metadata) -> Tensor:
     pixels = torch.from_numpy(np.array(decode(str(image), metadata.framing)))  # (C, H, W) uint8
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (metadata.mean, metadata.std))
     return (pixels.float() / 255 - mean) / std
+
+
+def _try_to_prepare(image: str | Path, metadata: Metadata) -> Tensor | DataError:
+    try:
+        if not Path(image).is_file():
+            raise DataError(f"{image} is not a file")
+        return prepare(image, metadata)
+    except DataError as error:
+        return error
 
 
 def _open(
@@ -119,7 +132,7 @@ def _run(run: Callable[[Tensor], object], images: Tensor, metadata: Metadata, pa
     return logits.softmax(1)
 
 
-def _name(image: str, chances: Tensor, metadata: Metadata, top: int) -> Predicted:
+def _name(chances: Tensor, metadata: Metadata, top: int) -> tuple[Guess, ...]:
     best = chances.topk(min(top, len(chances)))
     guesses = zip(best.indices.tolist(), best.values.tolist())
-    return Predicted(image, tuple(Guess(metadata.name_of(index), index, chance) for index, chance in guesses))
+    return tuple(Guess(metadata.name_of(index), index, chance) for index, chance in guesses)

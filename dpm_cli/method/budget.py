@@ -109,7 +109,9 @@ def cost_of(cost: Cost, kind: Kind, alive: Flags) -> int:
 
 def show_cost(kind: Kind, cost: int) -> str:
     """Write a cost with its unit: milliseconds for latency, numbers in full for all others."""
-    return f"{cost / 1e6:.3g} ms" if str(kind) == "latency" else f"{cost:,}"
+    if str(kind) == "latency":
+        return f"{cost / 1e6:.3g} ms"
+    return f"{cost:,} bytes" if kind == "size" else f"{cost:,}"
 
 
 @dataclass(frozen=True)
@@ -139,13 +141,13 @@ def resolve_limit(groups: Groups, widths: WidthLimits, *, kind: Kind, amount: fl
     dense = cost_of(groups.cost, kind, np.ones(groups.units, bool))
     lowest = cost_of(groups.cost, kind, widths.lowest(groups))
     limit = find_limit(dense, amount)
-    asked = f"{amount:g}" if amount < 1 or str(kind) != "latency" else show_cost(kind, limit)
     least, most, wanted = (show_cost(kind, each) for each in (lowest, dense, limit))
+    asked = f"{amount:g} ({wanted})" if amount < 1 else wanted
     if limit >= dense:
         raise TargetError(f"target {kind} {asked} keeps everything: the dense model has {most}; ask for less than that")
     if limit < lowest:
         raise TargetError(
-            f"target {kind} {asked} ({wanted}) cannot be met: between {least} ({lowest / dense:.3f}) "
+            f"target {kind} {asked} cannot be met: between {least} ({lowest / dense:.3f}) "
             f"and {most} can be reached with this round_to, min_keep and keep; raise the target or lower them"
             + _explain_kept(groups)
         )

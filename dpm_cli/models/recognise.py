@@ -14,6 +14,7 @@ from dpm_cli.errors import ModelFileError
 Kind = Literal["torch", "torch-legacy", "safetensors"]
 
 SAFE_WAY = "save the weights where the model was made, torch.save(model.state_dict(), 'weights.pt'), and pass that file"
+NOT_WEIGHTS = "not the weights that it was exported from"
 HEAD = 4096  # bytes to look at
 LEGACY_MAGIC = b"\x8a\x0al\xfc\x9cF\xf9 j\xa8P\x19."  # torch.save before 1.6: a pickled number comes first
 
@@ -84,9 +85,9 @@ def _recognise_zip(path: Path) -> Literal["torch"]:
         raise ModelFileError(f"{path} is truncated or damaged: copy or download it again") from None
     names = {entry.partition("/")[2] for entry in entries}  # without the folder that torch puts around everything
     if "constants.pkl" in names or any(name.startswith("code/") for name in names):
-        raise ModelFileError(f"{path} is a TorchScript archive, which cannot be pruned: {SAFE_WAY}")
+        raise ModelFileError(f"{path} is a TorchScript archive, {NOT_WEIGHTS}: {SAFE_WAY}")
     if "archive_format" in names or any(name.startswith(("models/", "serialized_")) for name in names | set(entries)):
-        raise ModelFileError(f"{path} is a torch.export archive (.pt2), which cannot be pruned: {SAFE_WAY}")
+        raise ModelFileError(f"{path} is a torch.export archive (.pt2), {NOT_WEIGHTS}: {SAFE_WAY}")
     if "data.pkl" not in names:
         shown = ", ".join(repr(entry[:40]) for entry in entries[:3]) or "nothing"
         raise ModelFileError(f"{path} is a zip archive that torch.save did not write (it holds {shown}): {SAFE_WAY}")
@@ -104,7 +105,7 @@ def _describe(head: bytes, path: Path) -> str:
         if head[offset : offset + len(signature)] == signature:
             return what
     if path.suffix == ".onnx" or _is_onnx(head):
-        return "an ONNX model, which cannot be pruned"
+        return f"an ONNX model, {NOT_WEIGHTS}"
     if head[:1] == b"\x80" and head[1:2] in b"\x02\x03\x04\x05":
         return "a Python pickle that torch.save did not write"
     if _is_text(head):

@@ -59,7 +59,8 @@ def auxiliary_heads(arch: str) -> tuple[str, ...]:
 def _build_built_in(arch: str, classes: int, shape: Shape) -> nn.Module:
     if arch not in BUILT_IN:
         near = nearest(arch, BUILT_IN)
-        raise RecipeError(f"model.arch is {arch!r}; {near}, or torchvision:NAME, timm:NAME, package.module:function")
+        others = "torchvision:NAME, timm:NAME or package.module:function"
+        raise RecipeError(f"model.arch is {arch!r}, neither a built-in name nor {others}; {near}")
     if arch.startswith("vgg") and min(shape[1:]) < 32:
         raise RecipeError(f"{arch} halves the image five times: model.input is {list(shape)}, it needs 32×32 or more")
     return BUILT_IN[arch](classes=classes, channels=shape[0])

@@ -70,7 +70,7 @@ def _nearest(path: Sequence[str | int], root: type[BaseModel]) -> str:
     leaves = {each.rpartition(".")[2]: each for each in reversed(everywhere)}
     if best := difflib.get_close_matches(key, {*leaves, *here}, n=1, cutoff=0.9):
         return f"did you mean {(best[0] if best[0] in here else leaves[best[0]])!r}?"
-    near = difflib.get_close_matches(key, here, n=1, cutoff=0.5)
+    near = difflib.get_close_matches(key, here, n=1)
     return f"did you mean {near[0]!r}?" if near else f"known: {', '.join(here)}"
 
 

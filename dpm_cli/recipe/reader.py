@@ -127,7 +127,15 @@ def _parse_yaml(text: str, name: str) -> object:
     try:
         return yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader
     except (yaml.YAMLError, ValueError, TypeError, RecursionError) as error:
-        raise RecipeError(f"{name} is not a YAML recipe: {flatten(error)}") from None
+        raise RecipeError(f"{name} is not a YAML recipe: {_explain_yaml(error)}") from None
+
+
+def _explain_yaml(error: Exception) -> str:
+    """Say what is wrong in which line, without the parser's picture of the place."""
+    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark and error.problem:
+        place = f"line {error.problem_mark.line + 1}, column {error.problem_mark.column + 1}"
+        return flatten(f"{error.problem} {error.context or ''}") + f" ({place})"
+    return flatten(error).replace(' in "<unicode string>"', "")
 
 
 def _override(values: dict[Any, Any], override: str) -> dict[Any, Any]:

@@ -116,7 +116,9 @@ class Target(Section):
     params: Amount | None = Field(default=None, description="parameters to keep: a fraction, or an absolute like 2M")
     channels: Amount | None = Field(default=None, description="units to keep: a fraction, or an absolute number")
     size: Size | None = Field(
-        default=None, description="weights as exported in float32: a fraction, or an absolute like 5MB"
+        default=None,
+        description="four bytes for each parameter: a fraction, or an absolute like 5MB; files hold a little more, "
+        "such as the graph, and buffers (the statistics of BatchNorm)",
     )
     latency: Time | None = Field(
         default=None, description="time of one call as exported, measured here: a fraction, or an absolute like 12ms"

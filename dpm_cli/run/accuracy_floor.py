@@ -73,10 +73,11 @@ class AccuracyFloor:
         if not self.broken:
             goal = pruning.goal
             left = f"{goal.kind} {goal.describe(pruning.cost())}" + (f" (target {goal})" if goal.asked else "")
-            self.broken = (
-                f"{culprit} broke the accuracy floor and did not recover: {self.compare()} ({self.max_drop:g} points "
-                f"below the dense model); the run went back to the last state that held, with {left}"
-            )
+            end = f"the run went back to the last state that held, with {left}"
+            if not goal.asked and self._is_whole:
+                end = "nothing could be removed: raise target.drop, or train longer"
+            below = f"{self.max_drop:g} point{'s' if self.max_drop != 1 else ''} below the dense model"
+            self.broken = f"{culprit} broke the accuracy floor and did not recover: {self.compare()} ({below}); {end}"
         return WentBack(
             stage=stage,
             step=step,
@@ -93,8 +94,13 @@ class AccuracyFloor:
         if self.max_drop is None:
             return None
         pruning = self.subject.pruning
-        kept_from_target = self.went_back and bool(pruning.goal.asked) and pruning.cost() > pruning.goal.limit
-        return FloorReport(self.max_drop, self.dense, self.limit, kept_from_target, self.broken)
+        is_missed = pruning.cost() > pruning.goal.limit if pruning.goal.asked else self._is_whole
+        return FloorReport(self.max_drop, self.dense, self.limit, self.went_back and is_missed, self.broken)
+
+    @property
+    def _is_whole(self) -> bool:
+        """Tell whether no unit has been removed."""
+        return bool(self.subject.pruning.ancestry.survivors.all())
 
     def state_dict(self) -> State:
         return {"dense": self.dense, "held": self.held, "broken": self.broken}

@@ -53,7 +53,7 @@ OPTIONS = {
     "demo": {"--output", "--device", "--json", "--quiet"},
     "report": set(),
     "doctor": {"--json"},
-    "recipes": set(),
+    "recipes": {"--json"},
     "schema": set(),
 }
 
@@ -236,6 +236,11 @@ def test_ctrl_c_is_one_line(dpm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_recipes_are_listed_with_their_first_line_and_printed(dpm: Any) -> None:
     listed = dpm("recipes")
     assert [line.split()[0] for line in listed.out.splitlines()] == list(shipped_recipes())
+    first, *_ = json.loads(dpm("recipes", "--json").out)
+    assert first["name"] == "cifar10"
+    assert first["file"] == str(shipped_recipes()["cifar10"])
+    assert first["about"] in listed.out
+    assert dpm("recipes", "cifar10", "--json").code == 2
     assert all(len(line.split()) > 4 for line in listed.out.splitlines())
     for name, path in shipped_recipes().items():
         assert dpm("recipes", name).out == point_to_schema(path.read_text(encoding="utf-8"))

@@ -100,6 +100,12 @@ def test_a_bad_model_file_is_named_in_one_line(dpm: Any, dense: Path, tmp_path: 
     assert not (tmp_path / EXECUTED).exists()
 
 
+def test_an_unknown_choice_is_told_in_our_words(dpm: Any) -> None:
+    ended = dpm("export", "slim.pt", "--format", "tflite")
+    assert ended.code == 2
+    assert ended.err.startswith("error: Invalid value for '--format': 'tflite' is not one of 'torchscript'")
+
+
 def test_a_bad_model_file_with_json_is_one_document(dpm: Any) -> None:
     ended = dpm("prune", "nowhere.pt", "-r", "digits", "--json")
     document = json.loads(ended.out)

@@ -1,21 +1,23 @@
 """Every command hands its options to the public function of its name and shows what comes back."""
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import torch
 
 import dpm_cli
-from dpm_cli.errors import AccuracyError, MissedError, TargetError
+from dpm_cli.errors import AccuracyError, MissedError, TargetError, UnreadableError
 from dpm_cli.events import Note
 from dpm_cli.layers.images import Framing
 from dpm_cli.models import Metadata, build, save_slim
 from dpm_cli.report import ExportedFile, KeptLayer, Milliseconds, Report
 from dpm_cli.results import (
     BatchMilliseconds,
+    Benchmarked,
     Evaluated,
     GroupSensitivity,
     Guess,
@@ -312,6 +314,39 @@ def test_predict_prints_a_line_for_each_picture(dpm: Any, stand_in: Any) -> None
     assert predict.options["top"] == 2
     document = json.loads(dpm("predict", "model.onnx", "a.jpg", "--json").out)
     assert document[0]["classes"][1] == {"name": "dog", "index": 1, "probability": 0.05}
+
+
+def test_predict_tells_of_each_picture_that_cannot_be_read(dpm: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    predicted = [Predicted("no.jpg", (), "no.jpg is not a file"), Predicted("b.jpg", (Guess("dog", 1, 0.95),))]
+
+    def refuse(*_: Any, **__: Any) -> NoReturn:
+        raise UnreadableError("no.jpg is not a file", predicted=predicted)
+
+    monkeypatch.setattr(dpm_cli, "predict", refuse)
+    ended = dpm("predict", "model.onnx", "no.jpg", "b.jpg")
+    assert (ended.code, ended.out, ended.err) == (2, "b.jpg  dog 95.0 %\n", "error: no.jpg is not a file\n")
+    first, second = json.loads(dpm("predict", "model.onnx", "no.jpg", "b.jpg", "--json").out)
+    assert first == {"image": "no.jpg", "error": "no.jpg is not a file"}
+    assert second["classes"][0]["name"] == "dog"
+
+
+def test_each_doubt_about_a_latency_has_a_mark_of_its_own(dpm: Any, stand_in: Any) -> None:
+    row = Benchmarked("a.onnx", "onnx", 10, "onnxruntime", 1, 1)
+    stand_in("benchmark", [replace(row, doubt="busy"), row, replace(row, file="b.onnx", doubt="wide")])
+    out = dpm("benchmark", "a.onnx", "b.onnx").out
+    assert re.findall(r"^ *(\S+)  .*(\*\d) *$", out, re.MULTILINE) == [("a.onnx", "*1"), ("b.onnx", "*2")]
+    assert re.findall(r"^(\*\d) +(.*)$", out, re.MULTILINE) == [
+        ("*1", "may be wrong: busy"),
+        ("*2", "may be wrong: wide"),
+    ]
+
+
+@pytest.mark.parametrize(("threads", "is_said"), [(1, True), (2, False)])
+def test_benchmark_says_where_faster_is_no_ratio_of_latencies(
+    dpm: Any, stand_in: Any, threads: int, is_said: bool
+) -> None:
+    stand_in("benchmark", [Benchmarked("a.onnx", "onnx", 10, "onnxruntime", 1, threads)])
+    assert ("by processor time" in dpm("benchmark", "a.onnx").out) == is_said
 
 
 @pytest.mark.parametrize(

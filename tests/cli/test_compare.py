@@ -51,6 +51,11 @@ def test_runs_stand_in_one_table(dpm: Any, runs: list[Path]) -> None:
     assert max(map(len, ended.out.splitlines())) <= 80
 
 
+def test_a_drop_that_allowed_no_removal_is_marked(dpm: Any, runs: list[Path]) -> None:
+    runs[0].write_text(make_report(target=TargetReport("drop", 1.0, 1000, 1000, 1000)).to_json())
+    assert "* the target was not met" in dpm("compare", runs[0]).out
+
+
 def test_long_names_are_not_broken_in_a_pipe(dpm: Any, runs: list[Path]) -> None:
     name = "a long name " * 8 + "end"
     runs[0].parent.rename(runs[0].parent.parent / name)
@@ -93,6 +98,30 @@ def test_what_is_no_report_is_named_in_one_line(dpm: Any, runs: list[Path], text
     assert (ended.code, ended.out) == (2, "")
     (line,) = ended.err.splitlines()
     assert f"{runs[1]} is not the report of a run" in line
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"), [(b"\x80\x04", "not text"), (b'{"step": 1}\n{"step": 2}\n', "not one JSON document")]
+)
+def test_what_is_no_report_is_named_in_plain_words(dpm: Any, runs: list[Path], content: bytes, reason: str) -> None:
+    runs[1].write_bytes(content)
+    assert f"is not the report of a run ({reason}): give the folder of a finished run" in dpm("compare", *runs).err
+
+
+@pytest.mark.parametrize(
+    ("file", "said"),
+    [
+        ("checkpoint.pt", "holds an unfinished run, which has no report yet: dpm prune --resume -o begun"),
+        ("a", "exist"),
+    ],
+)
+@pytest.mark.parametrize("command", ["compare", "report"])
+def test_a_folder_without_a_report_says_why(dpm: Any, command: str, file: str, said: str) -> None:
+    Path("begun").mkdir()
+    Path("begun", file).touch()
+    ended = dpm(command, "begun")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert said in ended.err
 
 
 def test_wrong_arguments_are_one_line(dpm: Any, runs: list[Path]) -> None:

@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from made_up_report import make_report
 
-from dpm_cli.cli.tables import print_report
-from dpm_cli.display.facts import describe_kept, describe_widths, disappointments, praise, rows, title, wrap
+from dpm_cli.cli.tables import fold_path, print_report
+from dpm_cli.display.facts import describe_kept, describe_widths, disappointments, praise, rows, title, wrap, wrap_words
 from dpm_cli.report import KeptLayer, Measured, Milliseconds, Report, TargetReport, Width
 
 
@@ -22,7 +22,7 @@ def test_the_table_compares_dense_and_slim(report: Report) -> None:
         ("MACs", "125.7 M", "59.0 M", "−53.1 %  2.13×"),
         ("parameters", "855.8 K", "431.0 K", "−49.6 %  1.99×"),
         ("test accuracy", "93.53 %", "93.10 %", "−0.43 points"),
-        ("weights", "3.46 MB", "1.80 MB", "−48.0 %  1.92×"),
+        ("state dict", "3.46 MB", "1.80 MB", "−48.0 %  1.92×"),
         ("latency, torch", "10.0 ms", "8.00 ms", "1.25× faster"),
         ("latency, ONNX Runtime", "3.00 ms", "1.50 ms", "2.00× faster"),
     ]
@@ -64,6 +64,11 @@ def test_the_title_says_what_was_asked_and_reached(report: Report) -> None:
     assert title(report) == ("resnet56, depgraph + DPM, target macs 0.47: 46.9 % left (59.0 M of at most 59.1 M)")
     channels = replace(report, arch=None, target=TargetReport("channels", 600, 600, 1120, 592))
     assert title(channels) == "model, depgraph + DPM, target channels 600: 52.9 % left (592 of at most 600)"
+
+
+def test_the_title_says_that_a_drop_allowed_no_removal(report: Report) -> None:
+    whole = replace(report, target=TargetReport("drop", 1.0, 1000, 1000, 1000))
+    assert title(whole) == "resnet56, depgraph + DPM, target drop 1 point: nothing could be removed"
 
 
 def test_a_speed_up_far_below_the_macs_is_said(report: Report) -> None:
@@ -126,6 +131,14 @@ def test_each_reason_to_keep_layers_whole_says_its_share_of_the_macs() -> None:
 def test_items_are_never_broken_when_wrapped() -> None:
     assert wrap(["aa 1→2", "bb 3→4", "cc 5→6"], 15) == ["aa 1→2, bb 3→4,", "cc 5→6"]
     assert wrap([], 10) == []
+
+
+def test_no_number_is_parted_from_its_unit() -> None:
+    assert wrap_words("it took 0.969 ms, 51 % of it", 13) == ["it took", "0.969 ms,", "51 % of it"]
+
+
+def test_a_path_is_folded_after_a_separator() -> None:
+    assert fold_path("out/some/model.onnx", 12) == "out/some/\nmodel.onnx"
 
 
 def test_a_slow_model_is_told_which_of_its_widths_are_to_blame() -> None:

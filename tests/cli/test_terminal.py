@@ -111,6 +111,32 @@ def test_a_dumb_terminal_gets_lines() -> None:
     assert "elapsed" in written
 
 
+WIDE = """
+import sys
+sys.path.insert(0, {tests!r})
+from dataclasses import replace
+from dpm_cli.cli.app import main
+from dpm_cli.cli.summaries import print_benchmarked, print_evaluated
+from dpm_cli.results import Benchmarked
+from dpm_cli.cli.tables import print_report
+from made_up_report import make_report
+from test_commands import EVALUATED
+print_report(make_report(arch="a_net_of_mine"))
+print_evaluated(replace(EVALUATED, latency={{"onnxruntime": replace(EVALUATED.latency["onnxruntime"], threads=2)}}))
+main(["recipes"])
+row = Benchmarked("somewhere/dout/model.onnx", "onnx", 10, "onnxruntime", 128, 16, 123.45, doubt="it waited")
+print_benchmarked([replace(row, images_per_second=12345, faster=1.23)])
+"""
+
+
+def test_no_line_is_wider_than_a_terminal() -> None:
+    written, _ = run_on_terminal(WIDE.format(tests=str(Path(__file__).parent)), 80)
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", written.encode("latin-1").decode()).splitlines()
+    assert max(map(len, lines)) <= 80
+    assert "a_net_of_mine, depgraph + DPM, target macs 0.47: 46.9 % left (59.0 M of at most" in lines
+    assert "model.onnx" in [line.split()[0] for line in lines if line.strip()]
+
+
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
 def test_signs_that_an_encoding_lacks_become_ascii(encoding: str) -> None:
     written, screen = run_on_terminal(scene(), 80, PYTHONIOENCODING=encoding, PYTHONUTF8="0")

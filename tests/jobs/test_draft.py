@@ -1,5 +1,6 @@
 """Recipes that are made by a look at the images: by `dpm init`, or on the spot from options."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -105,6 +106,16 @@ def test_the_file_is_commented_and_not_overwritten(photos: str) -> None:
 def test_names_of_classes_cannot_break_the_file(photos: str) -> None:
     (Path(photos) / "cat").rename(Path(photos) / "c\nseed: 9 #")
     assert dpm_cli.init(photos).seed == 0
+
+
+def test_a_class_whose_name_is_no_text_is_drafted(photos: str) -> None:
+    (Path(photos) / "cat").rename(Path(photos) / os.fsdecode(b"h\xfcnd"))
+    assert "h\N{REPLACEMENT CHARACTER}nd (20)" in draft_recipe(photos)
+
+
+def test_a_folder_whose_name_is_no_text_is_named_with_the_way_out(photos: str) -> None:
+    with pytest.raises(DataError, match=r"the name b'h\\xfcnd', which is not text here: set PYTHONUTF8=1"):
+        draft_recipe(os.fsdecode(b"h\xfcnd"))
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import dpm_cli
-from dpm_cli.errors import DataError, ModelFileError, UsageError
+from dpm_cli.errors import DataError, ModelFileError, UnreadableError, UsageError
 from dpm_cli.jobs.predict import prepare
 from dpm_cli.models import Metadata, build, load_slim
 from dpm_cli.models.metadata import VERSION, parse_metadata, parse_strings
@@ -154,13 +154,27 @@ def test_wrong_files_and_pictures_are_refused_in_one_line(folder: Path, tmp_path
         (newer, [picture], ModelFileError, "version 2, this dpm reads 1: update"),
         (weights, [picture], ModelFileError, "holds weights only"),
         (folder / "model.onnx", [text], DataError, "not a readable image"),
-        (folder / "model.onnx", [picture, tmp_path / "no.jpg", tmp_path / "neither.jpg"], DataError, "like 1 more"),
+        (
+            folder / "model.onnx",
+            [picture, tmp_path / "no.jpg", tmp_path / "or.jpg"],
+            DataError,
+            "no.jpg .*or.jpg is not",
+        ),
         (folder / "model.onnx", [], UsageError, "no picture"),
     ]
     for file, images, kind, said in cases:
         with pytest.raises(kind, match=said) as caught:
             dpm_cli.predict(file, images)
         assert "\n" not in str(caught.value)
+
+
+def test_pictures_that_cannot_be_read_do_not_stop_the_others(folder: Path, tmp_path: Path) -> None:
+    good = pictures(folder)
+    with pytest.raises(UnreadableError) as caught:
+        dpm_cli.predict(folder / "slim.pt", [good[0], tmp_path / "no.jpg", good[1]])
+    first, missing, last = caught.value.predicted
+    assert [first, last] == dpm_cli.predict(folder / "slim.pt", good[:2])
+    assert missing.to_dict() == {"image": f"{tmp_path / 'no.jpg'}", "error": f"{tmp_path / 'no.jpg'} is not a file"}
 
 
 OTHER = '{"dpm_recipe": ""}'

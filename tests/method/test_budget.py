@@ -243,6 +243,11 @@ def test_target_at_or_above_the_dense_model_is_refused(kind):
     assert resolve_limit(GROUPS, widths, kind=kind, amount=float(dense - 1)) == dense - 1
 
 
+def test_an_absolute_target_is_repeated_in_full():
+    with pytest.raises(TargetError, match="target macs 500,000,000 keeps everything"):
+        resolve_limit(GROUPS, find_width_limits(GROUPS, round_to=1, min_keep=0), kind="macs", amount=5e8)
+
+
 def test_net_in_which_nothing_can_go_is_refused():
     groups = find_groups(NET, torch.zeros(2, 1, 8, 8), keep=["*"])
     assert groups.units == 0

@@ -28,7 +28,7 @@ FOREIGN = {
     b"\x1f\x8b\x08" + bytes(64): "gzip archive; unpack",
     b"\x89HDF\r\n\x1a\n" + bytes(64): "HDF5",
     bytes(257) + b"ustar": "tar archive; unpack",
-    b"\x08\x08\x12\x07pytorch\x1a\x062.15.0": "an ONNX model",
+    b"\x08\x08\x12\x07pytorch\x1a\x062.15.0": "an ONNX model, not the weights that it was exported from",
     b"\x80\x04\x95\x0b\0\0\0\0\0\0\0}\x94.": "a Python pickle that torch.save did not write",
     b"model: {arch: resnet20}\n": "a text file",
     "äöü".encode() * 2000: "a text file",

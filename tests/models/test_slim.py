@@ -315,7 +315,7 @@ def change(path: Path, **changed: Any) -> None:
         ({"arch": 3}, "damaged: 'arch'"),
         ({"arch": "a\nb"}, "damaged: 'arch'"),
         ({"arch": "os:getcwd"}, "names code to import"),
-        ({"arch": "digit"}, "cannot be rebuilt: model.arch is 'digit'; did you mean 'digits'"),
+        ({"arch": "digit"}, "cannot be rebuilt: model.arch is 'digit', neither"),
         ({"classes": 10**6}, "damaged: 'classes'"),
         ({"classes": 10.0}, "damaged: 'classes'"),
         ({"classes": 32}, "one image gives outputs"),

@@ -82,7 +82,7 @@ def test_digits_net_learns_digits() -> None:
 def test_unknown_name_is_answered_with_the_nearest() -> None:
     with pytest.raises(RecipeError, match="did you mean 'resnet56'"):
         build("resnet57", classes=10, shape=CIFAR)
-    with pytest.raises(RecipeError, match=r"known: resnet20, .*torchvision:NAME"):
+    with pytest.raises(RecipeError, match=r"nor torchvision:NAME, .*known: resnet20, "):
         build("zzz", classes=10, shape=CIFAR)
     with pytest.raises(RecipeError, match="did you mean 'torchvision:resnet18'"):
         build("torchvision:resnet-18", classes=10, shape=CIFAR)

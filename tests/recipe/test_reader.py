@@ -177,6 +177,8 @@ def test_impossible_values_are_named(values: object, said: str) -> None:
         ("seed: 1\nseed: 2\n", "is given twice"),
         ("model: [unclosed", "is not a YAML recipe"),
         ("x: !!python/object/apply:os.system ['true']\n", "is not a YAML recipe"),
+        ("model: {arch: a\ndata: b\n", r"expected ',' .* while parsing a flow mapping \(line 2, column 5\)$"),
+        ("a: \x07", r"not allowed, position 3$"),
         ("", "not a mapping"),
         ("- 1\n", "not a mapping"),
         ("[" * 5000, "is not a YAML recipe"),

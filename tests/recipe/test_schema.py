@@ -124,6 +124,11 @@ def test_a_setting_in_the_wrong_place_is_told_the_right_one(override: str, named
         parse_recipe(SMALLEST, [override])
 
 
+def test_a_key_like_no_other_is_told_no_other() -> None:
+    with pytest.raises(RecipeError, match="unknown key 'nothing'; known: "):
+        parse_recipe(SMALLEST, ["nothing=1"])
+
+
 def test_a_mistyped_recipe_name_is_told_the_nearest() -> None:
     with pytest.raises(RecipeError, match=r"no recipe 'foldr': .*did you mean 'folder'\?"):
         load_recipe("foldr")

@@ -8,7 +8,7 @@ import torch
 from digits_recipe import recipe
 
 import dpm_cli
-from dpm_cli.errors import DpmError
+from dpm_cli.errors import AccuracyError, DpmError
 from dpm_cli.events import EpochEnded, Event, Note, RoundStarted, WentBack
 from dpm_cli.models import build
 from dpm_cli.run.accuracy_floor import AccuracyFloor
@@ -130,6 +130,13 @@ def test_rounds_whose_share_is_gone_already_stop_no_further_one(
     )
     report = dpm_cli.prune(build("digits", classes=10, shape=(1, 8, 8)), settings, output=tmp_path)
     assert [width.after for width in report.widths if width.layer == "block1.conv1"] == [8]
+
+
+def test_a_drop_that_allows_no_removal_ends_as_a_broken_floor(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(AccuracyFloor, "_validate", lambda self: 80.0 if self.subject.pruning.round else 90.0)
+    with pytest.raises(AccuracyError, match=r"\(1 point below .*; nothing could be removed: raise") as caught:
+        dpm_cli.prune(build("digits", classes=10, shape=(1, 8, 8)), recipe(**WAITING), output=tmp_path)
+    assert not caught.value.report.target.is_met
 
 
 def test_without_training_the_floor_is_looked_at_after_every_round(trained: Path, tmp_path: Path) -> None:
