@@ -88,7 +88,7 @@ def find_macs(arguments: argparse.Namespace, report: Report) -> float:
     """Find the share of the MACs whose widths take as long, by the table, as those that a latency target has left."""
     recipe = parse_recipe(make_recipe(arguments, {"latency": arguments.share}, 0))
     module = load_model(arguments.dense, arch=arguments.arch, classes=10, shape=SHAPE).module.eval()
-    plan = Plan(module, recipe)
+    plan = Plan(module, recipe, torch.device("cpu"))
     (latency,) = plan.amounts
     after = {width.layer: width.after for width in report.widths}
     alive = np.zeros(plan.groups.units, bool)

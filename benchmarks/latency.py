@@ -67,7 +67,7 @@ def measure(name: str, given: argparse.Namespace) -> tuple[list[dict[str, Any]],
         f"model.input={list(shape)}",
         f"prune.target.macs={given.target}",
     ]
-    plan = Plan(slim, load_recipe("folder", settings + given.overrides))
+    plan = Plan(slim, load_recipe("folder", settings + given.overrides), torch.device("cpu"))
     alive = plan.survivors()
     widths = [list(width) for width in plan.groups.widths(alive)]
     compact_(slim, plan.groups, alive)

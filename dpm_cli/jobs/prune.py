@@ -147,8 +147,7 @@ def _recording(
         write_resolved(
             folder, recipe, str(model) if isinstance(model, str | Path) else None
         )  # so that --resume needs no repeated --set
-        if overwrite:  # otherwise a later --resume would take up the abandoned run
-            (folder / REPORT).unlink(missing_ok=True)
+        if overwrite:  # otherwise a later --resume would continue the abandoned run
             remove_checkpoints(folder / CHECKPOINT)
         yield tell
     write_page(folder)

@@ -292,20 +292,6 @@ def test_finished_run_of_an_older_version_returns_its_report(finished, dense_fil
     assert resumed == replace(report, origin=None)
 
 
-@pytest.mark.parametrize(("target", "is_left"), [(0.5, False), (0.0001, True)])
-def test_overwriting_forgets_the_finished_run_once_nothing_is_refused(finished, dense_file, tmp_path, target, is_left):
-    shutil.copytree(finished[0], tmp_path, dirs_exist_ok=True)
-
-    def stop(event):
-        if event.kind == "start":
-            raise KeyboardInterrupt
-
-    settings = recipe(prune={"target": {"macs": target}})
-    with pytest.raises(TargetError if is_left else KeyboardInterrupt):
-        dpm_cli.prune(dense_file, settings, output=tmp_path, overwrite=True, on_event=stop)
-    assert (tmp_path / "report.json").exists() == is_left
-
-
 @pytest.mark.thorough
 def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
     accuracies = itertools.chain([90.0], itertools.repeat(0.0))  # the dense model is measured first
