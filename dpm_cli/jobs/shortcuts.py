@@ -43,9 +43,10 @@ def settle(
         return load_recipe(recipe, [*_change(shortcuts, arch, before, overrides), *overrides])
     if shortcuts.data is None:
         raise UsageError("no settings are given: name a --recipe, or --data (and --arch) to have one made")
-    slim = None if model is None or named else _read_slim(Path(model))
-    if slim is not None:
-        arch = name_arch(slim, arch, Path(str(model)))
+    path = None if model is None or named else Path(model)
+    slim = _read_slim(path) if path else None
+    if path and slim:
+        arch = name_arch(slim, arch, path)
     elif arch is None and model is not None:
         raise UsageError(f"which architecture has {model}? --arch names it, such as --arch torchvision:resnet18")
     text = draft_recipe(shortcuts.data, arch=arch, weights=shortcuts.weights, shape=slim.shape if slim else None)
