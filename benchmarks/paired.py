@@ -97,7 +97,7 @@ class Arm:
     baseline: Baseline | None = None  # nothing of ours but the groups and the exact target
     length: float = 1.0  # × the scale's epochs: to compare at equal time
     round_to: int = 1  # multiples of this
-    end: float | None = None  # depgraph: of the train stage; decays until then are `auto`
+    end: float | None = None  # of the train stage; depgraph: decays until then are `auto`
     rounds: int | str = 1
     stages: int = 1  # depgraph: of equal length; in the second the slim net is finetuned
 
@@ -128,7 +128,11 @@ ARMS = {
         "mixed + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="mixed"),
         **{name: Arm(baseline=name) for name in get_args(Baseline)},
     },
-    "otov2": {**SHORT, "HESSO": Arm(smooth=True, hesso=True)},
+    "otov2": {
+        **SHORT,
+        "+ SP to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2),
+        "HESSO": Arm(smooth=True, hesso=True),
+    },
     "gate-decorator": SHORT,
 }
 REFERENCES = ("cut", "cut, distilled")
@@ -191,7 +195,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             train["epochs"] = epochs // arm.stages
             finetune = train | {"epochs": epochs - train["epochs"]}
         case "otov2":
-            prune["end"] = 0.4
+            prune["end"] = arm.end or 0.4
             if arm.hesso:
                 periods = min(HESSO_PERIODS, scale.decay_steps)
                 prune |= {"rounds": periods, "otov2": {"variant": "hesso"}}

@@ -25,14 +25,22 @@ import dpm_cli
 NAME = "resnet56_jpeg"
 RECIPE = "resnet56-folder"
 DENSE = "dense, fine-tuned"
+LOW = ", at a fifth of the rate"
+ONCE = ["prune.rounds=1", "prune.end=0.2"]
 ARMS: dict[str, list[str]] = {
     DENSE: [],
+    DENSE + LOW: ["dense.lr=0.01"],
     "slim": [],
-    "slim, in one round": ["prune.rounds=1", "prune.end=0.2"],
+    "slim, in one round": ONCE,
+    "slim, in one round" + LOW: [*ONCE, "train.lr=0.01"],
     "slim, the dense model as teacher": ["train.distill=0.7"],
     "fitted for an epoch, slim, the fitted model as teacher": ["train.distill=0.7", "train.epochs=11"],
 }
 FIT = ["dense.epochs=1", "dense.lr=0.01"]  # how the dense model is fitted to the images before it is pruned
+
+
+def is_dense(arm: str) -> bool:
+    return arm.startswith(DENSE)
 
 
 def folder_of(arm: str, seed: int) -> str:
@@ -48,7 +56,7 @@ def run(arm: str, seed: int, model: Path, data: Path, folder: Path) -> None:
             dpm_cli.train(dpm_cli.load_recipe(RECIPE, [*overrides, *FIT]), model=model, output=fitted, resume=True)
         model = fitted
     recipe = dpm_cli.load_recipe(RECIPE, overrides)
-    if arm != DENSE:
+    if not is_dense(arm):
         dpm_cli.prune(model, recipe, output=folder, resume=True)
         return
     folder.mkdir(exist_ok=True)
@@ -61,27 +69,30 @@ def read(arm: str, seed: int, work: Path) -> dict[str, Any] | None:
     if not path.exists():
         return None
     report = json.loads(path.read_text())
-    slim = report if arm == DENSE else report["slim"]
+    slim = report if is_dense(arm) else report["slim"]
     return {
         "arm": arm,
         "seed": seed,
         "accuracy": slim["accuracy"],
         "validation": report["validation_accuracy"],
-        "macs": 1.0 if arm == DENSE else slim["macs"] / report["dense"]["macs"],
+        "macs": 1.0 if is_dense(arm) else slim["macs"] / report["dense"]["macs"],
         "params": slim["params"],
         "precision": report["precision"],
     }
 
 
 def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """One line per arm: means over the seeds, and how far the test accuracy is from the mean of the dense nets."""
+    """One line per arm: means over the seeds, and how far the test accuracy is from the mean of the dense nets.
+
+    These are the ones that were fine-tuned at the arm's rate.
+    """
     table = []
-    dense = [row["accuracy"] for row in rows if row["arm"] == DENSE]
     for arm in ARMS:
         mine = [row for row in rows if row["arm"] == arm]
         if not mine:
             continue
-        apart = [row["accuracy"] - statistics.mean(dense) for row in mine] if dense and arm != DENSE else []
+        dense = [row["accuracy"] for row in rows if row["arm"] == DENSE + LOW * arm.endswith(LOW)]
+        apart = [row["accuracy"] - statistics.mean(dense) for row in mine] if dense and not is_dense(arm) else []
         table.append(
             {
                 "": arm,
