@@ -100,6 +100,7 @@ class Arm:
     end: float | None = None  # of the train stage; depgraph: decays until then are `auto`
     rounds: int | str = 1
     stages: int = 1  # depgraph: of equal length; in the second the slim net is finetuned
+    lr: float = 0.05  # depgraph, otov2
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
@@ -124,6 +125,7 @@ ARMS = {
             SMOOTH, distill=DISTILL, end=0.5, rounds="auto", stages=2
         ),
         "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
+        "+ SP, distilled, at a fifth of the rate": replace(SMOOTH, distill=DISTILL, lr=0.01),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
         "mixed + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="mixed"),
         **{name: Arm(baseline=name) for name in get_args(Baseline)},
@@ -181,7 +183,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
         "round_to": arm.round_to,
         "rounds": arm.rounds,
     }
-    train: dict[str, Any] = {"epochs": epochs, "lr": 0.05, "distill": arm.distill}
+    train: dict[str, Any] = {"epochs": epochs, "lr": arm.lr, "distill": arm.distill}
     decay: dict[str, Any] = {"steps": scale.decay_steps if arm.smooth else 1, "rectify": arm.rectify or False}
     finetune: dict[str, Any] = {"epochs": 0}
     match trial.base:
