@@ -104,6 +104,7 @@ class Arm:
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
+EARLY = replace(SMOOTH, distill=DISTILL, end=0.2)
 SHORT = {
     "cut": CUT,
     "cut, distilled": replace(CUT, distill=DISTILL),
@@ -117,9 +118,9 @@ ARMS = {
         "cut, in fours": replace(CUT, round_to=4),
         "cut, in eights": replace(CUT, round_to=8),
         "+ SP": SMOOTH,
-        "+ SP to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2),
+        "+ SP to 0.2, distilled": EARLY,
         "+ SP to 0.4 of two stages, distilled": replace(SMOOTH, distill=DISTILL, end=0.4, stages=2),
-        "+ SP in rounds to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2, rounds="auto"),
+        "+ SP in rounds to 0.2, distilled": replace(EARLY, rounds="auto"),
         "+ SP in rounds to 0.5, distilled": replace(SMOOTH, distill=DISTILL, end=0.5, rounds="auto"),
         "+ SP in rounds to 0.5 of two stages, distilled": replace(
             SMOOTH, distill=DISTILL, end=0.5, rounds="auto", stages=2
@@ -132,7 +133,7 @@ ARMS = {
     },
     "otov2": {
         **SHORT,
-        "+ SP to 0.2, distilled": replace(SMOOTH, distill=DISTILL, end=0.2),
+        "+ SP to 0.2, distilled": EARLY,
         "HESSO": Arm(smooth=True, hesso=True),
     },
     "gate-decorator": SHORT,

@@ -91,7 +91,7 @@ def summarise(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         mine = [row for row in rows if row["arm"] == arm]
         if not mine:
             continue
-        dense = [row["accuracy"] for row in rows if row["arm"] == DENSE + LOW * arm.endswith(LOW)]
+        dense = [row["accuracy"] for row in rows if row["arm"] == (DENSE + LOW if arm.endswith(LOW) else DENSE)]
         apart = [row["accuracy"] - statistics.mean(dense) for row in mine] if dense and not is_dense(arm) else []
         table.append(
             {
