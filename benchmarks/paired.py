@@ -136,7 +136,8 @@ ARMS = {
         "+ SP to 0.2, distilled": EARLY,
         "HESSO": Arm(smooth=True, hesso=True),
     },
-    "gate-decorator": SHORT,
+    "gate-decorator": {name: replace(arm, rounds=2) for name, arm in SHORT.items()}
+    | {f"{name}, in one round": SHORT[name] for name in ("cut, distilled", "+ SP, distilled")},
 }
 REFERENCES = ("cut", "cut, distilled")
 
@@ -204,11 +205,11 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
                 prune |= {"rounds": periods, "otov2": {"variant": "hesso"}}
                 decay |= {"steps": scale.decay_steps // periods, "envelope": "multiplicative"}
         case "gate-decorator":
-            prune["rounds"] = 2  # ticks of one epoch; a tock of a quarter of the rest before and after
+            ticks = prune["rounds"]  # of one epoch; a tock of a quarter of the rest before and after
             decay["steps"] = max(1, decay["steps"] // 2)  # two decays must fit into the last tock
-            train["epochs"] = max(1, (epochs - 2) // 4)
+            train["epochs"] = max(1, (epochs - ticks) // 4)
             train["schedule"] = "triangular"
-            finetune = {"epochs": epochs - 2 - 2 * train["epochs"], "lr": 0.05, "distill": arm.distill}
+            finetune = {"epochs": epochs - ticks - 2 * train["epochs"], "lr": 0.05, "distill": arm.distill}
     return {
         "model": {"arch": scale.arch, "classes": 10, "input": [3, 32, 32]},
         "data": {
