@@ -306,8 +306,21 @@ def test_finished_run_that_broke_its_floor_fails_the_same_way_when_resumed(dense
     assert count_parameters(load(tmp_path / "slim.pt")) == said[0][1].dense.params
 
 
-def test_run_that_missed_its_target_delivers_and_fails_the_same_way_when_resumed(dense_file, tmp_path, monkeypatch):
-    missed, pages = TargetReport("macs", 0.5, 1_000_000, 2_000_000, 1_500_000), []
+@pytest.mark.parametrize(
+    ("missed", "text"),
+    [
+        (TargetReport("macs", 0.5, 1_000_000, 2_000_000, 1_500_000), "macs ≤ 1.00 M is not met, {}: 1.50 M is left"),
+        (
+            TargetReport("drop", 1.0, 2_000_000, 2_000_000, 2_000_000),
+            "drop 1 point is not met, {}: nothing could be removed",
+        ),
+    ],
+    ids=["macs", "drop"],
+)
+def test_run_that_missed_its_target_delivers_and_fails_the_same_way_when_resumed(
+    missed, text, dense_file, tmp_path, monkeypatch
+):
+    pages = []
     monkeypatch.setattr("dpm_cli.run.outcome._compare_with_target", lambda subject: [missed])
     monkeypatch.setattr("dpm_cli.jobs.prune.write_page", pages.append)
     for resume in (False, True):
@@ -315,8 +328,7 @@ def test_run_that_missed_its_target_delivers_and_fails_the_same_way_when_resumed
             dpm_cli.prune(dense_file, recipe(), output=tmp_path, resume=resume)
         assert error.value.report.target == missed
         assert str(error.value) == (
-            "target macs ≤ 1.00 M is not met, because layers had to stay whole: 1.50 M is left; the files hold that "
-            "model"
+            f"target {text.format('because layers had to stay whole')}; the files hold that model"
         )
     assert pages == [tmp_path]
 
