@@ -25,16 +25,19 @@ import dpm_cli
 NAME = "resnet56_jpeg"
 RECIPE = "resnet56-folder"
 DENSE = "dense, fine-tuned"
+FITTED = "fitted for an epoch, slim, the fitted model as teacher"
+ONE_ROUND = ", in one round"
 LOW = ", at a fifth of the rate"
 ONCE = ["prune.rounds=1", "prune.end=0.2"]
 ARMS: dict[str, list[str]] = {
     DENSE: [],
     DENSE + LOW: ["dense.lr=0.01"],
     "slim": [],
-    "slim, in one round": ONCE,
-    "slim, in one round" + LOW: [*ONCE, "train.lr=0.01"],
+    "slim" + ONE_ROUND: ONCE,
+    "slim" + ONE_ROUND + LOW: [*ONCE, "train.lr=0.01"],
     "slim, the dense model as teacher": ["train.distill=0.7"],
-    "fitted for an epoch, slim, the fitted model as teacher": ["train.distill=0.7", "train.epochs=11"],
+    FITTED: ["train.distill=0.7", "train.epochs=11"],
+    FITTED + ONE_ROUND + LOW: ["train.distill=0.7", "train.epochs=11", *ONCE, "train.lr=0.01"],
 }
 FIT = ["dense.epochs=1", "dense.lr=0.01"]  # how the dense model is fitted to the images before it is pruned
 
@@ -50,7 +53,7 @@ def folder_of(arm: str, seed: int) -> str:
 def run(arm: str, seed: int, model: Path, data: Path, folder: Path) -> None:
     """Fill a folder with the report of a run; of the dense net, with what `dpm train` tells."""
     overrides = [f"data.root={data}", "checkpoint.every=100", f"seed={seed}", *ARMS[arm]]
-    if arm.startswith("fitted"):
+    if arm.startswith(FITTED):
         fitted = folder.with_suffix(".pt")
         if not fitted.exists():
             dpm_cli.train(dpm_cli.load_recipe(RECIPE, [*overrides, *FIT]), model=model, output=fitted, resume=True)
