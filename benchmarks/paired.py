@@ -25,6 +25,7 @@ from typing import Any, get_args
 import torch
 from baselines import Baseline, run_baseline
 from common import print_table, read_rows, save
+from scales import SCALES, Net, Scale
 from scipy.stats import t as student
 
 import dpm_cli
@@ -33,56 +34,6 @@ from dpm_cli.errors import OutputError
 MEAN, STD = [0.4914, 0.4822, 0.4465], [0.247, 0.243, 0.261]
 
 
-@dataclass(frozen=True)
-class Net:
-    """How a dense net is trained, on all images."""
-
-    epochs: int
-    seed: int
-
-
-@dataclass(frozen=True)
-class Scale:
-    """How much of it fits the machine."""
-
-    arch: str
-    images: int | None
-    nets: tuple[Net, ...]
-    epochs: int
-    decay_steps: int
-    budgets: tuple[float, ...]
-    seeds: int
-
-
-SCALES = {
-    "cpu": Scale("resnet20", 10_000, (Net(10, 77), Net(7, 0)), epochs=6, decay_steps=70, budgets=(0.25, 0.5), seeds=5),
-    # As "cpu", but in a third of the time. For depgraph: the ticks and tocks of gate-decorator take longer.
-    "cpu-short": Scale(
-        "resnet20", 10_000, (Net(10, 77), Net(7, 0)), epochs=2, decay_steps=70, budgets=(0.25, 0.5), seeds=5
-    ),
-    # As "cpu", but the slim nets train on all images, as their teachers did; one of these was trained long.
-    "cpu-all": Scale(
-        "resnet20", None, (Net(10, 77), Net(7, 0), Net(30, 5)), epochs=6, decay_steps=200, budgets=(0.25,), seeds=1
-    ),
-    # For a folder with 10 000 training images: teachers trained long on what their pupils see, and nothing else.
-    "cpu-few": Scale("resnet20", 10_000, (Net(60, 3), Net(30, 4)), epochs=6, decay_steps=70, budgets=(0.25,), seeds=5),
-    "rehearsal": Scale("resnet20", 128, (Net(1, 0),), epochs=4, decay_steps=1, budgets=(0.5,), seeds=1),
-    "rehearsal-vit": Scale("small_vit:small_vit", 128, (Net(1, 0),), epochs=4, decay_steps=1, budgets=(0.5,), seeds=1),
-    "gpu": Scale(
-        "resnet56", None, (Net(160, 0), Net(80, 77)), epochs=60, decay_steps=1000, budgets=(0.47, 0.25), seeds=5
-    ),
-    "gpu-vgg16": Scale(
-        "vgg16_bn", None, (Net(160, 0), Net(80, 77)), epochs=60, decay_steps=1000, budgets=(0.265, 0.1), seeds=5
-    ),
-    # For a GPU that is lent for minutes; --epochs says how many fit.
-    "gpu-short": Scale("resnet56", None, (Net(20, 0),), epochs=10, decay_steps=1000, budgets=(0.47, 0.25), seeds=5),
-    "gpu-short-vgg16": Scale(
-        "vgg16_bn", None, (Net(20, 0),), epochs=10, decay_steps=1000, budgets=(0.265, 0.1), seeds=5
-    ),
-    "gpu-short-vit": Scale(
-        "small_vit:small_vit", None, (Net(20, 0),), epochs=10, decay_steps=1000, budgets=(0.5, 0.25), seeds=5
-    ),
-}
 RELEASE = {"criterion": "significance", "rate": 2.0, "length": 1.0, "start": 0.3}
 DISTILL = 0.7
 HESSO_PERIODS = 5  # the reference has 10 in hundreds of epochs
@@ -105,6 +56,7 @@ class Arm:
     rounds: int | str = 1
     stages: int = 1  # depgraph: of equal length; in the second the slim net is finetuned
     lr: float = 0.05  # depgraph, otov2
+    tock: str = "triangular"  # gate-decorator: schedule of a tock's rate
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
@@ -141,7 +93,11 @@ ARMS = {
         "HESSO": Arm(smooth=True, hesso=True),
     },
     "gate-decorator": {name: replace(arm, rounds=2) for name, arm in SHORT.items()}
-    | {f"{name}, in one round": SHORT[name] for name in ("cut, distilled", "+ SP, distilled")},
+    | {
+        f"{name}, in one round{words}": replace(SHORT[name], tock=schedule)
+        for words, schedule in (("", "triangular"), (", cosine", "cosine"))
+        for name in ("cut, distilled", "+ SP, distilled")
+    },
 }
 REFERENCES = ("cut", "cut, distilled")
 
@@ -212,7 +168,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             ticks = prune["rounds"]  # of one epoch; a tock of a quarter of the rest before and after
             decay["steps"] = max(1, decay["steps"] // 2)  # two decays must fit into the last tock
             train["epochs"] = max(1, (epochs - ticks) // 4)
-            train["schedule"] = "triangular"
+            train["schedule"] = arm.tock
             finetune = {"epochs": epochs - ticks - 2 * train["epochs"], "lr": 0.05, "distill": arm.distill}
     return {
         "model": {"arch": scale.arch, "classes": 10, "input": [3, 32, 32]},

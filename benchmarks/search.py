@@ -22,7 +22,8 @@ from typing import Any
 
 import torch
 from common import print_table, save
-from paired import SCALES, Net, Trial, compare, fill, make_recipe
+from paired import Trial, compare, fill, make_recipe
+from scales import SCALES, Net
 
 import dpm_cli
 
