@@ -52,15 +52,16 @@ class Arm:
     baseline: Baseline | None = None  # nothing of ours but the groups and the exact target
     length: float = 1.0  # × the scale's epochs: to compare at equal time
     round_to: int = 1  # multiples of this
-    end: float | None = None  # of the train stage; depgraph: decays until then are `auto`
-    rounds: int | str = 1
+    end: float | None = None  # of the train stage
+    steps: int | None = None  # depgraph: of a decay until `end`
+    rounds: int = 1
     stages: int = 1  # depgraph: of equal length; in the second the slim net is finetuned
     lr: float = 0.05  # depgraph, otov2
     tock: str = "triangular"  # gate-decorator: schedule of a tock's rate
 
 
 CUT, SMOOTH = Arm(), Arm(smooth=True)
-EARLY = replace(SMOOTH, distill=DISTILL, end=0.2)
+EARLY = replace(SMOOTH, distill=DISTILL, end=0.2, steps=56)
 SHORT = {
     "cut": CUT,
     "cut, distilled": replace(CUT, distill=DISTILL),
@@ -75,12 +76,10 @@ ARMS = {
         "cut, in eights": replace(CUT, round_to=8),
         "+ SP": SMOOTH,
         "+ SP to 0.2, distilled": EARLY,
-        "+ SP to 0.4 of two stages, distilled": replace(SMOOTH, distill=DISTILL, end=0.4, stages=2),
-        "+ SP in rounds to 0.2, distilled": replace(EARLY, rounds="auto"),
-        "+ SP in rounds to 0.5, distilled": replace(SMOOTH, distill=DISTILL, end=0.5, rounds="auto"),
-        "+ SP in rounds to 0.5 of two stages, distilled": replace(
-            SMOOTH, distill=DISTILL, end=0.5, rounds="auto", stages=2
-        ),
+        "+ SP to 0.4 of two stages, distilled": replace(EARLY, end=0.4, stages=2),
+        "+ SP in rounds to 0.2, distilled": replace(EARLY, rounds=3, steps=18),
+        "+ SP in rounds to 0.5, distilled": replace(EARLY, end=0.5, rounds=5, steps=27),
+        "+ SP in rounds to 0.5 of two stages, distilled": replace(EARLY, end=0.5, rounds=3, steps=23, stages=2),
         "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
         "+ SP, distilled, at a fifth of the rate": replace(SMOOTH, distill=DISTILL, lr=0.01),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
@@ -155,7 +154,7 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
             prune["start"] = (observed + (scale.decay_steps if arm.late else 0)) / steps
             prune["end"] = (observed + scale.decay_steps + 1) / steps
             if arm.end is not None:
-                prune["end"], decay["steps"] = arm.end, "auto"
+                prune["end"], decay["steps"] = arm.end, arm.steps
             train["epochs"] = epochs // arm.stages
             finetune = train | {"epochs": epochs - train["epochs"]}
         case "otov2":

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 import dpm_cli
+from dpm_cli.method.schedule import plan_schedule
 from dpm_cli.recipe import Recipe
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
@@ -27,6 +28,22 @@ def test_every_trial_is_a_recipe(scale: str) -> None:
     for trial in trials:
         recipe = Recipe.model_validate(paired.make_recipe(paired.SCALES[scale], Path("images"), trial))
         assert recipe.prune.target.macs == trial.budget
+
+
+@pytest.mark.parametrize("scale", ["cpu", "cpu-short"])
+def test_what_is_called_the_defaults_is_what_a_recipe_plans_that_says_nothing(scale: str) -> None:
+    scales: Any = importlib.import_module("scales")
+    paired: Any = importlib.import_module("paired")
+    its = scales.SCALES[scale]
+    trial = paired.Trial("depgraph", "+ SP, distilled", 0.25, its.nets[0], 100)
+    told = paired.make_recipe(its, Path("images"), trial)
+    silent = told | {"prune": {"target": told["prune"]["target"]}, "decay": {}, "train": {"epochs": its.epochs}}
+    plans = []
+    for recipe in map(Recipe.model_validate, (told, silent)):
+        rounds = plan_schedule(recipe.prune, recipe.train, recipe.decay, steps_per_epoch=its.images // 128)
+        plans.append((rounds.starts, rounds.decay_steps, recipe.decay.rectify, recipe.train))
+    assert plans[0] == plans[1]
+    assert plans[0][:2] == ((0,), its.decay_steps)
 
 
 def test_every_setting_that_is_searched_changes_the_recipe() -> None:

@@ -52,7 +52,8 @@ def test_the_end_depends_on_what_is_pruned_for(overrides: list[str], end: int) -
 
 
 def test_short_trainings_get_fewer_rounds_before_short_decays() -> None:
-    assert plan(recipe_of("train.epochs=5"), 2_000) == (1, 9, 15)  # 15 steps an epoch: 15 of 75 for one round
+    assert plan(recipe_of("train.epochs=20"), 2_000) == (1, 70, 70)  # 15 steps an epoch: more than a fifth of 300
+    assert plan(recipe_of("train.epochs=5"), 2_000) == (1, 38, 38)  # half of 75
     assert plan(recipe_of("train.epochs=1"), 300) == (1, 1, 1)
 
 
