@@ -2,7 +2,7 @@
 
 from dpm_cli.display import numbers
 from dpm_cli.errors import AccuracyError, MissedError, TargetError
-from dpm_cli.report import Report, TargetReport
+from dpm_cli.report import Report
 
 
 def find_missed(report: Report) -> MissedError | None:
@@ -12,16 +12,12 @@ def find_missed(report: Report) -> MissedError | None:
     missed = [each for each in report.targets or [report.target] if not each.is_met]
     if not missed:
         return None
-    asked = " and ".join(_describe_limit(each) for each in missed)
-    left = " and ".join(numbers.cost(each.kind, each.reached) for each in missed)
-    outcome = "nothing could be removed" if missed[0].kind == "drop" else f"{left} is left"
+    if missed[0].kind == "drop":  # which stands alone
+        asked, outcome = f"drop {numbers.asked('drop', missed[0].asked)}", "nothing could be removed"
+    else:
+        asked = " and ".join(f"{each.kind} ≤ {numbers.cost(each.kind, each.limit)}" for each in missed)
+        outcome = " and ".join(numbers.cost(each.kind, each.reached) for each in missed) + " is left"
     return TargetError(
         f"target {asked} is not met, because layers had to stay whole: {outcome}; the files hold that model",
         report=report,
     )
-
-
-def _describe_limit(target: TargetReport) -> str:
-    if target.kind == "drop":
-        return f"drop {numbers.asked(target.kind, target.asked)}"
-    return f"{target.kind} ≤ {numbers.cost(target.kind, target.limit)}"

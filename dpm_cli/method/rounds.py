@@ -28,11 +28,11 @@ class Rounds:
 def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> Rounds:
     """Spread rounds evenly over a stage of `steps`, between its fractions `prune.start` and `prune.end`.
 
-    Each round takes `decay.steps` (one-step pruning takes no steps). Without a `prune.end`, `LEAST_DECAY` steps, and
-    rounds and decays that are given as numbers, may take until the middle. With releases, one more round must fit after
-    the last to replace released units. warm_up: steps that the base pruner must see first. A stage without steps has
-    one round, which cuts at once; `target.drop` alone has many, to look after each. Raises RecipeError if they do not
-    fit.
+    Each round takes `decay.steps` (one-step pruning takes no steps). Without a `prune.end`, rounds and decays that are
+    given as numbers may take until the middle, and so may the `LEAST_DECAY` steps of one that is `auto`. With releases,
+    one more round must fit after the last to replace released units. warm_up: steps that the base pruner must see
+    first. A stage without steps has one round, which cuts at once; `target.drop` alone has many, to look after each.
+    Raises RecipeError if they do not fit.
     """
     if not steps:
         if warm_up:
@@ -42,15 +42,13 @@ def plan_rounds(steps: int, prune: Prune, decay: Decay, *, warm_up: int = 0) -> 
         return Rounds((0,) * (looks if is_open else 1), 0, decay_steps=1)
     first, last = find_span(steps, prune, warm_up=warm_up)
     if prune.end is None:
-        asked = max(LEAST_DECAY, _count_asked(prune, decay))
-        last = max(last, min(first + asked, round(prune.latest * steps)))
+        last = max(last, min(first + _count_asked(prune, decay), round(prune.latest * steps)))
     after = steps - last
     most, least = (MOST_LOOKS, WORTH_A_LOOK) if prune.target.drop is not None else (MOST_ROUNDS, WORTH_A_ROUND)
     least = least if decay.steps == "auto" else decay.steps
     rounds = max(1, min(most, (last - first) // least)) if prune.rounds == "auto" else prune.rounds
     room = (last - first) // rounds
-    fitting = int(SHARE * room) if rounds > 1 else max(int(SHARE * room), min(LEAST_DECAY, room))
-    decay_steps = _fit_decay(steps, fitting, after, decay) if decay.steps == "auto" else decay.steps
+    decay_steps = _fit_decay(steps, room, rounds, after, decay) if decay.steps == "auto" else decay.steps
     taken = count_taken(decay_steps)
     if room < max(taken, 1):
         raise RecipeError(
@@ -103,9 +101,9 @@ def count_taken(decay_steps: int) -> int:
 
 
 def _count_asked(prune: Prune, decay: Decay) -> int:
-    """Count the steps that the rounds take as far as they are given; what is `auto` asks for nothing."""
+    """Count the steps that the rounds take as far as they are given; decays that are `auto` ask for the least."""
     rounds = 1 if prune.rounds == "auto" else prune.rounds
-    return rounds * (1 if decay.steps == "auto" else decay.steps)
+    return max(rounds, LEAST_DECAY) if decay.steps == "auto" else rounds * decay.steps
 
 
 def longest_decay(steps: int) -> int:
@@ -113,10 +111,12 @@ def longest_decay(steps: int) -> int:
     return max(200, int(2 * math.sqrt(steps)))
 
 
-def _fit_decay(steps: int, fitting: int, after: int, decay: Decay) -> int:
-    """Choose the steps of a decay of which `fitting` fit into a round, with `after` of all `steps` behind the last one.
+def _fit_decay(steps: int, room: int, rounds: int, after: int, decay: Decay) -> int:
+    """Choose the steps of a decay for rounds of `room` of all `steps`, with `after` steps behind the last one.
 
     A prune.end that leaves nothing behind the last round is refused later, not answered by cutting at once.
     """
-    fitting = min(longest_decay(steps), max(1, fitting))
+    share = int(SHARE * room)
+    wanted = share if rounds > 1 else max(share, min(LEAST_DECAY, room))
+    fitting = min(longest_decay(steps), max(1, wanted))
     return min(fitting, max(after, 2)) if decay.may_fall_short(in_rounds=True) else fitting

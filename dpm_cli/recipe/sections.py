@@ -176,8 +176,8 @@ class Prune(Section):
     end: Fraction | None = Field(
         default=None,
         description="fraction of the train stage at which the last planned round is finished; null: after a fifth of "
-        "what follows `start`, or 70 steps, or as many as `rounds` and `decay.steps` ask for, up to half; after half "
-        "for target.drop and for bases other than depgraph",
+        "what follows `start`, or as many steps as `rounds` and `decay.steps` ask for (70 if auto), up to half; after "
+        "half for target.drop and for bases other than depgraph",
     )
     round_to: Step = Field(
         default="auto", description="widths stay multiples of this; auto: 8, or less if the target needs it"

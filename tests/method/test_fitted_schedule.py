@@ -60,6 +60,7 @@ def test_short_trainings_get_fewer_rounds_before_short_decays() -> None:
 def test_what_is_given_as_a_number_stays_and_the_rest_is_fitted_to_it() -> None:
     assert plan(recipe_of("decay.steps=100"), 10_000) == (3, 100, 312)
     assert plan(recipe_of("decay.steps=300"), 10_000) == (1, 300, 312)
+    assert plan(recipe_of("decay.steps=20", "train.epochs=10"), 2_000) == (1, 20, 30)  # a fifth of 150
     assert plan(recipe_of("prune.rounds=10"), 10_000) == (10, 18, 312)
 
 
