@@ -49,7 +49,7 @@ CANDIDATES, SPREAD, PARENTS = (
     0.2,
     5,
 )  # of the search: a third at random around the plain cut, the rest from the best
-CALIBRATED_BY, JUDGED_BY = 8, 10  # batches of training images without changes
+CALIBRATED_BY, JUDGED_BY = 8, 10  # batches of training images
 
 
 def run_baseline(baseline: Baseline, dense: Path, values: dict[str, Any], *, epochs: int, output: Path) -> None:
@@ -74,7 +74,8 @@ def run_baseline(baseline: Baseline, dense: Path, values: dict[str, Any], *, epo
     scores = base.scores()
     victims = choose(rank_within(groups, scores) if baseline == "uniform" else scores, limit)
     if baseline == "searched":
-        batches = list(islice(batches_of(splits.train, recipe), CALIBRATED_BY + JUDGED_BY))
+        # In an order of their own: a folder's first images are of one class, and so would BatchNorm's statistics be.
+        batches = list(islice(batches_of(splits.train, recipe, epochs), CALIBRATED_BY + JUDGED_BY))
         judge = partial(judge_cut, model, groups, recipe, batches)
         victims = search_shares(groups, lambda factors: choose(scores * factors, limit), judge, recipe.seed)
     if baseline == "from scratch":
@@ -122,10 +123,10 @@ def train_(model: nn.Module, images: Split, recipe: Recipe, *, epochs: int, end_
         end_epoch(epoch)
 
 
-def batches_of(images: Split, recipe: Recipe, epoch: int | None = None, *, drop_last: bool = False) -> Iterator[Batch]:
-    """epoch: None for images in order and unchanged."""
-    data, augment = recipe.data, None if epoch is None else recipe.data.augment
-    return images.batches(data.batch, seed=recipe.seed, epoch=epoch or 0, augment=augment, drop_last=drop_last)
+def batches_of(images: Split, recipe: Recipe, epoch: int, *, drop_last: bool = False) -> Iterator[Batch]:
+    """Visit the images once, as training does."""
+    data = recipe.data
+    return images.batches(data.batch, seed=recipe.seed, epoch=epoch, augment=data.augment, drop_last=drop_last)
 
 
 def precision_of(recipe: Recipe) -> Precision:

@@ -130,6 +130,11 @@ class Splits:
     fingerprints: Mapping[str, str] = field(default_factory=dict)  # by kind of images: their number and a digest
 
 
+def sample(count: int, most: int, *, seed: int) -> Tensor:
+    """Draw the indexes of at most so many of `count` images: the first ones of a folder would be of one class."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))[:most]
+
+
 def split_order(order: Tensor, batch: int, *, start: int, drop_last: bool, share: Share) -> list[Tensor]:
     """Cut the visiting order (N,) into batches of indexes, from batch `start` on, and take this share of each."""
     end = len(order) // batch * batch if drop_last else len(order)

@@ -50,7 +50,8 @@ def inspect(
     if sensitivity is not None:
         splits = ready.splits if ready.splits is not None else load_splits(recipe, torch_device)  # or say why not
         held_out = bool(len(splits.validation))
-        some = take_images(splits.validation if held_out else splits.train, images, batch=recipe.data.batch)
+        split, batch = splits.validation if held_out else splits.train, recipe.data.batch
+        some = take_images(split, images, batch=batch, seed=recipe.seed)
         dense, rows = measure_sensitivity(
             plan.module.to(torch_device), plan.groups, plan.scores, some, share=sensitivity
         )

@@ -1,6 +1,5 @@
 """Measure how much accuracy each group is worth, by removing some of its units alone."""
 
-import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -8,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dpm_cli.data.splits import Split
+from dpm_cli.data.splits import Split, sample
 from dpm_cli.engine.evaluate import Score, evaluate_module
 from dpm_cli.graph import Groups, Units
 from dpm_cli.method.budget import Scores
@@ -16,7 +15,7 @@ from dpm_cli.results import GroupSensitivity
 
 
 @dataclass(frozen=True)
-class FirstBatches:
+class Taken:
     """Keeps some images of a split on their device, so that all groups are judged on the same images."""
 
     kept: tuple[tuple[Tensor, Tensor], ...]
@@ -25,15 +24,14 @@ class FirstBatches:
         yield from self.kept
 
 
-def take_images(split: Split, images: int, *, batch: int) -> FirstBatches:
-    """Take the first images of a split, in whole batches."""
-    batch = min(batch, images)
-    batches = split.batches(batch, seed=0, epoch=0, augment=None)
-    return FirstBatches(tuple(itertools.islice(batches, -(-images // batch))))
+def take_images(split: Split, images: int, *, batch: int, seed: int) -> Taken:
+    """Draw at most so many images of a split, of all classes."""
+    some = split.select(sample(len(split), images, seed=seed))
+    return Taken(tuple(some.batches(batch, seed=0, epoch=0, augment=None)))
 
 
 def measure_sensitivity(
-    model: nn.Module, groups: Groups, scores: Scores, split: FirstBatches, *, share: float
+    model: nn.Module, groups: Groups, scores: Scores, split: Taken, *, share: float
 ) -> tuple[Score, list[GroupSensitivity]]:
     """Score the current model, and the model without a share of each group's lowest-scored units in turn.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.data import Splits
+from dpm_cli.data.splits import sample
 from dpm_cli.errors import DataError
 from dpm_cli.export import Calibration, Format, export_int8, export_model
 from dpm_cli.recipe import Recipe
@@ -67,8 +68,7 @@ def make_calibration(recipe: Recipe, splits: Splits) -> Calibration:
     if not count or not len(splits.validation):
         missing = "validation" if count else "training"
         raise DataError(f"there are no {missing} images to quantize with: check data.root, or leave out onnx-int8")
-    order = torch.randperm(len(splits.train), generator=torch.Generator().manual_seed(recipe.seed))
-    some = splits.train.select(order[:count])
+    some = splits.train.select(sample(len(splits.train), count, seed=recipe.seed))
     batch = recipe.data.batch
     images = [images.cpu() for images, _ in some.batches(batch, seed=0, epoch=0, augment=None)]
     return Calibration(

@@ -9,6 +9,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dpm_cli.data import Splits
+from dpm_cli.data.splits import sample
 from dpm_cli.events import Mistaken
 from dpm_cli.tasks.classification import main_output
 
@@ -26,9 +27,7 @@ def find_mistakes(dense: nn.Module, slim: nn.Module, splits: Splits, *, batch: i
     if not splits.labelled or splits.shape[0] not in (1, 3):
         return
     found = seen = 0
-    drawn = torch.randperm(len(splits.test), generator=torch.Generator().manual_seed(0))[
-        :IMAGES
-    ]  # folders are in order
+    drawn = sample(len(splits.test), IMAGES, seed=0)
     for images, labels in splits.test.select(drawn).batches(batch, seed=0, epoch=0, augment=None):
         with torch.inference_mode():
             logits = [main_output(model(images), images=len(images)).float() for model in (dense, slim)]

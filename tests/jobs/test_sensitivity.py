@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpm_cli.data import Images
 from dpm_cli.graph import compact_, find_groups
-from dpm_cli.jobs.sensitivity import FirstBatches, measure_sensitivity, take_images
+from dpm_cli.jobs.sensitivity import Taken, measure_sensitivity, take_images
 
 torch.manual_seed(0)
 NET = nn.Sequential(
@@ -21,7 +22,7 @@ NET = nn.Sequential(
     nn.Linear(4, 5),
 ).eval()
 IMAGES, LABELS = torch.randn(7, 3, 8, 8), torch.arange(7) % 5
-SPLIT = FirstBatches(((IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])))
+SPLIT = Taken(((IMAGES[:4], LABELS[:4]), (IMAGES[4:], LABELS[4:])))
 
 
 def test_rows_are_the_scores_of_networks_without_those_units():
@@ -51,11 +52,14 @@ def test_at_least_one_unit_goes_and_one_stays():
         assert [row.removed for row in rows] == removed
 
 
-def test_every_group_sees_the_same_images():
-    class Source:
-        def batches(self, batch, *, seed, epoch, augment):
-            return ((IMAGES[i : i + batch], LABELS[i : i + batch]) for i in range(0, 7, batch))
-
-    some = take_images(Source(), 4, batch=2)
-    assert [len(labels) for _, labels in some.kept] == [2, 2]
-    assert len(take_images(Source(), 3, batch=100).kept[0][1]) == 3
+def test_images_are_taken_of_all_classes_though_those_of_a_folder_are_in_their_order():
+    labels = torch.arange(5).repeat_interleave(20)
+    split = Images(torch.zeros(100, 3, 2, 2, dtype=torch.uint8), labels, torch.zeros(3), torch.ones(3))
+    some = take_images(split, 25, batch=10, seed=0)
+    taken = [each.tolist() for _, each in some.kept]
+    assert [len(each) for each in taken] == [10, 10, 5]
+    assert all(len(set(each)) > 1 for each in taken)
+    assert {label for each in taken for label in each} == set(range(5))
+    again = take_images(split, 25, batch=10, seed=0)
+    assert [each.tolist() for _, each in again.kept] == taken
+    assert sum(len(each) for _, each in take_images(split, 1000, batch=10, seed=0).kept) == 100
