@@ -83,7 +83,8 @@ ARMS = {
         "+ SP + reselect, distilled": replace(SMOOTH, distill=DISTILL, rectify={"criterion": "reselect"}),
         "+ SP, distilled, at a fifth of the rate": replace(SMOOTH, distill=DISTILL, lr=0.01),
         "late cut, distilled": replace(CUT, distill=DISTILL, late=True),
-        "mixed + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="mixed"),
+        "fisher, cut, distilled": replace(CUT, distill=DISTILL, importance="fisher"),
+        "fisher + SP, distilled": replace(SMOOTH, distill=DISTILL, importance="fisher"),
         **{name: Arm(baseline=name) for name in get_args(Baseline)},
     },
     "otov2": {
@@ -150,9 +151,8 @@ def make_recipe(scale: Scale, data: Path, trial: Trial) -> dict[str, Any]:
     match trial.base:
         case "depgraph":
             prune["importance"] = arm.importance
-            observed = 50 if arm.importance != "group-norm" else 0
-            prune["start"] = (observed + (scale.decay_steps if arm.late else 0)) / steps
-            prune["end"] = (observed + scale.decay_steps + 1) / steps
+            prune["start"] = (scale.decay_steps if arm.late else 0) / steps
+            prune["end"] = (scale.decay_steps + 1) / steps
             if arm.end is not None:
                 prune["end"], decay["steps"] = arm.end, arm.steps
             train["epochs"] = epochs // arm.stages

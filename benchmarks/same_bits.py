@@ -69,7 +69,7 @@ CASES = {
         "prune.sparse_epochs=1 prune.penalty=group-norm train.epochs=2 prune.rounds=2",
         "metrics.epoch.0.stage=sparse metrics.round.1.chosen",
     ),
-    "depgraph-taylor": Case("prune.importance=taylor prune.observe_steps=10", "metrics.round.0.step=10"),
+    "depgraph-taylor": Case("prune.importance=taylor prune.observe_batches=10", "report.units.removed"),
     "otov2-adamw": Case(
         "prune.base=otov2 train.optimizer=adamw train.lr=1e-3 train.weight_decay=0.1", "report.units.removed"
     ),

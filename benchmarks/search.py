@@ -48,8 +48,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "3 rounds of 70 steps": {"prune.rounds": 3, **spans(0, 210)},
     "decay over 35 steps": {"decay.steps": 35, **spans(0, 35)},
     "decay over 140 steps": {"decay.steps": 140, **spans(0, 140)},
-    "importance mixed": {"prune.importance": "mixed", **spans(50, 120)},
-    "importance taylor": {"prune.importance": "taylor", **spans(50, 120)},
+    "importance fisher": {"prune.importance": "fisher", **spans(0, 70)},
+    "importance taylor": {"prune.importance": "taylor", **spans(0, 70)},
 }
 
 

@@ -1,21 +1,23 @@
 """Train a model with the optimizer, loss and settings of one stage."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from dpm_cli.data.splits import Batch
 from dpm_cli.engine.distributed import ALONE, World
-from dpm_cli.engine.graphs import Forward, Recorder
+from dpm_cli.engine.graphs import Forward, Recorder, unchanged
 from dpm_cli.engine.layout import lay_out_state_
 from dpm_cli.engine.optimizer import OptimizerState, make_optimizer, optimizer_state, restore_optimizer_state_
 from dpm_cli.engine.precision import Precision
 from dpm_cli.engine.schedule import learning_rate, set_learning_rate_
-from dpm_cli.engine.step import Hook, train_step
+from dpm_cli.engine.step import Hook, compute_gradients, train_step
 from dpm_cli.graph.compact import KeptPositions
 from dpm_cli.graph.optimizer_state import shrink_optimizer_
+from dpm_cli.layers.modes import in_mode
 from dpm_cli.recipe.sections import Engine, Training
-from dpm_cli.tasks.classification import classification_loss, distillation_loss, mixup
+from dpm_cli.tasks.classification import classification_loss, distillation_loss, main_output, mixup
 
 
 class Learner:
@@ -103,6 +105,37 @@ class Learner:
             after_step=after,
         )
         return self.world.mean(loss)
+
+    def show(self, batches: Iterable[Batch], *, labelled: bool, read: Hook) -> None:
+        """Let `read` see the gradients that each batch gives, without distillation and at unchanged weights.
+
+        With an fp16 scaler they may not be finite. labelled: if not, labels are drawn from what the model says.
+        """
+        model, device = self.model, next(self.model.parameters()).device
+        dice = torch.Generator(device).manual_seed(self._seed + self.world.rank)
+
+        def objective(outputs: object, labels: Tensor) -> Tensor:
+            if not labelled:
+                said = main_output(outputs).detach().float().softmax(1)  # (B, classes)
+                labels = torch.multinomial(said, 1, generator=dice)[:, 0]
+            (count,) = self.world.sum(len(labels))
+            return self.world.weigh(classification_loss(outputs, labels), len(labels), count)
+
+        with unchanged(model, device), in_mode(model, training=True):
+            for images, labels in batches:
+                images = images.contiguous(memory_format=self._layout)
+                compute_gradients(
+                    self._forward,
+                    self.optimizer,
+                    images,
+                    labels,
+                    objective=objective,
+                    precision=self.precision,
+                    world=self.world,
+                )
+                if self.precision.scaler is not None:
+                    self.precision.scaler.update()
+                read()
 
     def shrink_(self, before: Mapping[str, nn.Parameter], kept: KeptPositions) -> None:
         """Move the optimizer to the new parameters after compaction. Arguments as for `shrink_optimizer_`."""

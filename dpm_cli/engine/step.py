@@ -36,6 +36,37 @@ def train_step(
     that read it before those that add to it. `after_step` hooks run on the updated weights, unless the fp16 scaler
     skipped the step. `clip_grad` bounds the global L2 norm, penalties included.
     """
+    loss = compute_gradients(model, optimizer, images, labels, objective=objective, precision=precision, world=world)
+    for hook in before_step:
+        hook()
+    if clip_grad is not None:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grad_norm_(parameters, clip_grad)
+    if (scaler := precision.scaler) is None:
+        optimizer.step()
+        stepped = True
+    else:
+        scale = scaler.get_scale()
+        scaler.step(optimizer)
+        scaler.update()
+        stepped = scaler.get_scale() >= scale  # the scale falls exactly when the step was skipped
+    if stepped:
+        for hook in after_step:
+            hook()
+    return loss
+
+
+def compute_gradients(
+    model: Callable[[Tensor], object],
+    optimizer: Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    *,
+    objective: Callable[[object, Tensor], Tensor],
+    precision: Precision,
+    world: World = ALONE,
+) -> Tensor:
+    """Put the unscaled gradients of a batch in the place of earlier ones; return the loss. Arguments as above."""
     optimizer.zero_grad(set_to_none=True)
     with precision.autocast(), world.normalising():
         outputs = model(images)
@@ -48,22 +79,6 @@ def train_step(
         scaler.unscale_(optimizer)
     if loss.is_cuda:
         lay_out_gradients_(optimizer)
-    for hook in before_step:
-        hook()
-    if clip_grad is not None:
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        nn.utils.clip_grad_norm_(parameters, clip_grad)
-    if scaler is None:
-        optimizer.step()
-        stepped = True
-    else:
-        scale = scaler.get_scale()
-        scaler.step(optimizer)
-        scaler.update()
-        stepped = scaler.get_scale() >= scale  # the scale falls exactly when the step was skipped
-    if stepped:
-        for hook in after_step:
-            hook()
     return loss.detach()
 
 

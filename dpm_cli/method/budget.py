@@ -177,18 +177,21 @@ def choose_victims(
     limit: int,
     alive: Flags | None = None,
     eligible: Flags | None = None,
+    traded: bool = False,
 ) -> Flags:
     """Choose (units,) low-scored units whose removal brings the cost to the limit, and no further than it must.
 
     Ranks globally and takes the first set that meets the limit. For latency, whose steps of width save so differently,
-    takes those that lose least per time saved instead (`trade`). The last step of width may be a dear one, say of a
-    residual stage, which leaves room below the limit: victims then come back, best scores first, while a step of width
-    fits. A ranked choice is compared with what leaving out that step would choose: the lower sum of scores wins.
-    So one more unit in any group (or one step of `round_to`) would miss the limit. If the eligible units are too few,
-    all removable ones are chosen. A group that releases left between two allowed widths always loses the excess.
+    and where it is asked for (`traded`), takes those that lose least per cost saved instead (`trade`). The last step of
+    width may be a dear one, say of a residual stage, which leaves room below the limit: victims then come back, best
+    scores first, while a step of width fits. A ranked choice is compared with what leaving out that step would choose:
+    the lower sum of scores wins. So one more unit in any group (or one step of `round_to`) would miss the limit. If the
+    eligible units are too few, all removable ones are chosen. A group that releases left between two allowed widths
+    always loses the excess.
 
     scores: (units,) low is redundant. alive: (units,) units still present. eligible: (units,) units that may be chosen.
     weights: (groups,) what the scores of each group are multiplied by where they are summed to a loss.
+    traded: the scores are losses, which add up.
     """
     alive = np.ones(groups.units, bool) if alive is None else alive
     eligible = alive if eligible is None else alive & eligible
@@ -196,8 +199,8 @@ def choose_victims(
     def fits(victims: Flags) -> bool:
         return cost_of(groups.cost, kind, alive & ~victims) <= limit
 
-    losses = scores - scores[eligible].min(initial=np.inf)
-    if _is_traded(kind):
+    losses = scores if traded else scores - scores[eligible].min(initial=np.inf)
+    if traded or _is_traded(kind):
         losses = losses if weights is None else losses * weights[groups.group_of_unit]
         steps, must_go = _find_steps(groups, widths, scores, alive, eligible)
         victims = must_go | take_least_lost(

@@ -80,6 +80,11 @@ class Pruner:
             raise UsageError(f"{name} is measured on validation images, which only dpm prune has: give macs alone")
         fades = check_section(Decay, dict(decay or {}), "decay")
         chosen = make_base(settings, Training(epochs=steps), seed=seed)
+        if chosen.observes:  # in your own loop before the first round; one of ours shows batches on purpose
+            if not steps:
+                raise UsageError(f"steps is 0, but {chosen.title} judges by the gradients of steps: give at least one")
+            observed = max(1, min(chosen.observes, round(settings.last * steps) // 2))
+            settings = settings.model_copy(update={"start": max(settings.start, observed / steps)})
         stages = number_epochs(chosen.stages())
         if any(stage.ends_with_pruning or not stage.prunes for stage in stages):
             names = ", ".join(dict.fromkeys(stage.name for stage in stages))
@@ -139,6 +144,8 @@ class Pruner:
                 raise UsageError("before_step found no gradients: call it between loss.backward() and optimizer.step()")
             if self._pruning.is_due(self.step):
                 self._start_round()
+            if self.base.observes:
+                self.base.observe_()
             self._pruning.before_step_()
         self._rates.clear()
         self._has_observed = True

@@ -168,7 +168,7 @@ class Pruning:
             eligible &= self.base.marked().cpu().numpy()
         elif is_planned:
             limit = self._limit_of_round()
-        choose = partial(self._choose, scores, alive=present)
+        choose = partial(_choose, self, scores, alive=present)
         self.is_choosing = is_planned and self.base.pace == "steps"
         if self.is_choosing:
             self.base.start_round(int(choose(limit=limit).sum()), self.rounds.end - self.rounds.starts[0])
@@ -177,6 +177,7 @@ class Pruning:
             victims = choose(limit=limit)
         if self.fold_means and self.decay.steps == 1:
             self.fold_means(self.groups, ~victims)
+        self.base.forget_()
         self.decay.start(victims, rectify=is_planned, scores=scores)
         self.in_round = True
         self.chosen += int(victims.sum())
@@ -189,12 +190,6 @@ class Pruning:
             limit=limit,
             predicted_macs=self.groups.cost.macs(present & ~victims),
             predicted_params=self.groups.cost.parameters(present & ~victims),
-        )
-
-    def _choose(self, scores: Scores, *, limit: int, alive: Flags, eligible: Flags | None = None) -> Flags:
-        goal, weights = self.goal, self.base.weights()
-        return choose_victims(
-            self.groups, goal.widths, scores, weights, kind=goal.kind, limit=limit, alive=alive, eligible=eligible
         )
 
     def _limit_of_round(self) -> int:
@@ -315,13 +310,29 @@ class Pruning:
             self.unwrap_()
 
 
+def _choose(pruning: Pruning, scores: Scores, *, limit: int, alive: Flags, eligible: Flags | None = None) -> Flags:
+    """Choose (units,) victims for a limit, in the way that the base pruner's scores ask for."""
+    base, goal = pruning.base, pruning.goal
+    return choose_victims(
+        pruning.groups,
+        goal.widths,
+        scores,
+        base.weights(),
+        kind=goal.kind,
+        limit=limit,
+        alive=alive,
+        eligible=eligible,
+        traded=base.scores_are_losses,
+    )
+
+
 def _choose_marked(pruning: Pruning) -> None:
     """Start the decay of units that the base has marked, as far as the target needs them."""
     present, base, decay = pruning._present, pruning.base, pruning.decay
     eligible = base.marked().cpu().numpy() & present & ~decay.released.cpu().numpy()
     if not eligible.any():
         return
-    victims = pruning._choose(base.scores(), limit=pruning.goal.limit, alive=present, eligible=eligible)
+    victims = _choose(pruning, base.scores(), limit=pruning.goal.limit, alive=present, eligible=eligible)
     if victims.any():
         decay.add(victims)
         pruning.chosen += int(victims.sum())
@@ -332,7 +343,7 @@ def _choose_again(pruning: Pruning) -> None:
     if (scores := pruning.decay.reconsider()) is None:
         return
     present, alive = pruning._present, ~pruning.decay.dead.cpu().numpy()
-    victims = pruning._choose(scores, limit=pruning._limit_of_round(), alive=alive)
+    victims = _choose(pruning, scores, limit=pruning._limit_of_round(), alive=alive)
     pruning.decay.exchange(victims)
     pruning.chosen += int((victims & present).sum())
 
@@ -351,7 +362,7 @@ COUNTED = {
 def foresee(pruning: Pruning) -> Flags:
     """Return (units,) of the dense model that would be left if all that the target needs were chosen now."""
     present, alive = pruning._present, pruning.ancestry.survivors.copy()
-    chosen = pruning._choose(pruning.base.scores(), limit=pruning.goal.limit, alive=present)
+    chosen = _choose(pruning, pruning.base.scores(), limit=pruning.goal.limit, alive=present)
     alive[pruning.ancestry.units[~present | chosen]] = False
     return alive
 

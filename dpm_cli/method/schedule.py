@@ -80,8 +80,6 @@ def _find_ways_out(settings: _Settings, epochs: str) -> Iterator[str]:
         yield "decay.steps: auto and prune.rounds: auto"
     if end := next((end for end in _other_ends(prune) if settings.fit("prune", end=end)), None):
         yield f"prune.end: {end}"
-    if prune.observe_steps != "auto" and settings.fit("prune", observe_steps="auto"):
-        yield "prune.observe_steps: auto"
     if prune.base == "gate-decorator" and (
         least := _smallest(
             gates.tick_epochs,
@@ -93,12 +91,12 @@ def _find_ways_out(settings: _Settings, epochs: str) -> Iterator[str]:
 
 def _find_larger_changes(settings: _Settings, epochs: str) -> Iterator[str]:
     """Yield a change of everything that has a say, for settings that no single change makes fit."""
-    settings = settings.changed("decay", steps="auto").changed("prune", rounds="auto", observe_steps="auto")
+    settings = settings.changed("decay", steps="auto").changed("prune", rounds="auto")
     for end in (settings.prune.last, *_other_ends(settings.prune)):
         moved = settings.changed("prune", end=end)
         least = settings.training.epochs if moved.fits else _smallest(settings.training.epochs, moved.with_epochs)
         if least is not None:
-            changes = [f"prune.end: {end:g}", "decay.steps: auto", "prune.rounds: auto", "prune.observe_steps: auto"]
+            changes = [f"prune.end: {end:g}", "decay.steps: auto", "prune.rounds: auto"]
             yield " and ".join([*changes, f"{epochs}: {least}"])
             return
 

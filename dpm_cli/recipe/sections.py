@@ -155,11 +155,11 @@ class Prune(Section):
     base: Literal["depgraph", "otov2", "gate-decorator", "on-the-fly"] = Field(
         default="depgraph", description="the base pruner, which says which units are redundant"
     )
-    importance: Literal["group-norm", "l1", "bn-scale", "taylor", "mixed", "random"] = Field(
+    importance: Literal["group-norm", "l1", "bn-scale", "taylor", "fisher", "random"] = Field(
         default="group-norm", description="depgraph: what units are ranked by"
     )
-    observe_steps: Count = Field(
-        default="auto", description="taylor, mixed: training steps to average over; auto: 50, or what fits"
+    observe_batches: Positive = Field(
+        default=50, description="taylor, fisher: batches whose gradients are looked at before each round"
     )
     penalty: Literal["group-norm", "slimming", "growing", "channel-polar"] = Field(
         default="group-norm", description="depgraph: what pulls on weak units during sparse learning"

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Generator, Iterator
 from dataclasses import asdict
+from itertools import islice
 
 from dpm_cli.engine.loop import EndStage, StageLoop
 from dpm_cli.engine.precision import lay_out_
@@ -127,6 +128,10 @@ class PruningStage(CourseHooks):
         return started
 
     def _start_round(self, loop: StageLoop) -> RoundStarted:
+        base, setup = self._pruning.base, self.course.setup
+        if base.observes:
+            batches = islice(setup.epoch_batches(self.course.unused_epoch), base.observes)
+            loop.learner.show(batches, labelled=setup.splits.labelled, read=base.observe_)
         self.subject.settle_latency()
         choice = self._pruning.start_round()
         self.require_agreement(f"the victims of round {choice.round}")

@@ -111,13 +111,14 @@ def test_the_first_choice_is_that_of_walking_down_the_ranking(seed, kind, share,
     kind=st.sampled_from(KINDS),
     share=st.floats(0, 0.999),
     round_to=st.sampled_from([1, 2, 4]),
+    traded=st.booleans(),
 )
-def test_target_is_met_and_one_step_fewer_would_miss_it(seed, kind, share, round_to):
+def test_target_is_met_and_one_step_fewer_would_miss_it(seed, kind, share, round_to, traded):
     widths = find_width_limits(GROUPS, round_to=round_to, min_keep=0.1)
     lowest, dense = (cost_of(GROUPS.cost, kind, alive) for alive in (widths.lowest(GROUPS), ALL))
     limit = lowest + math.floor(share * (dense - lowest))
     scores = np.random.default_rng(seed).random(UNITS)
-    victims = choose_victims(GROUPS, widths, scores, kind=kind, limit=limit)
+    victims = choose_victims(GROUPS, widths, scores, kind=kind, limit=limit, traded=traded)
     assert cost_of(GROUPS.cost, kind, ~victims) <= limit
     for number, group in enumerate(GROUPS):
         left = int((~victims)[group.range].sum())

@@ -187,8 +187,8 @@ def test_a_step_that_the_scaler_skips_is_skipped_by_the_decay():
 
 def test_a_skipped_step_leaves_no_trace_in_what_units_are_judged_by():
     model = make_net()
-    pruner = make_pruner(model, prune={"importance": "taylor", "observe_steps": 3, "rounds": 1})
-    optimizer, scaler = sgd(model.parameters()), torch.amp.GradScaler("cpu", init_scale=4.0)
+    pruner = make_pruner(model, prune={"importance": "taylor", "rounds": 1, "start": 0.5, "end": 0.9})
+    optimizer, scaler, seen = sgd(model.parameters()), torch.amp.GradScaler("cpu", init_scale=4.0), []
     for step in range(3):
         images, labels = batch(step)
         scaler.scale(F.cross_entropy(model.train()(images), labels)).backward()
@@ -200,9 +200,11 @@ def test_a_skipped_step_leaves_no_trace_in_what_units_are_judged_by():
         scaler.update()
         optimizer.zero_grad()
         pruner.after_step(optimizer)
+        seen.append(pruner.base.scores())
     assert pruner.skipped == 1
-    assert pruner.base.seen == 2
-    assert np.isfinite(pruner.base.scores()).all()
+    assert pruner.base.seen == 3
+    assert np.array_equal(seen[1], seen[0])
+    assert (seen[2] > seen[1]).all()
 
 
 def test_schedulers_parameter_groups_and_two_optimizers_go_on():
@@ -273,6 +275,11 @@ def test_no_steps_cut_at_once():
     pruner = make_pruner(model, steps=0)
     pruner.finish()
     assert model.inner.out_channels < 12
+
+
+def test_without_steps_there_are_no_gradients_to_judge_by():
+    with pytest.raises(UsageError, match=r"steps is 0, but depgraph \(fisher\) judges by the gradients"):
+        make_pruner(make_net(), steps=0, prune={"importance": "fisher"})
 
 
 def test_steps_after_the_target_change_no_structure():

@@ -51,6 +51,21 @@ def ranked(scores, latency, limit):
     return victims
 
 
+def test_losses_are_traded_for_any_cost():
+    """The dearest group loses most: equal losses go where a unit saves most, though all are ranked alike."""
+    scores = np.full(GROUPS.units, 0.1)
+    saved = []
+    for group in GROUPS:
+        alive = ALL.copy()
+        alive[group.start : group.start + 2] = False
+        saved.append(GROUPS.cost.macs(ALL) - GROUPS.cost.macs(alive))
+    limit = GROUPS.cost.macs(ALL) - max(saved)
+    victims = choose_victims(GROUPS, WIDTHS, scores, kind="macs", limit=limit, traded=True)
+    assert victims.sum() == 2
+    assert victims[list(GROUPS)[int(np.argmax(saved))].range].sum() == 2
+    assert GROUPS.cost.macs(~victims) <= limit
+
+
 def test_a_narrower_layer_that_is_no_faster_is_left_alone():
     scores = np.concatenate([np.full(16, 0.1), np.full(16, 0.2), np.full(12, 0.2)])
     latency = Blocks(block=16, costs=(1000, 1000, 1000))  # one block each: nothing narrower is faster

@@ -16,7 +16,7 @@ def method(*overrides: str, decay_steps: int = 9) -> str:
 def test_the_method_claims_dpm_only_where_units_decay() -> None:
     assert method() == "depgraph + DPM"
     assert method(decay_steps=1) == "depgraph"
-    assert method("prune.importance=mixed") == "depgraph (mixed) + DPM"
+    assert method("prune.importance=fisher") == "depgraph (fisher) + DPM"
     assert method("prune.base=gate-decorator", decay_steps=1) == "gate-decorator"
     hesso = ("prune.base=otov2", "prune.otov2.variant=hesso", "decay.envelope=multiplicative")
     assert method(*hesso, "decay.rectify=true") == "otov2 (hesso) + DPM"  # units can be released

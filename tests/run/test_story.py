@@ -22,6 +22,7 @@ from dpm_cli.events import EpochEnded, Note
 from dpm_cli.files import CHECKPOINT
 from dpm_cli.jobs.loading import follow, make_setup
 from dpm_cli.measure import count_macs, count_parameters, measure_in_turns
+from dpm_cli.method.pruners import DepGraph
 from dpm_cli.models import load_slim
 from dpm_cli.recipe import parse_recipe
 from dpm_cli.recipe.sections import Data
@@ -301,6 +302,22 @@ def test_without_training_units_are_cut_at_once_and_the_target_is_met(tmp_path, 
     assert torch.equal(slim.inner_norm.running_mean, dense.inner_norm.running_mean[kept])
 
 
+@pytest.mark.parametrize("labels", ["true", "false"])
+def test_gradients_are_looked_at_without_a_change(tmp_path, splits, labels, monkeypatch):
+    """Neither the weights of what stays nor the running statistics change by it."""
+    shown, observe = [], DepGraph.observe_
+    monkeypatch.setattr(DepGraph, "observe_", lambda base: shown.append(base) or observe(base))
+    recipe = make_recipe(*CUT_AT_ONCE, "compact.fold_mean=false", "prune.importance=fisher", "prune.observe_batches=4")
+    run, _, report = go(tmp_path, recipe, dataclasses.replace(splits, labelled=labels == "true"))
+    assert report.target.is_met
+    assert shown == 4 * [run.subject.pruning.base]
+    dense, slim = make_net(), load_slim(tmp_path / "slim.pt", model=make_net()).module
+    kept = torch.from_numpy(run.subject.pruning.ancestry.survivors[8:])  # of `inner`
+    assert torch.equal(slim.inner_norm.running_mean, dense.inner_norm.running_mean[kept])
+    assert torch.equal(slim.inner_norm.weight, dense.inner_norm.weight[kept])
+    assert all(parameter.grad is None for parameter in run.subject.model.parameters())
+
+
 def test_fine_tuning_can_follow_a_cut_without_training(tmp_path, splits):
     _, events, _ = go(tmp_path, make_recipe("train.epochs=0"), splits)
     named = [event.kind for event in events if event.kind not in ("step", "checkpoint", "units", "mistake")]
@@ -527,7 +544,7 @@ VARIANTS = {
         "prune.base=gate-decorator", "prune.gates.tick_lr=0.01", "prune.gates.fraction=0.1", "prune.rounds=4",
         "prune.gates.ticks_per_tock=2", "train.epochs=2", "decay.steps=6",
     ],
-    "mixed": ["prune.importance=mixed", "prune.observe_steps=3", "prune.end=0.7"],
+    "fisher": ["prune.importance=fisher", "prune.observe_batches=3", "prune.rounds=2"],
 }  # fmt: skip
 
 

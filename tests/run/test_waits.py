@@ -17,7 +17,7 @@ from dpm_cli.models import build
 CASES: dict[str, dict[str, Any]] = {
     "depgraph": {"decay": {"steps": 6, "rectify": {"rate": 2.0, "criterion": "significance"}}},
     "depgraph, sparse": {"prune": {"sparse_epochs": 1}},
-    "depgraph, mixed": {"prune": {"importance": "mixed", "observe_steps": 3}},
+    "depgraph, fisher": {"prune": {"importance": "fisher", "observe_batches": 3}},
     "cosine": {"decay": {"steps": 6, "rectify": {"rate": 0.2, "criterion": "cosine"}}},
     "gate-decorator": {"prune": {"base": "gate-decorator", "rounds": 2}, "train": {"epochs": 6}},
     "clipped and mixed": {"train": {"epochs": 4, "clip_grad": 1.0, "mixup": 0.2, "label_smoothing": 0.1}},

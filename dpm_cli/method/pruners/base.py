@@ -30,6 +30,12 @@ class BasePruner:
 
     title: str  # name of the method and its variant, for messages
     pace: Pace = "rounds"
+    observes: int = 0  # batches that `observe_` is to see before each round
+
+    @property
+    def scores_are_losses(self) -> bool:
+        """Tell whether scores are what the loss would rise by, so that units go by what is lost per cost saved."""
+        return False
 
     def stages(self) -> Sequence[Stage]:
         """List the stages of training that the method needs, in order; fine-tuning follows."""
@@ -78,6 +84,12 @@ class BasePruner:
 
     def after_step_(self, lr: float, going: Tensor) -> None:
         """Called after every step of a stage that prunes. lr: of that step. going: (units,) decaying or dead."""
+
+    def observe_(self) -> None:
+        """Read the gradients that a batch gives, finite or not. The next round's scores are by all that were read."""
+
+    def forget_(self) -> None:
+        """Observe anew from now on. Called when a round has chosen its units."""
 
     def start_round(self, redundant: int, steps: int) -> None:
         """Start the long round of pace "steps".

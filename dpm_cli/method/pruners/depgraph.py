@@ -2,7 +2,12 @@
 
 Importance: for every layer of a group, Σ w² of the unit's rows, of its columns, or γ²; averaged over the layers;
 divided by the group's mean or maximum so that groups can be ranked together. Biases are not counted. Other importances
-and penalties can be selected by name. `mixed` is ours: the sum of the ranks by group norm and by Taylor importance.
+and penalties can be selected by name.
+
+`fisher` is the mean of ⟨x, g⟩² of a unit's weights x and their gradient g (Theis et al. 2018, arXiv 1801.05787), of all
+layers that share the unit (Group Fisher Pruning, Liu et al., ICML 2021): up to a factor, what the loss would rise by
+without it. So units are chosen by what is lost per cost saved. Both papers take the gradient of one image; here it is
+that of a batch.
 
 How this differs from the reference implementation: the victims of a round come from one ranking, while the reference
 ranks again after each of up to 400 small steps; and equal importances within a group give a finite penalty.
@@ -16,16 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from dpm_cli.graph import Groups, Role, Slice, Units
-from dpm_cli.method.budget import Scores, Weights, rank
+from dpm_cli.method.budget import Scores, Weights
 from dpm_cli.method.pruners.base import BasePruner, Indices
 from dpm_cli.method.pruners.polar import polar_pulls
 from dpm_cli.method.pruners.stack import Stack, stackable
-from dpm_cli.method.rounds import Rounds, find_span, plan_rounds
+from dpm_cli.method.rounds import Rounds, plan_rounds
 from dpm_cli.recipe.sections import Decay, Prune, Training
 from dpm_cli.recipe.stages import Stage
 
 Normalizer = Literal["mean", "max"]
-OBSERVED = 50  # steps that `prune.observe_steps: auto` averages over
+Importance = Literal["group-norm", "l1", "bn-scale", "taylor", "fisher", "random"]
 
 
 class GroupImportance:
@@ -109,15 +114,17 @@ class GroupImportance:
 class DepGraph(BasePruner):
     """Implements the base `depgraph`: one ranking over all groups, optionally after sparse learning.
 
-    `taylor` and `mixed` average over `prune.observe_steps` training steps, before the first round and later.
+    `taylor` and `fisher` judge by the gradients of `prune.observe_batches` batches before each round. Group norms stand
+    in where none were seen, as in a plan without images.
     """
 
     def __init__(self, prune: Prune, training: Training, *, seed: int) -> None:
         self.settings, self.training, self.seed = prune, training, seed
-        self.importance, self.penalty = prune.importance, prune.penalty
+        self.importance: Importance = prune.importance
+        self.penalty = prune.penalty
         self.normalizer: Normalizer = prune.normalizer or ("max" if prune.sparse_epochs else "mean")
-        self._window = OBSERVED if prune.observe_steps == "auto" else prune.observe_steps
-        self.observes = prune.importance in ("taylor", "mixed")
+        if prune.importance in ("taylor", "fisher"):
+            self.observes = prune.observe_batches
         self.title = prune.base if prune.importance == "group-norm" else f"{prune.base} ({prune.importance})"
         self._is_sparse = False  # during sparse learning
 
@@ -133,14 +140,7 @@ class DepGraph(BasePruner):
 
     def rounds(self, stages: Sequence[Stage], decay: Decay, *, steps_per_epoch: int) -> Rounds:
         steps = self.training.epochs * steps_per_epoch
-        return plan_rounds(steps, self.settings, decay, warm_up=self._warm_up(steps) if self.observes else 0)
-
-    def _warm_up(self, steps: int) -> int:
-        """Count the steps to observe before the first round; auto: at most half of those before prune.end."""
-        if self.settings.observe_steps != "auto":
-            return self.settings.observe_steps
-        _, last = find_span(steps, self.settings, warm_up=0)
-        return max(1, min(OBSERVED, last // 2))
+        return plan_rounds(steps, self.settings, decay)
 
     def choosable(self, groups: Groups, model: nn.Module) -> Groups:
         """Keep groups whole that `bn-scale` cannot judge: those without a normalisation weight on every unit."""
@@ -161,15 +161,15 @@ class DepGraph(BasePruner):
         self._shares: Weights = np.array([len(group.layers) / group.size for group in groups])
         if survivors is None:
             device = self.units.device
-            self.taylor = torch.zeros(groups.units, device=device)  # running mean of |<x, g>|
-            self.seen = 0  # steps in the mean
+            self.evidence = torch.zeros(groups.units, device=device)  # sum of |⟨x, g⟩| or of ⟨x, g⟩² over batches
+            self.seen = 0  # batches
             # Strengths of the penalty "growing".
             self.pulls = torch.full((groups.units,), self.settings.sparse_strength, device=device)
             drawn = torch.rand(groups.units, generator=torch.Generator().manual_seed(self.seed))
             self.drawn = drawn.to(device)  # scores of "random"
         else:
             index = torch.from_numpy(survivors).to(self.units.device)
-            self.taylor, self.pulls, self.drawn = self.taylor[index], self.pulls[index], self.drawn[index]
+            self.evidence, self.pulls, self.drawn = self.evidence[index], self.pulls[index], self.drawn[index]
 
     def enter(self, stage: Stage, model: nn.Module, step: int) -> None:
         self._is_sparse = stage.penalises
@@ -177,14 +177,15 @@ class DepGraph(BasePruner):
     def before_step_(self) -> None:
         if self._is_sparse:
             self._penalise_()
-        elif self.observes:
-            self._change = self.units.dot(self.units.weights(), self.units.gradients()).abs()  # (units,) |<x, g>|
 
-    def after_step_(self, lr: float, going: Tensor) -> None:
-        """Count what the step saw; a step that a gradient scaler skips may hold gradients that are not finite."""
-        if self.observes and not self._is_sparse:
-            self.seen += 1
-            self.taylor = self.taylor + (self._change - self.taylor) / min(self.seen, self._window)
+    def observe_(self) -> None:
+        change = self.units.dot(self.units.weights(), self.units.gradients())  # (units,) ⟨x, g⟩
+        change = change.square() if self.importance == "fisher" else change.abs()
+        self.evidence = self.evidence + change.where(change.isfinite().all(), 0.0)
+        self.seen += 1
+
+    def forget_(self) -> None:
+        self.evidence, self.seen = torch.zeros_like(self.evidence), 0
 
     def _penalise_(self) -> None:
         match self.penalty:
@@ -207,19 +208,24 @@ class DepGraph(BasePruner):
             top, bottom = self.norms.extremes(importance)
             self.pulls = self.pulls + self.settings.sparse_growth * (top - importance) / (top - bottom + 1e-8)
 
+    @property
+    def _criterion(self) -> Importance:
+        return "group-norm" if self.observes and not self.seen else self.importance
+
+    @property
+    def scores_are_losses(self) -> bool:
+        return self._criterion == "fisher"
+
     def scores(self) -> Scores:
-        match self.importance:
+        match self._criterion:
             case "group-norm":
                 return self.norms.scores(self.normalizer)
             case "l1":
                 return self.norms.scores(self.normalizer, power=1)
             case "bn-scale":
                 return self.scales.mean().double().cpu().numpy()
-            case "taylor":
-                return self.taylor.double().cpu().numpy()
-            case "mixed":
-                taylor: Scores = self.taylor.double().cpu().numpy()
-                return rank(self.norms.scores(self.normalizer)) + rank(taylor)
+            case "taylor" | "fisher":
+                return self.evidence.double().cpu().numpy()
             case "random":
                 return self.drawn.double().cpu().numpy()
 
@@ -228,15 +234,15 @@ class DepGraph(BasePruner):
 
         Inferred, not published: with ResNet-56 at equal latency the better of four (benchmarks/RESULTS.md).
         """
-        return self._shares if self.importance in ("group-norm", "l1") else None
+        return self._shares if self._criterion in ("group-norm", "l1") else None
 
     def state_dict(self) -> dict[str, Any]:
-        return {"taylor": self.taylor, "seen": self.seen, "pulls": self.pulls, "drawn": self.drawn}
+        return {"evidence": self.evidence, "seen": self.seen, "pulls": self.pulls, "drawn": self.drawn}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        for name in ("taylor", "pulls", "drawn"):
+        for name in ("evidence", "pulls", "drawn"):
             if state[name].shape != getattr(self, name).shape:
-                raise ValueError(f"{name} of {tuple(state[name].shape)} for {len(self.taylor)} units")
+                raise ValueError(f"{name} of {tuple(state[name].shape)} for {len(self.evidence)} units")
             setattr(self, name, state[name].to(self.units.device))
         self.seen = int(state["seen"])
 

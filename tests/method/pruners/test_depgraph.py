@@ -172,6 +172,33 @@ def test_binding_anew_looks_at_the_new_model(net, groups):
     assert base.scores()[0] > 2 * before[0]
 
 
+@pytest.mark.parametrize(("importance", "power"), [("taylor", 1), ("fisher", 2)])
+def test_what_gradients_tell_is_summed_over_batches(net, groups, importance, power):
+    base = DepGraph(Prune(target={"macs": 0.5}, importance=importance), Training(), seed=0)
+    base.bind(groups, net)
+    by_norm = make_base("mean", strength=0.0)
+    by_norm.bind(groups, net)
+    assert np.array_equal(base.scores(), by_norm.scores())  # nothing was seen yet
+    assert not base.scores_are_losses
+    expected = torch.zeros(groups.units)
+    residual, inner, last = groups
+    producers = [(residual, (net.stem, net.norm, net.back)), (inner, (net.inner, net.depthwise)), (last, (net.last,))]
+    for _ in range(3):
+        net.zero_grad()
+        F.cross_entropy(net(torch.randn(4, 1, 8, 8)), torch.randint(3, (4,))).backward()
+        change = torch.zeros(groups.units)
+        for group, layers in producers:
+            for parameter in (each for layer in layers for each in layer.parameters()):
+                products = (parameter * parameter.grad).detach()
+                change[group.range] += products.reshape(group.size, -1).sum(1)
+        expected += change.abs() ** power
+        base.observe_()
+    np.testing.assert_allclose(base.scores(), expected, rtol=1e-4)
+    assert base.scores_are_losses == (importance == "fisher")
+    base.forget_()
+    assert np.array_equal(base.scores(), by_norm.scores())
+
+
 def test_importance_is_that_of_torch_pruning(net, groups):
     tp = pytest.importorskip("torch_pruning")
     graph = tp.DependencyGraph().build_dependency(net, torch.zeros(2, 1, 8, 8))

@@ -18,7 +18,7 @@ from dpm_cli.models import build, load_slim
 NETS = ("resnet56", "vgg16_bn", "torchvision:mobilenet_v2", "torchvision:densenet121")
 WAYS = {
     "group-norm": ["prune.base=depgraph"],
-    **{name: [f"prune.importance={name}"] for name in ("l1", "bn-scale", "taylor", "mixed", "random")},
+    **{name: [f"prune.importance={name}"] for name in ("l1", "bn-scale", "taylor", "fisher", "random")},
     "otov2": ["prune.base=otov2"],
     "otov2 by score": ["prune.base=otov2", "prune.otov2.strength=1e-9", "prune.otov2.epsilon=0"],
     "hesso": ["prune.base=otov2", "prune.otov2.variant=hesso", "decay.envelope=multiplicative"],
@@ -49,7 +49,7 @@ def go(folder, arch, monkeypatch, *overrides):
     net, groups = dense(arch)
     monkeypatch.setattr("dpm_cli.method.survey.find_groups", lambda *_, **settings: groups)
     recipe = make_recipe(
-        f"model.arch={arch}", "model.input=[3, 32, 32]", "data.batch=4", "prune.observe_steps=1",
+        f"model.arch={arch}", "model.input=[3, 32, 32]", "data.batch=4", "prune.observe_batches=1",
         "prune.target.macs=0.5", "decay.steps=2", "train.lr=0.01", "recalibrate_batches=1", *overrides,
     )  # fmt: skip
     splits = Splits(
