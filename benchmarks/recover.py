@@ -1,6 +1,6 @@
 """What pruning costs without fine-tuning, and what mean folding, recoveries and BatchNorm statistics win back.
 
-python benchmarks/recover.py units MODEL.pt --recipe R     one-shot cut to 75 % and 50 % of the MACs
+python benchmarks/recover.py units MODEL.pt --recipe R     one-shot cut to 75 % and 50 % of the MACs, by --importance
 python benchmarks/recover.py weights MODEL.pt --recipe R   sparsities after training with the penalty, and without
 
 Both go on where they were stopped: benchmarks/results/recover-*.json holds what is done. The recipe names the data and
@@ -41,10 +41,10 @@ CPU = torch.device("cpu")
 Row = dict[str, Any]
 
 
-def cut_units(model: Path, recipe: str, seed: int, overrides: list[str]) -> Iterator[Row]:
+def cut_units(model: Path, recipe: str, seed: int, overrides: list[str], importance: str) -> Iterator[Row]:
     """One run of `dpm prune` without training per target and way to recover. seed: of the images that calibrate."""
     for macs in MACS:
-        row: Row = {"model": model.stem, "macs": macs, "seed": seed}
+        row: Row = {"model": model.stem, "importance": importance, "macs": macs, "seed": seed}
         for name, fold, batches in (
             ("cut", False, 0),
             ("folded", True, 0),
@@ -53,7 +53,8 @@ def cut_units(model: Path, recipe: str, seed: int, overrides: list[str]) -> Iter
         ):
             changes = [
                 f"prune.target.macs={macs}", "train.epochs=0", "finetune.epochs=0", f"compact.fold_mean={fold}",
-                f"recalibrate_batches={batches}", "export=[]", f"seed={seed}", *overrides,
+                f"recalibrate_batches={batches}", "export=[]", f"seed={seed}", f"prune.importance={importance}",
+                *overrides,
             ]  # fmt: skip
             with tempfile.TemporaryDirectory() as folder:
                 report = dpm_cli.prune(model, dpm_cli.load_recipe(recipe, changes), output=folder)
@@ -111,7 +112,7 @@ def cut_weights(model: Path, recipe: str, seed: int, overrides: list[str], image
                 yield row | {"sparsity": sparsity, "recover": how, "cut": cut, "BatchNorm": score(module)}
 
 
-KEYS = ("model", "macs", "seed", "penalty", "sparsity", "recover")
+KEYS = ("model", "importance", "macs", "seed", "penalty", "sparsity", "recover")
 
 
 def mean_over_seeds(rows: list[Row]) -> list[Row]:
@@ -133,6 +134,7 @@ def main() -> None:
     parser.add_argument("model", type=Path)
     parser.add_argument("--recipe", required=True)
     parser.add_argument("--set", action="append", default=[], dest="overrides", metavar="KEY=VALUE")
+    parser.add_argument("--importance", default="group-norm", help="what units are chosen by")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--images", type=int, default=10_000, help="of the test set, for the sparsities")
     asked = parser.parse_args()
@@ -140,10 +142,10 @@ def main() -> None:
     done_file = FOLDER / f"{name}.json"
     rows: list[Row] = json.loads(done_file.read_text())["rows"] if done_file.exists() else []
     for seed in range(asked.seeds):
-        if any(row["seed"] == seed for row in rows):
+        if any((row["seed"], row.get("importance", "group-norm")) == (seed, asked.importance) for row in rows):
             continue
         if asked.what == "units":
-            rows += cut_units(asked.model, asked.recipe, seed, asked.overrides)
+            rows += cut_units(asked.model, asked.recipe, seed, asked.overrides, asked.importance)
         else:
             rows += cut_weights(asked.model, asked.recipe, seed, asked.overrides, asked.images)
         save(name, rows, recipe=Path(asked.recipe).stem, overrides=asked.overrides, images=asked.images)

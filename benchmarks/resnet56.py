@@ -35,6 +35,7 @@ ARMS: dict[str, list[str]] = {
     "slim": [],
     "slim" + ONE_ROUND: ONCE,
     "slim" + ONE_ROUND + LOW: [*ONCE, "train.lr=0.01"],
+    "slim, by Fisher" + ONE_ROUND + LOW: [*ONCE, "train.lr=0.01", "prune.importance=fisher"],
     "slim, the dense model as teacher": ["train.distill=0.7"],
     FITTED: ["train.distill=0.7", "train.epochs=11"],
     FITTED + ONE_ROUND + LOW: ["train.distill=0.7", "train.epochs=11", *ONCE, "train.lr=0.01"],
