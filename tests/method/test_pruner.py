@@ -205,6 +205,7 @@ def test_a_skipped_step_leaves_no_trace_in_what_units_are_judged_by():
     assert pruner.base.seen == 3
     assert np.array_equal(seen[1], seen[0])
     assert (seen[2] > seen[1]).all()
+    assert np.isfinite(seen[2]).all()
 
 
 def test_schedulers_parameter_groups_and_two_optimizers_go_on():
