@@ -28,6 +28,7 @@ DENSE = "dense, fine-tuned"
 FITTED = "fitted for an epoch, slim, the fitted model as teacher"
 ONE_ROUND = ", in one round"
 LOW = ", at a fifth of the rate"
+FOURS = ", in fours"
 ONCE = ["prune.rounds=1", "prune.end=0.2"]
 ARMS: dict[str, list[str]] = {
     DENSE: [],
@@ -36,6 +37,12 @@ ARMS: dict[str, list[str]] = {
     "slim" + ONE_ROUND: ONCE,
     "slim" + ONE_ROUND + LOW: [*ONCE, "train.lr=0.01"],
     "slim, by Fisher" + ONE_ROUND + LOW: [*ONCE, "train.lr=0.01", "prune.importance=fisher"],
+    "slim, by Fisher" + FOURS + ONE_ROUND + LOW: [
+        *ONCE,
+        "train.lr=0.01",
+        "prune.importance=fisher",
+        "prune.round_to=4",
+    ],
     "slim, the dense model as teacher": ["train.distill=0.7"],
     FITTED: ["train.distill=0.7", "train.epochs=11"],
     FITTED + ONE_ROUND + LOW: ["train.distill=0.7", "train.epochs=11", *ONCE, "train.lr=0.01"],
