@@ -149,15 +149,16 @@ class Target(Section):
         return {kind: amount for kind in COST_KINDS if (amount := amounts[kind]) is not None}
 
 
+Importance = Literal["group-norm", "l1", "bn-scale", "taylor", "fisher", "random"]
+
+
 class Prune(Section):
     """Sets which units are removed, and when."""
 
     base: Literal["depgraph", "otov2", "gate-decorator", "on-the-fly"] = Field(
         default="depgraph", description="the base pruner, which says which units are redundant"
     )
-    importance: Literal["group-norm", "l1", "bn-scale", "taylor", "fisher", "random"] = Field(
-        default="group-norm", description="depgraph: what units are ranked by"
-    )
+    importance: Importance = Field(default="group-norm", description="depgraph: what units are ranked by")
     observe_batches: Positive = Field(
         default=50, description="taylor, fisher: batches whose gradients are looked at before each round"
     )

@@ -26,11 +26,10 @@ from dpm_cli.method.pruners.base import BasePruner, Indices
 from dpm_cli.method.pruners.polar import polar_pulls
 from dpm_cli.method.pruners.stack import Stack, stackable
 from dpm_cli.method.rounds import Rounds, plan_rounds
-from dpm_cli.recipe.sections import Decay, Prune, Training
+from dpm_cli.recipe.sections import Decay, Importance, Prune, Training
 from dpm_cli.recipe.stages import Stage
 
 Normalizer = Literal["mean", "max"]
-Importance = Literal["group-norm", "l1", "bn-scale", "taylor", "fisher", "random"]
 
 
 class GroupImportance:
